@@ -1,0 +1,66 @@
+# Copyright 2026 The DiffSketching Pipeline Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""DiffSketching: sketch-conditioned image synthesis with diffusion models, as a diffusers pipeline extension.
+
+Importing this package is cheap: torch and diffusers are imported when the first public name is used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+
+__version__ = "0.1.0"
+
+_MODULES = {
+    "ClassifierGuidanceCallback": "guidance",
+    "DiffSketchingPipeline": "pipeline_diffsketching",
+    "DiffSketchingPipelineOutput": "pipeline_output",
+    "GuidanceCallback": "guidance",
+    "NoisyImageClassifier": "modeling_noisy_classifier",
+    "PhotoSketcher": "modeling_photo_sketcher",
+    "SketchGuidanceCallback": "guidance",
+    "SketchPerceptualLoss": "losses",
+    "SketchProcessor": "image_processor",
+    "bundled_checkpoint": "hub",
+    "expand_unet_for_sketch": "convert_guided_diffusion",
+}
+__all__ = ["__version__", *sorted(_MODULES)]
+
+if TYPE_CHECKING:
+    from diffsketching_pipeline.convert_guided_diffusion import expand_unet_for_sketch as expand_unet_for_sketch
+    from diffsketching_pipeline.guidance import ClassifierGuidanceCallback as ClassifierGuidanceCallback
+    from diffsketching_pipeline.guidance import GuidanceCallback as GuidanceCallback
+    from diffsketching_pipeline.guidance import SketchGuidanceCallback as SketchGuidanceCallback
+    from diffsketching_pipeline.hub import bundled_checkpoint as bundled_checkpoint
+    from diffsketching_pipeline.image_processor import SketchProcessor as SketchProcessor
+    from diffsketching_pipeline.losses import SketchPerceptualLoss as SketchPerceptualLoss
+    from diffsketching_pipeline.modeling_noisy_classifier import NoisyImageClassifier as NoisyImageClassifier
+    from diffsketching_pipeline.modeling_photo_sketcher import PhotoSketcher as PhotoSketcher
+    from diffsketching_pipeline.pipeline_diffsketching import DiffSketchingPipeline as DiffSketchingPipeline
+    from diffsketching_pipeline.pipeline_output import DiffSketchingPipelineOutput as DiffSketchingPipelineOutput
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    hub = importlib.import_module(f"{__name__}.hub")
+    if name != "bundled_checkpoint":
+        hub.register()
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,354 @@
+# Copyright 2026 The DiffSketching Pipeline Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The guided noise prediction and the sampling loop: the one idea that generating, editing and training share.
+
+Everything here works in ε whatever the network predicts, is differentiable (nothing is decorated `no_grad`) and takes
+the network as a callable beside its configuration, so that a wrapped network (DDP, `torch.func.functional_call`) is
+called through its wrapper.
+"""
+
+import copy
+import inspect
+import numbers
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
+
+
+SUPPORTED_SCHEDULERS = (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    UniPCMultistepScheduler,
+    PNDMScheduler,
+)
+# These two compute the previous timestep as `t - num_train_timesteps // num_inference_steps`, whatever the spacing.
+_FIXED_STRIDE_SCHEDULERS = (DDIMScheduler, PNDMScheduler)
+_SIGMA_OPTIONS = (
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+    "use_flow_sigmas",
+    "use_lu_lambdas",
+)
+_LEARNED_VARIANCE = ("learned", "learned_range")
+
+
+@dataclass
+class Conditioning:
+    """
+    What the network is told about each of the `batch_size` images of a batch.
+
+    Args:
+        class_labels (`torch.LongTensor` of shape `[batch_size]`, *optional*):
+            Class index of each image; `None` for a network without classes.
+        sketch (`torch.Tensor` of shape `[num_sketches, 1, height, width]`, *optional*):
+            Drawings, -1 = stroke and +1 = paper; `None` for no drawing.
+        sketch_owner (`torch.LongTensor` of shape `[num_sketches]`, *optional*):
+            Index of the image that each drawing belongs to, in any order; every image owns at least one. `None` when
+            drawing `i` belongs to image `i`. The predictions for several drawings of one image are averaged.
+    """
+
+    class_labels: torch.Tensor | None = None
+    sketch: torch.Tensor | None = None
+    sketch_owner: torch.Tensor | None = None
+
+
+class NoisePrediction(NamedTuple):
+    """
+    The network's answer at one timestep, in one parametrisation.
+
+    Attributes:
+        noise_pred: ε, `[batch_size, channels, height, width]`, consistent with `pred_original_sample`.
+        pred_original_sample: x̂_0 of the same shape, clipped if that was asked for.
+        variance: the raw learned variance of the same shape, or `None`.
+    """
+
+    noise_pred: torch.Tensor
+    pred_original_sample: torch.Tensor
+    variance: torch.Tensor | None = None
+
+
+def get_alpha_prod(scheduler: Any, timestep: torch.Tensor | int, sample: torch.Tensor) -> torch.Tensor:
+    """ᾱ_t in float32, shaped to broadcast against `sample` `[batch_size, channels, height, width]`."""
+    return scheduler.alphas_cumprod.to(sample.device, torch.float32)[timestep].reshape(-1, 1, 1, 1)
+
+
+def split_model_output(
+    model_output: torch.Tensor, sample: torch.Tensor, alpha_prod: torch.Tensor, prediction_type: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    (ε, x̂_0) of a network that predicts ε, v = sqrt(ᾱ) ε - sqrt(1-ᾱ) x_0 (Salimans & Ho, 2022) or x_0, at x_t = `sample`.
+
+    Raises:
+        ValueError: if `prediction_type` is not `"epsilon"`, `"v_prediction"` or `"sample"`.
+    """
+    sqrt_alpha, sqrt_beta = alpha_prod.sqrt(), (1 - alpha_prod).sqrt()
+    if prediction_type == "epsilon":
+        return model_output, (sample - sqrt_beta * model_output) / sqrt_alpha
+    if prediction_type == "v_prediction":
+        return sqrt_alpha * model_output + sqrt_beta * sample, sqrt_alpha * sample - sqrt_beta * model_output
+    if prediction_type == "sample":
+        return (sample - sqrt_alpha * model_output) / sqrt_beta, model_output
+    raise ValueError(
+        f"`prediction_type` of the scheduler has to be 'epsilon', 'v_prediction' or 'sample' but is {prediction_type!r}."
+    )
+
+
+def predict_noise(
+    unet: Callable[..., Any],
+    unet_config: Mapping[str, Any],
+    scheduler: Any,
+    latents: torch.Tensor,
+    timestep: torch.Tensor | int,
+    conditioning: Conditioning,
+    sketch_guidance_scale: float = 1.0,
+    clip_sample: bool = True,
+    clip_sample_range: float = 1.0,
+) -> NoisePrediction:
+    """
+    One noise prediction, guided by the drawing without a classifier: ε = ε(∅) + w (ε(s) - ε(∅)) (Ho & Salimans, 2022).
+
+    Both predictions, and those for several drawings of one image, come from one batched forward. x̂_0 is clipped if
+    asked, and ε is always re-derived from the clipped x̂_0, as guided-diffusion does before it adds guidance.
+
+    Args:
+        unet: called as `unet(sample, timestep, class_labels, return_dict=False)`; returns a tuple.
+        unet_config: `in_channels` (3, or 4 = photo + sketch) and `num_class_embeds` (`None`: class labels are for the
+            classifier only). 6 output channels are 3 and a learned variance.
+        scheduler: owns `alphas_cumprod` and `config.prediction_type`.
+        latents (`torch.Tensor` of shape `[batch_size, 3, height, width]`): x_t in float32.
+        timestep: one timestep, or one per image.
+        conditioning: class labels and drawings; drawings are ignored by a 3-channel network.
+        sketch_guidance_scale: w; 1.0 is plain conditional prediction and costs no second pass.
+        clip_sample: whether x̂_0 is clamped to ± `clip_sample_range`.
+
+    Raises:
+        ValueError: if the network's output has a NaN or an infinity; names the timestep and the scale.
+    """
+    model_output = _guided_model_output(unet, unet_config, latents, timestep, conditioning, sketch_guidance_scale)
+    # Before x̂_0 is clipped, which would turn an infinity into a plausible value.
+    if not bool(torch.isfinite(model_output).all()):
+        raise ValueError(
+            f"The noise prediction is not finite at timestep {torch.as_tensor(timestep).tolist()} with"
+            f" `sketch_guidance_scale={sketch_guidance_scale}`: lower the scale, or use float32 or bfloat16 weights."
+        )
+    channels = latents.shape[1]
+    model_output, variance = model_output[:, :channels], model_output[:, channels:]
+
+    alpha_prod = get_alpha_prod(scheduler, timestep, latents)
+    noise_pred, pred_original_sample = split_model_output(
+        model_output, latents, alpha_prod, scheduler.config.prediction_type
+    )
+    if clip_sample:
+        pred_original_sample = pred_original_sample.clamp(-clip_sample_range, clip_sample_range)
+        noise_pred = (latents - alpha_prod.sqrt() * pred_original_sample) / (1 - alpha_prod).sqrt()
+    return NoisePrediction(noise_pred, pred_original_sample, variance if variance.shape[1] else None)
+
+
+def _guided_model_output(
+    unet: Callable[..., Any],
+    unet_config: Mapping[str, Any],
+    latents: torch.Tensor,
+    timestep: torch.Tensor | int,
+    conditioning: Conditioning,
+    sketch_guidance_scale: float,
+) -> torch.Tensor:
+    # ε, v and x_0 are linear in one another at a fixed x_t, so averaging and extrapolating the raw output is the same
+    # as doing it in ε, and needs one conversion instead of several.
+    labels, sketch, owner = conditioning.class_labels, conditioning.sketch, conditioning.sketch_owner
+    if unet_config["num_class_embeds"] is None:
+        labels = None
+    if unet_config["in_channels"] == latents.shape[1]:
+        return _call_unet(unet, latents, timestep, labels)
+    if sketch is None:
+        return _call_unet(unet, torch.cat([latents, torch.zeros_like(latents[:, :1])], dim=1), timestep, labels)
+
+    sketch = sketch.to(latents)
+    rows = torch.arange(len(latents), device=latents.device) if owner is None else owner
+    sample = torch.cat([latents[rows], sketch], dim=1)
+    if sketch_guidance_scale == 1.0:
+        return _average_by_owner(_call_unet(unet, sample, _pick(timestep, rows), _pick(labels, rows)), owner, latents)
+
+    null = torch.cat([latents, torch.zeros_like(latents[:, :1])], dim=1)
+    rows = torch.cat([rows, torch.arange(len(latents), device=latents.device)])
+    output = _call_unet(unet, torch.cat([sample, null]), _pick(timestep, rows), _pick(labels, rows))
+    conditional, unconditional = output.split([len(sample), len(null)])
+    conditional = _average_by_owner(conditional, owner, latents)
+    guided = unconditional + sketch_guidance_scale * (conditional - unconditional)
+    # A variance is not a direction: extrapolating it has no meaning.
+    channels = latents.shape[1]
+    return torch.cat([guided[:, :channels], conditional[:, channels:]], dim=1)
+
+
+def _pick(values: Any, rows: torch.Tensor) -> Any:
+    return values[rows] if torch.is_tensor(values) and values.ndim > 0 else values
+
+
+def _call_unet(
+    unet: Callable[..., Any], sample: torch.Tensor, timestep: torch.Tensor | int, class_labels: torch.Tensor | None
+) -> torch.Tensor:
+    dtype = getattr(unet, "dtype", sample.dtype)
+    return unet(sample.to(dtype), timestep, class_labels, return_dict=False)[0].float()
+
+
+def _average_by_owner(values: torch.Tensor, owner: torch.Tensor | None, latents: torch.Tensor) -> torch.Tensor:
+    if owner is None:
+        return values
+    count = torch.bincount(owner, minlength=len(latents))
+    total = values.new_zeros(len(latents), *values.shape[1:])
+    return total.index_add(0, owner, values) / count.reshape(-1, 1, 1, 1)
+
+
+def check_scheduler(scheduler: Any, num_inference_steps: int) -> None:
+    """
+    Refuse a scheduler whose timesteps this package would misread.
+
+    Raises:
+        ValueError: for a class outside `SUPPORTED_SCHEDULERS`, a noise schedule in sigma space, dynamic thresholding,
+            a schedule that ends in pure noise (ᾱ = 0), a timestep spacing that the scheduler itself mis-steps on, or a
+            number of steps outside `[1, num_train_timesteps]`.
+    """
+    name = type(scheduler).__name__
+    if not isinstance(scheduler, SUPPORTED_SCHEDULERS):
+        supported = ", ".join(cls.__name__ for cls in SUPPORTED_SCHEDULERS)
+        raise ValueError(f"`scheduler` has to be one of {supported} but is {name}.")
+    config = scheduler.config
+    for option in _SIGMA_OPTIONS:
+        if config.get(option):
+            raise ValueError(f"`scheduler.config.{option}` is not supported: load the {name} with `{option}=False`.")
+    if config.get("thresholding"):
+        raise ValueError(
+            f"`scheduler.config.thresholding` is not supported: load the {name} with `thresholding=False`."
+        )
+    if float(scheduler.alphas_cumprod[-1]) <= 0:
+        raise ValueError(
+            "`scheduler` has ᾱ = 0 at its last timestep, where x_0 cannot be computed from ε: load it with"
+            " `rescale_betas_zero_snr=False`."
+        )
+    num_train_timesteps = config.num_train_timesteps
+    if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, numbers.Integral):
+        raise ValueError(f"`num_inference_steps` has to be an integer but is {num_inference_steps!r}.")
+    if not 1 <= num_inference_steps <= num_train_timesteps:
+        raise ValueError(
+            f"`num_inference_steps` has to be between 1 and {num_train_timesteps} but is {num_inference_steps}."
+        )
+    if isinstance(scheduler, _FIXED_STRIDE_SCHEDULERS):
+        spacing = config.timestep_spacing
+        if spacing == "linspace" or (spacing == "trailing" and num_train_timesteps % num_inference_steps):
+            raise ValueError(
+                f"{name} mis-steps with `timestep_spacing={spacing!r}` and `num_inference_steps={num_inference_steps}`:"
+                f" use 'leading' spacing, or 'trailing' with a number of steps that divides {num_train_timesteps}."
+            )
+    if isinstance(scheduler, PNDMScheduler) and not config.skip_prk_steps and num_inference_steps < 4:
+        raise ValueError(
+            f"`num_inference_steps={num_inference_steps}` is too few for the Runge-Kutta steps of {name}: use at least 4, or"
+            " load it with `skip_prk_steps=True`."
+        )
+
+
+def sampling_scheduler(scheduler: Any, num_inference_steps: int, device: torch.device | str | None = None) -> Any:
+    """
+    A copy of `scheduler` for one call, with its timesteps set, that steps from an ε which is already clipped and guided.
+
+    The copy keeps the noise schedule and the spacing, and does not clip again. The scheduler given is not changed.
+    """
+    check_scheduler(scheduler, num_inference_steps)
+    scheduler = copy.deepcopy(scheduler)
+    overrides = {"prediction_type": "epsilon", "clip_sample": False}
+    scheduler.register_to_config(**{key: value for key, value in overrides.items() if key in scheduler.config})
+    scheduler.set_timesteps(num_inference_steps, device=device)
+    return scheduler
+
+
+def scheduler_step_kwargs(
+    scheduler: Any, eta: float, generator: Sequence[torch.Generator] | torch.Generator | None
+) -> dict[str, Any]:
+    """
+    The arguments among `eta` and `generator` that this scheduler's `step` accepts.
+
+    Raises:
+        ValueError: if `eta` is not 0 and the scheduler has no such parameter.
+    """
+    accepted = inspect.signature(scheduler.step).parameters
+    if eta != 0.0 and "eta" not in accepted:
+        raise ValueError(f"`eta={eta}` needs a DDIMScheduler: {type(scheduler).__name__} has no `eta`.")
+    kwargs: dict[str, Any] = {"eta": eta} if "eta" in accepted else {}
+    if "generator" in accepted:
+        kwargs["generator"] = generator
+    return kwargs
+
+
+def scheduler_step(
+    scheduler: Any,
+    noise_pred: torch.Tensor,
+    timestep: torch.Tensor | int,
+    latents: torch.Tensor,
+    variance: torch.Tensor | None = None,
+    **step_kwargs: Any,
+) -> torch.Tensor:
+    """x_{t-1} from x_t and the final ε, for a scheduler made by [`sampling_scheduler`] (eq. 3 for DDIM with η = 0)."""
+    if isinstance(scheduler, DDPMScheduler) and scheduler.config.variance_type in _LEARNED_VARIANCE:
+        if variance is None:
+            raise ValueError(
+                f"`scheduler.config.variance_type={scheduler.config.variance_type!r}` needs a network that predicts its"
+                " variance: use 'fixed_small' or 'fixed_large' with this one."
+            )
+        noise_pred = torch.cat([noise_pred, variance], dim=1)
+    return scheduler.step(noise_pred, timestep, latents, **step_kwargs).prev_sample
+
+
+def denoise(
+    scheduler: Any,
+    predict: Callable[[torch.Tensor, torch.Tensor, int], NoisePrediction],
+    latents: torch.Tensor,
+    timesteps: Sequence[torch.Tensor] | torch.Tensor,
+    step_kwargs: Mapping[str, Any] | None = None,
+    on_step_end: Callable[[int, torch.Tensor, torch.Tensor, NoisePrediction], torch.Tensor | None] | None = None,
+) -> torch.Tensor:
+    """
+    The sampling loop: predict, step, repeat.
+
+    Args:
+        scheduler: made by [`sampling_scheduler`].
+        predict: `predict(latents, timestep, step_index)` returns the final (guided) [`NoisePrediction`].
+        latents (`torch.Tensor` of shape `[batch_size, 3, height, width]`): x at `timesteps[0]`.
+        timesteps: the timesteps still to go, in descending order.
+        step_kwargs: passed to the scheduler's `step`; see [`scheduler_step_kwargs`].
+        on_step_end: `on_step_end(step_index, timestep, latents, prediction)` after each step; returns the latents to go
+            on with, or `None` to stop early.
+
+    Returns:
+        `torch.Tensor`: x_0, unclipped.
+    """
+    for step_index, timestep in enumerate(timesteps):
+        prediction = predict(latents, timestep, step_index)
+        latents = scheduler_step(
+            scheduler, prediction.noise_pred, timestep, latents, prediction.variance, **(step_kwargs or {})
+        )
+        if on_step_end is not None:
+            replaced = on_step_end(step_index, timestep, latents, prediction)
+            if replaced is None:
+                break
+            latents = replaced
+    return latents

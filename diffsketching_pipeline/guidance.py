@@ -1,0 +1,225 @@
+# Copyright 2026 The DiffSketching Pipeline Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Gradient guidance as callbacks: each adds its own term to the noise prediction before the scheduler steps.
+
+A callback follows diffusers' `PipelineCallback` and composes with `MultiPipelineCallbacks`. It is called as
+`callback(pipeline, step_index, timestep, callback_kwargs)` with, among `callback_kwargs`,
+
+- `latents`: x_t, `[batch_size, 3, height, width]`, float32;
+- `noise_pred`, `pred_original_sample`: the base prediction, the same for every callback; attached to `latents` if any
+  callback of the call has `through_unet`;
+- `alpha_prod`: ᾱ_t, `[1, 1, 1, 1]`;
+- `class_labels` `[batch_size]`, `sketch` `[num_sketches, 1, height, width]` and `sketch_owner` `[num_sketches]`, each
+  `None` if there is none;
+- `noise_pred_delta`: what is added to `noise_pred` in the end. A callback adds its own term to it and returns
+  `callback_kwargs`, so that the order of callbacks does not matter.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers.callbacks import PipelineCallback
+from diffusers.configuration_utils import register_to_config
+from torch import nn
+
+from diffsketching_pipeline.losses import SketchPerceptualLoss
+
+
+@contextmanager
+def gradient_mode() -> Iterator[None]:
+    """Record gradients, also below `torch.no_grad` and `torch.inference_mode` (whose tensors have to be cloned inside)."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+def check_finite(name: str, value: torch.Tensor, timestep: Any, scale: float | None = None) -> None:
+    """
+    Raises:
+        ValueError: if `value` has a NaN or an infinity; names the timestep, and the scale that was used.
+    """
+    if not bool(torch.isfinite(value).all()):
+        hint = (
+            "" if scale is None else f" with scale {scale}: lower the scale, or guide a smaller interval of the steps"
+        )
+        raise ValueError(f"{name} is not finite at timestep {int(timestep)}{hint}.")
+
+
+def float32_call(module: nn.Module, device: torch.device | str | None = None) -> Callable[..., Any]:
+    """
+    A callable that computes `module` in float32 without changing it.
+
+    The module itself if it is in float32 already. Otherwise, and where an offloading hook may move the weights away
+    between a forward and its backward, float32 copies of its parameters stand in for them. The same where the weights
+    were loaded under `torch.inference_mode`, whose tensors autograd refuses.
+    """
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    hooked = any(hasattr(child, "_hf_hook") for child in module.modules())
+    inference = any(x.is_inference() for x in tensors.values())
+    float32 = all(x.dtype == torch.float32 for x in tensors.values() if x.is_floating_point())
+    if float32 and not hooked and not inference:
+        return module
+    # The copies are made for autograd, wherever the call stands.
+    with torch.inference_mode(False), torch.no_grad():
+        copies = {
+            name: x.to(device, torch.float32 if x.is_floating_point() else x.dtype, copy=True)
+            for name, x in tensors.items()
+        }
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return torch.func.functional_call(module, copies, args, kwargs)
+
+    return call
+
+
+class GuidanceCallback(PipelineCallback):
+    """
+    Base of the guidance callbacks: gates by progress, checks for non-finite values, adds its term.
+
+    A subclass implements `noise_delta` and, if it needs the base prediction attached to `latents`, sets `through_unet`.
+
+    Args:
+        scale (`float`): size of the term; 0.0 adds nothing.
+        guidance_start (`float`, defaults to 0.0): fraction of the steps after which guidance begins.
+        guidance_end (`float`, defaults to 1.0): fraction of the steps at which guidance ends.
+
+    Raises:
+        ValueError: if the fractions are not `0 <= guidance_start < guidance_end <= 1`.
+    """
+
+    tensor_inputs = ["latents", "noise_pred", "pred_original_sample"]
+    through_unet = False
+
+    @register_to_config
+    def __init__(self, scale: float = 1.0, guidance_start: float = 0.0, guidance_end: float = 1.0):
+        super().__init__()
+        check_guidance_interval(guidance_start, guidance_end)
+
+    def is_active(self, step_index: int, num_steps: int) -> bool:
+        """Whether this step lies inside the guided interval."""
+        return self.config.scale != 0.0 and is_guided_step(
+            step_index, num_steps, self.config.guidance_start, self.config.guidance_end
+        )
+
+    def noise_delta(self, pipeline: Any, timestep: Any, callback_kwargs: dict[str, Any]) -> torch.Tensor:
+        """What this callback adds to ε, `[batch_size, 3, height, width]`."""
+        raise NotImplementedError(f"{type(self).__name__} has to implement `noise_delta`.")
+
+    def callback_fn(
+        self, pipeline: Any, step_index: int, timestep: Any, callback_kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        if not self.is_active(step_index, pipeline.num_timesteps):
+            return callback_kwargs
+        delta = self.noise_delta(pipeline, timestep, callback_kwargs)
+        check_finite(f"The gradient of {type(self).__name__}", delta, timestep, self.config.scale)
+        return {**callback_kwargs, "noise_pred_delta": callback_kwargs["noise_pred_delta"] + delta}
+
+
+def check_guidance_interval(guidance_start: float, guidance_end: float) -> None:
+    """
+    Raises:
+        ValueError: if the fractions are not `0 <= guidance_start < guidance_end <= 1`.
+    """
+    if not 0.0 <= guidance_start < guidance_end <= 1.0:
+        raise ValueError(
+            "`guidance_start` and `guidance_end` have to be fractions with 0 <= start < end <= 1 but are"
+            f" {guidance_start} and {guidance_end}."
+        )
+
+
+def is_guided_step(step_index: int, num_steps: int, guidance_start: float, guidance_end: float) -> bool:
+    """Whether step `step_index` of `num_steps` lies inside the interval, as diffusers' ControlNet pipelines count it."""
+    return step_index / num_steps >= guidance_start and (step_index + 1) / num_steps <= guidance_end
+
+
+class ClassifierGuidanceCallback(GuidanceCallback):
+    """
+    Classifier guidance (eq. 4): ε̂ = ε - w_c sqrt(1-ᾱ_t) ∇_{x_t} log p_φ(y | x_t, t) (Dhariwal & Nichol, 2021).
+
+    Uses the pipeline's `classifier`, which was trained on noisy images, and the class of each image. The gradient is
+    computed in float32 whatever the weights.
+    """
+
+    def noise_delta(self, pipeline: Any, timestep: Any, callback_kwargs: dict[str, Any]) -> torch.Tensor:
+        latents, labels = callback_kwargs["latents"], callback_kwargs["class_labels"]
+        classifier = pipeline.float32_call("classifier")
+        with gradient_mode():
+            sample = latents.detach().clone().requires_grad_(True)
+            logits = classifier(sample, timestep, return_dict=False)[0]
+            log_prob = logits.log_softmax(dim=-1).gather(1, labels.clone()[:, None]).sum()
+            (gradient,) = torch.autograd.grad(log_prob, sample)
+        return -self.config.scale * (1 - callback_kwargs["alpha_prod"]).sqrt() * gradient
+
+
+class SketchGuidanceCallback(GuidanceCallback):
+    """
+    Guidance by the drawing through the cross-domain constraint: the gradient of L_p(P(x̂_0), s) (eq. 5).
+
+    ε̂ = ε + w_p sqrt(1-ᾱ_t) ‖ε‖ ĝ, where ĝ is ∇_{x_t} L_p(P(clamp(x̂_0)), s) scaled to unit norm per image. With ε held
+    fixed dx̂_0/dx_t is 1/sqrt(ᾱ_t), through the network it is not, so the raw sizes differ by orders of magnitude; after
+    the normalisation `scale` is a fraction of the noise prediction and one value serves both. The clamp passes gradients
+    straight through, so that saturated pixels (white backgrounds) can still be drawn on.
+
+    Args:
+        scale (`float`): w_p; 0.05 to 0.3 is a useful range.
+        through_unet (`bool`, defaults to `False`): differentiate x̂_0 through the network (about three times the cost of
+            a step) instead of holding ε fixed.
+        guidance_start, guidance_end (`float`): fractions of the steps between which guidance is on.
+    """
+
+    @register_to_config
+    def __init__(
+        self, scale: float = 0.1, through_unet: bool = False, guidance_start: float = 0.0, guidance_end: float = 1.0
+    ):
+        super().__init__(scale=scale, guidance_start=guidance_start, guidance_end=guidance_end)
+        self.through_unet = through_unet
+
+    def noise_delta(self, pipeline: Any, timestep: Any, callback_kwargs: dict[str, Any]) -> torch.Tensor:
+        noise_pred = callback_kwargs["noise_pred"].detach()
+        gradient = self._perceptual_gradient(pipeline, callback_kwargs)
+        norm = gradient.flatten(1).norm(dim=1).reshape(-1, 1, 1, 1)
+        # The smallest normal number leaves a zero gradient (nothing to correct) at zero instead of at 0 / 0.
+        direction = gradient / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+        size = noise_pred.flatten(1).norm(dim=1).reshape(-1, 1, 1, 1)
+        return self.config.scale * (1 - callback_kwargs["alpha_prod"]).sqrt() * size * direction
+
+    def _perceptual_gradient(self, pipeline: Any, callback_kwargs: dict[str, Any]) -> torch.Tensor:
+        sketcher = pipeline.float32_call("sketcher")
+        perceptual_loss = SketchPerceptualLoss(pipeline.float32_call("sketch_encoder"))
+        target = self._target_features(pipeline, perceptual_loss, callback_kwargs["sketch"])
+        original = callback_kwargs["pred_original_sample"]
+        with gradient_mode():
+            owner = callback_kwargs["sketch_owner"].clone()
+            # Several drawings of one image: the mean of their constraints.
+            per_image = torch.bincount(owner, minlength=len(original))[owner]
+            if not self.through_unet:
+                original = original.detach().clone().requires_grad_(True)
+            clamped = original + (original.clamp(-1, 1) - original).detach()
+            features = [x[owner] for x in perceptual_loss.features(sketcher(clamped))]
+            loss = (perceptual_loss.distance(features, target) / per_image).sum()
+            if self.through_unet:
+                return torch.autograd.grad(loss, callback_kwargs["latents"], retain_graph=True)[0]
+            gradient = torch.autograd.grad(loss, original)[0]
+        return gradient / callback_kwargs["alpha_prod"].sqrt()
+
+    def _target_features(
+        self, pipeline: Any, perceptual_loss: SketchPerceptualLoss, sketch: torch.Tensor
+    ) -> list[torch.Tensor]:
+        def features() -> tuple[torch.Tensor, list[torch.Tensor]]:
+            with gradient_mode(), torch.no_grad():
+                return sketch, perceptual_loss.features(sketch.clone())
+
+        # The same at every step. Kept together with the drawing, whose `id` is then not given to another.
+        return pipeline.cached(("sketch_features", id(sketch)), features)[1]

@@ -1,0 +1,53 @@
+# Copyright 2026 The DiffSketching Pipeline Authors. All rights reserved.
+# Licensed under the Apache License, Version 2.0; see the file LICENSE.
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "diffsketching_pipeline/__init__.py").read_text(), re.M).group(
+    1
+)
+
+TRAIN = ["datasets>=3.0", "matplotlib>=3.7", "pyyaml>=6.0", "tensorboard>=2.14", "torchmetrics>=1.4", "tqdm>=4.65"]
+TEST = [*TRAIN, "mypy>=1.11", "pytest>=8.0", "ruff>=0.6", "types-PyYAML"]
+
+setup(
+    name="diffsketching_pipeline",
+    version=VERSION,
+    description="DiffSketching: many photos from one drawing, as a diffusers pipeline",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    author="The DiffSketching Pipeline Authors",
+    packages=find_packages(include=["diffsketching_pipeline", "diffsketching_pipeline.*"]),
+    package_data={"diffsketching_pipeline": ["py.typed", "checkpoints/**/*"]},
+    python_requires=">=3.10",
+    install_requires=[
+        "accelerate>=1.1",
+        "diffusers>=0.39",
+        "huggingface_hub>=0.34",
+        "numpy>=1.24",
+        "pillow>=10.1",
+        "rich>=13.0",
+        "safetensors>=0.4.3",
+        "scikit-image>=0.22",
+        "scipy>=1.11",
+        "torch>=2.4",
+        "torchvision>=0.19",
+        "transformers>=4.48",
+        "typer>=0.12",
+    ],
+    extras_require={"train": TRAIN, "test": TEST},
+    entry_points={"console_scripts": ["diffsketching=diffsketching_pipeline.cli:main"]},
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
