@@ -1,0 +1,80 @@
+# Copyright 2026 The DiffSketching Pipeline Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+import pytest
+import torch
+from testing_utils import COMPONENTS, ID2LABEL, SIZE, make_scheduler, make_unet
+
+from diffsketching_pipeline import DiffSketchingPipeline
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline_factory():
+    """
+    `make(components=..., scheduler=..., id2label=..., recommended=..., prediction_type=..., **unet_options)`: a
+    `DiffSketchingPipeline` of 16x16 pixels and random weights, the same ones for the same arguments.
+    """
+
+    def make(
+        components=tuple(COMPONENTS),
+        scheduler=None,
+        id2label=ID2LABEL,
+        recommended=None,
+        prediction_type="v_prediction",
+        **unet_options,
+    ):
+        modules = {}
+        with torch.random.fork_rng(devices=[]):
+            for seed, (name, build) in enumerate({"unet": lambda: make_unet(**unet_options), **COMPONENTS}.items()):
+                torch.manual_seed(seed)
+                if name == "unet" or name in components:
+                    modules[name] = build().eval()
+        scheduler = scheduler or make_scheduler(prediction_type=prediction_type)
+        pipe = DiffSketchingPipeline(scheduler=scheduler, id2label=id2label, recommended=recommended, **modules)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return make
+
+
+@pytest.fixture
+def tiny_pipeline(tiny_pipeline_factory):
+    """v-prediction, 4 input channels, the classes a, b and c and "no class", every optional component."""
+    return tiny_pipeline_factory()
+
+
+@pytest.fixture
+def tiny_unet(tiny_pipeline):
+    """`UNet2DModel` with 4 input channels (photo + sketch), 4 class embeddings and 3 output channels."""
+    return tiny_pipeline.unet
+
+
+@pytest.fixture
+def sketches():
+    """Three drawings in the sketch convention, `[3, 1, 16, 16]`."""
+    sketches = torch.ones(3, 1, SIZE, SIZE)
+    sketches[0, :, 4:12, 5] = -1
+    sketches[1, :, 8, 2:14] = -1
+    sketches[2, :, 3:13, [3, 12]] = -1
+    sketches[2, :, [3, 12], 3:13] = -1
+    return sketches
+
+
+@pytest.fixture
+def generators():
+    """`make(n, first=0)`: n generators with the seeds first, first + 1, ..."""
+
+    def make(n, first=0):
+        return [torch.Generator().manual_seed(first + i) for i in range(n)]
+
+    return make

@@ -1,0 +1,231 @@
+# Copyright 2026 The DiffSketching Pipeline Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from diffsketching_pipeline import cli
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_pipeline_factory, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    tiny_pipeline_factory().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def drawing(tmp_path):
+    path = tmp_path / "shape.png"
+    image = Image.new("L", (120, 90), 255)
+    ImageDraw.Draw(image).rectangle((30, 20, 90, 70), outline=0, width=3)
+    image.save(path)
+    return path
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["diffsketching", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    return stopped.value.code
+
+
+def generate(monkeypatch, checkpoint, drawing, output_dir, *arguments):
+    return run(
+        monkeypatch,
+        *("generate", drawing, "--model", checkpoint, "--output-dir", output_dir, "--steps", 2, "--device", "cpu"),
+        *arguments,
+    )
+
+
+def test_generate_writes_photos_sheet_and_metadata(monkeypatch, checkpoint, drawing, tmp_path):
+    out = tmp_path / "out"
+    assert generate(monkeypatch, checkpoint, drawing, out, "--num-images", 3, "--seed", 5) == 0
+    names = ["metadata.json", "shape_5.png", "shape_6.png", "shape_7.png", "shape_sheet.png"]
+    assert sorted(os.listdir(out)) == names
+    records = json.loads((out / "metadata.json").read_text())["images"]
+    assert [record["seed"] for record in records] == [5, 6, 7]
+    assert records[0]["class_predicted"] is True
+    assert records[0]["num_inference_steps"] == 2
+
+
+def test_a_photo_does_not_depend_on_batch_size_or_caller(monkeypatch, checkpoint, drawing, tmp_path):
+    from diffsketching_pipeline import DiffSketchingPipeline
+
+    for batch_size in (1, 4):
+        out = tmp_path / f"batch{batch_size}"
+        arguments = ("--num-images", 4, "--seed", 3, "--batch-size", batch_size, "--class-label", "b")
+        assert generate(monkeypatch, checkpoint, drawing, out, *arguments) == 0
+    pipe = DiffSketchingPipeline.from_pretrained(checkpoint)
+    generator = torch.Generator().manual_seed(4)
+    alone = pipe(
+        drawing, class_labels="b", num_images_per_sketch=1, num_inference_steps=2, generator=[generator]
+    ).images[0]
+    for batch_size in (1, 4):
+        written = np.asarray(Image.open(tmp_path / f"batch{batch_size}" / "shape_4.png"), dtype=int)
+        assert np.abs(written - np.asarray(alone, dtype=int)).max() <= 2
+
+
+def test_metadata_reproduces_a_photo(monkeypatch, checkpoint, drawing, tmp_path):
+    from diffsketching_pipeline import DiffSketchingPipeline
+
+    out = tmp_path / "out"
+    scales = ("--sketch-guidance-scale", 3.0, "--classifier-guidance-scale", 1.5)
+    assert generate(monkeypatch, checkpoint, drawing, out, "--num-images", 2, *scales) == 0
+    record = json.loads((out / "metadata.json").read_text())["images"][1]
+    image = DiffSketchingPipeline.from_pretrained(checkpoint)(
+        record["drawing"],
+        class_labels=record["class_label"],
+        num_images_per_sketch=1,
+        generator=[torch.Generator().manual_seed(record["seed"])],
+        **{key: value for key, value in record.items() if key.endswith("_scale") or key == "num_inference_steps"},
+        strength=record["strength"],
+    ).images[0]
+    written = np.asarray(Image.open(out / record["file"]), dtype=int)
+    assert np.abs(written - np.asarray(image, dtype=int)).max() <= 2
+
+
+def test_a_second_run_keeps_what_the_first_wrote(monkeypatch, capsys, checkpoint, drawing, tmp_path):
+    out = tmp_path / "out"
+    assert generate(monkeypatch, checkpoint, drawing, out, "--num-images", 1) == 0
+    first = (out / "shape_0.png").read_bytes()
+    assert generate(monkeypatch, checkpoint, drawing, out, "--num-images", 1) == 2
+    assert "shape_0.png' exists already" in capsys.readouterr().err
+    assert (out / "shape_0.png").read_bytes() == first
+    other = drawing.with_name("other.png")
+    other.write_bytes(drawing.read_bytes())
+    assert generate(monkeypatch, checkpoint, other, out, "--num-images", 1) == 0
+    files = [record["file"] for record in json.loads((out / "metadata.json").read_text())["images"]]
+    assert files == ["shape_0.png", "other_0.png"]
+    assert generate(monkeypatch, checkpoint, drawing, out, "--num-images", 1, "--overwrite") == 0
+
+
+def test_drawings_of_one_name_in_two_folders_do_not_collide(monkeypatch, checkpoint, drawing, tmp_path):
+    paths = []
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        paths.append(tmp_path / folder / "shape.png")
+        paths[-1].write_bytes(drawing.read_bytes())
+    out = tmp_path / "out"
+    assert generate(monkeypatch, checkpoint, paths[0], out, paths[1], "--num-images", 1, "--class-label", "a") == 0
+    assert {"a-shape_0.png", "b-shape_0.png"} <= set(os.listdir(out))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--num-images", 0), "`--num-images` has to be at least 1 but is 0."),
+        (("--batch-size", 0), "`--batch-size` has to be at least 1"),
+        (("--seed", -1), "`--seed` has to be a non-negative integer"),
+        (("--class-label", "bb"), "unknown class 'bb': did you mean 'b'?"),
+        (("--class-label", "7"), "`class_labels` has to be between 0 and 2 but has 7."),
+        (("--class-label", "a", "--class-label", "b"), "`--class-label` was given 2 times for 1 drawings"),
+        (("--steps", 0), "`num_inference_steps` has to be between 1 and"),
+        (("--strength", 0), "`strength` has to be in (0, 1]"),
+        (("--device", "nowhere"), "nowhere"),
+        (("--no-such-option",), "No such option"),
+    ],
+)
+def test_bad_options_are_one_line_and_exit_code_2(
+    monkeypatch, capsys, checkpoint, drawing, tmp_path, arguments, message
+):
+    assert generate(monkeypatch, checkpoint, drawing, tmp_path / "out", *arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len([line for line in error.splitlines() if line.startswith("diffsketching: error: ")]) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def _blank(path):
+    Image.new("L", (64, 64), 255).save(path)
+
+
+def _black(path):
+    Image.new("L", (64, 64), 0).save(path)
+
+
+def _truncated(path):
+    noise = np.random.default_rng(0).integers(0, 255, (256, 256), dtype=np.uint8)
+    Image.fromarray(noise).save(path)
+    path.write_bytes(path.read_bytes()[:2000])
+
+
+def _not_an_image(path):
+    path.write_text("not an image")
+
+
+@pytest.mark.parametrize("make", [_blank, _black, _truncated, _not_an_image, lambda path: None])
+def test_bad_drawings_name_the_file_and_leave_nothing(monkeypatch, capsys, checkpoint, tmp_path, make):
+    path = tmp_path / "bad.png"
+    make(path)
+    assert generate(monkeypatch, checkpoint, path, tmp_path / "out") == 2
+    assert "bad.png" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_holds_something_else_is_refused(monkeypatch, capsys, checkpoint, drawing, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    assert generate(monkeypatch, checkpoint, drawing, tmp_path / "file") == 2
+    assert "is a file" in capsys.readouterr().err
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "metadata.json").write_text("[]")
+    assert generate(monkeypatch, checkpoint, drawing, tmp_path / "out") == 2
+    assert (tmp_path / "out" / "metadata.json").read_text() == "[]"
+
+
+def test_a_failed_write_leaves_no_half_file(monkeypatch, tmp_path):
+    def fail(source, target):
+        raise OSError("disk full")
+
+    (tmp_path / "kept.png").write_bytes(b"whole")
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        cli._write_atomically(tmp_path / "kept.png", b"other")
+    assert os.listdir(tmp_path) == ["kept.png"]
+    assert (tmp_path / "kept.png").read_bytes() == b"whole"
+
+
+def test_info_shows_components_and_classes(monkeypatch, capsys, checkpoint):
+    assert run(monkeypatch, "info", checkpoint) == 0
+    shown = capsys.readouterr().out
+    assert "UNet2DModel" in shown
+    assert "classes (3): a, b, c" in shown
+    assert "photo + sketch" in shown
+
+
+def test_convert_commands_refuse_in_one_line(monkeypatch, capsys, tmp_path):
+    missing = tmp_path / "none.pt"
+    out = tmp_path / "out"
+    common = ("convert-guided-diffusion", "--unet-checkpoint", missing, "--output-dir", out)
+    assert run(monkeypatch, *common) == 2
+    assert "either `--flags` or `--preset`" in capsys.readouterr().err
+    assert run(monkeypatch, *common, "--preset", "256") == 2
+    assert "none.pt" in capsys.readouterr().err
+    assert run(monkeypatch, "convert-photosketch", missing, "--output-dir", out) == 2
+    assert "none.pt" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_the_command_is_cheap_to_ask_for_help():
+    code = (
+        "import sys; from diffsketching_pipeline import cli; print('torch' in sys.modules, 'diffusers' in sys.modules)"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown.split() == ["False", "False"]

@@ -1,0 +1,475 @@
+# Copyright 2026 The DiffSketching Pipeline Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+import copy
+
+import pytest
+import torch
+from diffusers import (
+    DDIMInverseScheduler,
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
+from testing_utils import SIZE, cosine_alphas_cumprod, make_scheduler, make_unet, randn
+
+from diffsketching_pipeline.denoising import (
+    Conditioning,
+    NoisePrediction,
+    check_scheduler,
+    denoise,
+    get_alpha_prod,
+    predict_noise,
+    sampling_scheduler,
+    scheduler_step_kwargs,
+    split_model_output,
+)
+
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+PHOTO = {"in_channels": 3, "num_class_embeds": None}
+
+
+def make_latents(batch_size=2):
+    return randn(batch_size, 3, SIZE, SIZE, seed=5)
+
+
+def count_calls(module):
+    """A list that gets the batch size of each forward."""
+    sizes = []
+    module.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    return sizes
+
+
+def to_epsilon(output, latents, timestep, prediction_type):
+    """Of the network's own parametrisation, by the definitions of v and x_t."""
+    alpha = cosine_alphas_cumprod()[timestep].float()
+    if prediction_type == "epsilon":
+        return output
+    if prediction_type == "sample":
+        return (latents - alpha.sqrt() * output) / (1 - alpha).sqrt()
+    return alpha.sqrt() * output + (1 - alpha).sqrt() * latents
+
+
+# ---- one prediction ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_split_model_output_inverts_the_definitions(prediction_type):
+    noise, photo = randn(2, 3, 4, 4, seed=1), randn(2, 3, 4, 4, seed=2)
+    alpha_prod = torch.tensor([0.9, 0.2]).reshape(2, 1, 1, 1)
+    a, s = alpha_prod.sqrt(), (1 - alpha_prod).sqrt()
+    output = {"epsilon": noise, "v_prediction": a * noise - s * photo, "sample": photo}[prediction_type]
+    found_noise, found_photo = split_model_output(output, a * photo + s * noise, alpha_prod, prediction_type)
+    torch.testing.assert_close(found_noise, noise, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found_photo, photo, atol=1e-5, rtol=0)
+
+
+def test_unknown_prediction_type_is_refused():
+    with pytest.raises(ValueError, match="`prediction_type` .* but is 'flow_prediction'"):
+        split_model_output(torch.zeros(1), torch.zeros(1), torch.tensor(0.5), "flow_prediction")
+
+
+def test_alpha_prod_is_that_of_the_schedule():
+    timesteps = torch.tensor([0, 500, 999])
+    found = get_alpha_prod(make_scheduler(), timesteps, torch.zeros(3, 3, 2, 2))
+    assert found.shape == (3, 1, 1, 1) and found.dtype == torch.float32
+    torch.testing.assert_close(found.flatten().double(), cosine_alphas_cumprod()[timesteps], rtol=1e-4, atol=1e-9)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_noise_is_rederived_from_the_clipped_photo(prediction_type, tiny_unet, sketches):
+    scheduler, latents, timestep = make_scheduler(prediction_type=prediction_type), 2 * make_latents(), 400
+    tiny_unet.conv_out.weight *= 5
+    conditioning = Conditioning(torch.tensor([1, 2]), sketches[:2])
+    raw = predict_noise(tiny_unet, tiny_unet.config, scheduler, latents, timestep, conditioning, clip_sample=False)
+    output = tiny_unet(torch.cat([latents, sketches[:2]], dim=1), timestep, torch.tensor([1, 2])).sample
+    torch.testing.assert_close(raw.noise_pred, to_epsilon(output, latents, timestep, prediction_type))
+    assert raw.pred_original_sample.abs().max() > 1.2
+
+    for limit in (1.0, 0.7):
+        clipped = predict_noise(
+            tiny_unet, tiny_unet.config, scheduler, latents, timestep, conditioning, clip_sample_range=limit
+        )
+        photo = raw.pred_original_sample.clip(-limit, limit)
+        alpha = cosine_alphas_cumprod()[timestep].float()
+        torch.testing.assert_close(clipped.pred_original_sample, photo)
+        torch.testing.assert_close(alpha.sqrt() * photo + (1 - alpha).sqrt() * clipped.noise_pred, latents)
+    assert clipped.variance is None
+
+
+@torch.no_grad()
+def test_one_timestep_per_image_equals_separate_calls(tiny_unet, sketches):
+    scheduler, latents, labels = make_scheduler(), make_latents(3), torch.tensor([0, 1, 3])
+    conditioning = Conditioning(labels, sketches)
+    together = predict_noise(
+        tiny_unet, tiny_unet.config, scheduler, latents, torch.tensor([10, 500, 900]), conditioning, 2.0
+    )
+    for row, timestep in enumerate((10, 500, 900)):
+        one = slice(row, row + 1)
+        conditioning = Conditioning(labels[one], sketches[one])
+        alone = predict_noise(tiny_unet, tiny_unet.config, scheduler, latents[one], timestep, conditioning, 2.0)
+        torch.testing.assert_close(together.noise_pred[one], alone.noise_pred, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_batched_guidance_equals_two_separate_passes(prediction_type, tiny_unet, sketches):
+    scheduler, latents, labels = make_scheduler(prediction_type=prediction_type), make_latents(), torch.tensor([0, 2])
+
+    def separate(sketch):
+        output = tiny_unet(torch.cat([latents, sketch], dim=1), 600, labels).sample
+        return to_epsilon(output, latents, 600, prediction_type)
+
+    with_sketch, without = separate(sketches[:2]), separate(torch.zeros(2, 1, SIZE, SIZE))
+    assert (with_sketch - without).abs().max() > 1e-2
+    sizes = count_calls(tiny_unet)
+    for scale, size in ((0.0, 4), (1.0, 2), (2.5, 4)):
+        sizes.clear()
+        conditioning = Conditioning(labels, sketches[:2])
+        found = predict_noise(
+            tiny_unet, tiny_unet.config, scheduler, latents, 600, conditioning, scale, clip_sample=False
+        )
+        expected = without + scale * (with_sketch - without)
+        torch.testing.assert_close(found.noise_pred, expected, atol=1e-5, rtol=1e-5)
+        assert sizes == [size]
+
+
+@torch.no_grad()
+def test_learned_variance_is_dropped_from_the_noise_and_not_extrapolated(sketches):
+    unet, scheduler, latents = make_unet(out_channels=6).eval(), make_scheduler(), make_latents()
+    conditioning = Conditioning(torch.tensor([0, 1]), sketches[:2])
+    output = unet(torch.cat([latents, sketches[:2]], dim=1), 300, torch.tensor([0, 1])).sample
+    for scale in (1.0, 3.0):
+        found = predict_noise(unet, unet.config, scheduler, latents, 300, conditioning, scale)
+        assert found.noise_pred.shape == latents.shape
+        torch.testing.assert_close(found.variance, output[:, 3:], atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_several_drawings_of_one_image_average_its_noise(scale, tiny_unet, sketches):
+    scheduler, latents, labels = make_scheduler(prediction_type="epsilon"), make_latents(), torch.tensor([0, 1])
+    owner = torch.tensor([1, 0, 1])
+
+    def predict(rows, sketch):
+        conditioning = Conditioning(labels[rows], sketch)
+        return predict_noise(
+            tiny_unet, tiny_unet.config, scheduler, latents[rows], 500, conditioning, scale, clip_sample=False
+        ).noise_pred
+
+    expected = torch.cat([predict([0], sketches[1:2]), (predict([1], sketches[:1]) + predict([1], sketches[2:])) / 2])
+    for order in ([0, 1, 2], [2, 1, 0], [1, 2, 0]):
+        found = predict_noise(
+            *(tiny_unet, tiny_unet.config, scheduler, latents, 500),
+            Conditioning(labels, sketches[order], owner[order]),
+            scale,
+            clip_sample=False,
+        )
+        torch.testing.assert_close(found.noise_pred, expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_the_sketch_reaches_only_a_network_with_a_channel_for_it(tiny_unet, sketches):
+    scheduler, latents, labels = make_scheduler(), make_latents(), torch.tensor([0, 1])
+    photo_unet = make_unet(in_channels=3).eval()
+
+    def predict(unet, sketch, scale=1.0):
+        return predict_noise(
+            unet, unet.config, scheduler, latents, 500, Conditioning(labels, sketch), scale
+        ).noise_pred
+
+    sizes = count_calls(photo_unet)
+    without = predict(photo_unet, None)
+    assert torch.equal(without, predict(photo_unet, sketches[:2], scale=3.0)) and sizes == [2, 2]
+    zeros = torch.zeros(2, 1, SIZE, SIZE)
+    assert torch.equal(predict(tiny_unet, None), predict(tiny_unet, zeros))
+    assert not torch.equal(predict(tiny_unet, zeros), predict(tiny_unet, sketches[:2]))
+
+
+@torch.no_grad()
+def test_classes_reach_only_a_network_that_knows_them():
+    unet, latents = make_unet(in_channels=3, num_class_embeds=None).eval(), make_latents()
+    found = [
+        predict_noise(unet, unet.config, make_scheduler(), latents, 500, Conditioning(labels)).noise_pred
+        for labels in (torch.tensor([0, 1]), None)
+    ]
+    assert torch.equal(*found)
+
+
+def test_a_wrapped_network_is_called_through_its_wrapper_and_differentiated(tiny_unet, sketches):
+    calls = []
+
+    def wrapper(*args, **kwargs):
+        calls.append(args[0].shape)
+        return tiny_unet(*args, **kwargs)
+
+    latents = make_latents().requires_grad_(True)
+    found = predict_noise(
+        *(wrapper, tiny_unet.config, make_scheduler(), latents, torch.tensor([900, 100])),
+        Conditioning(torch.tensor([0, 1]), sketches[:2]),
+        2.0,
+    )
+    found.noise_pred.square().sum().backward()
+    assert calls == [(4, 4, SIZE, SIZE)]
+    assert latents.grad.abs().max() > 0 and tiny_unet.conv_in.weight.grad.abs().max() > 0
+
+
+@torch.no_grad()
+def test_half_precision_weights_predict_in_float32(tiny_unet, sketches):
+    arguments = make_scheduler(), make_latents(), 500, Conditioning(torch.tensor([0, 1]), sketches[:2])
+    expected = predict_noise(tiny_unet, tiny_unet.config, *arguments)
+    half = copy.deepcopy(tiny_unet).bfloat16()
+    found = predict_noise(half, half.config, *arguments)
+    assert found.noise_pred.dtype == found.pred_original_sample.dtype == torch.float32
+    torch.testing.assert_close(found.noise_pred, expected.noise_pred, atol=0.05, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_prediction_that_is_not_finite_names_timestep_and_scale(value, tiny_unet, sketches):
+    tiny_unet.conv_out.bias[1] = value
+    conditioning = Conditioning(torch.tensor([0, 1]), sketches[:2])
+    with pytest.raises(ValueError, match=r"not finite at timestep 321 with `sketch_guidance_scale=2.5`"):
+        predict_noise(tiny_unet, tiny_unet.config, make_scheduler(), make_latents(), 321, conditioning, 2.5)
+
+
+# ---- schedulers -------------------------------------------------------------------------------------------------------
+
+
+SAMPLERS = {
+    "ddim": (DDIMScheduler, {"timestep_spacing": "leading"}, {}),
+    "ddim-trailing": (DDIMScheduler, {"timestep_spacing": "trailing"}, {}),
+    "ddim-offset": (DDIMScheduler, {"timestep_spacing": "leading", "steps_offset": 1}, {}),
+    "ddim-eta": (DDIMScheduler, {"timestep_spacing": "leading"}, {"eta": 0.7}),
+    "ddpm": (DDPMScheduler, {"variance_type": "fixed_small"}, {}),
+    "ddpm-large": (DDPMScheduler, {"variance_type": "fixed_large", "timestep_spacing": "linspace"}, {}),
+    "ddpm-learned": (DDPMScheduler, {"variance_type": "learned"}, {}),
+    "ddpm-learned-range": (DDPMScheduler, {"variance_type": "learned_range"}, {}),
+    "dpm": (DPMSolverMultistepScheduler, {}, {}),
+    "dpm-sde": (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}, {}),
+    "unipc": (UniPCMultistepScheduler, {}, {}),
+    "pndm": (PNDMScheduler, {}, {}),
+    "pndm-plms": (PNDMScheduler, {"skip_prk_steps": True}, {}),
+}
+
+
+def make_sampler(name, prediction_type="epsilon", clip_sample=False):
+    cls, options, step_options = SAMPLERS[name]
+    options = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": prediction_type, **options}
+    if cls in (DDIMScheduler, DDPMScheduler):
+        options["clip_sample"] = clip_sample
+    return cls(**options), step_options
+
+
+def sample_with_us(unet, scheduler, latents, conditioning, steps, clip_sample=False, eta=0.0, generator=None):
+    copied = sampling_scheduler(scheduler, steps)
+
+    def predict(latents, timestep, step_index):
+        return predict_noise(unet, unet.config, scheduler, latents, timestep, conditioning, clip_sample=clip_sample)
+
+    return denoise(copied, predict, latents, copied.timesteps, scheduler_step_kwargs(copied, eta, generator))
+
+
+def sample_with_diffusers(unet, scheduler, latents, labels, steps, **step_kwargs):
+    """The loop of diffusers' own unconditional pipelines."""
+    scheduler.set_timesteps(steps)
+    for timestep in scheduler.timesteps:
+        latents = scheduler.step(unet(latents, timestep, labels).sample, timestep, latents, **step_kwargs).prev_sample
+    return latents
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_sampling_equals_the_plain_loop_of_diffusers(name, prediction_type, generators):
+    torch.manual_seed(0)
+    if prediction_type == "v_prediction" and name.startswith("pndm"):
+        pytest.skip("PNDM combines the raw outputs of several timesteps, which is another method in v than in ε")
+    unet = make_unet(in_channels=3, out_channels=6 if "learned" in name else 3).eval()
+    # A variance cannot be negative, which random weights do not know.
+    unet.conv_out.bias[3:] += 2.0
+    latents, labels = make_latents(), torch.tensor([0, 3])
+    scheduler, options = make_sampler(name, prediction_type)
+    random = name.startswith(("ddpm", "dpm-sde")) or "eta" in options
+    plain_options = {**options, **({"generator": generators(2)} if random else {})}
+    expected = sample_with_diffusers(unet, copy.deepcopy(scheduler), latents, labels, 10, **plain_options)
+    found = sample_with_us(unet, scheduler, latents, Conditioning(labels), 10, generator=generators(2), **options)
+    assert torch.isfinite(expected).all()
+    # An ε network's output goes through unchanged; v is turned into ε, which rounds.
+    tolerance = {"rtol": 0, "atol": 0} if prediction_type == "epsilon" else {"rtol": 1e-3, "atol": 1e-3}
+    torch.testing.assert_close(found, expected, **tolerance)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["ddim", "ddim-trailing", "ddpm", "ddpm-learned-range"])
+def test_clipping_equals_that_of_diffusers(name, generators):
+    torch.manual_seed(0)
+    unet = make_unet(in_channels=3, out_channels=6 if "learned" in name else 3).eval()
+    latents, labels = 2 * make_latents(), torch.tensor([0, 3])
+    scheduler, _ = make_sampler(name, clip_sample=True)
+    options = {"generator": generators(2)} if "ddpm" in name else {"use_clipped_model_output": True}
+    expected = sample_with_diffusers(unet, copy.deepcopy(scheduler), latents, labels, 10, **options)
+    arguments = unet, scheduler, latents, Conditioning(labels), 10
+    found = sample_with_us(*arguments, clip_sample=True, generator=generators(2))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+    assert (found - sample_with_us(*arguments, generator=generators(2))).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_given_scheduler_is_not_changed(name):
+    scheduler, _ = make_sampler(name, "v_prediction", clip_sample=True)
+    state = copy.deepcopy(scheduler.__dict__)
+    copied = sampling_scheduler(scheduler, 8)
+    copied.step(randn(1, 6 if "learned" in name else 3, 4, 4), copied.timesteps[0], randn(1, 3, 4, 4))
+    assert copied.config.prediction_type == "epsilon" and not copied.config.get("clip_sample")
+    assert scheduler.__dict__.keys() == state.keys()
+    for key, value in state.items():
+        assert (
+            torch.equal(value, scheduler.__dict__[key])
+            if torch.is_tensor(value)
+            else (str(value) == str(scheduler.__dict__[key]))
+        )
+
+
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if name.startswith(("ddim", "dpm", "unipc", "pndm"))])
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+@torch.no_grad()
+def test_every_sampler_solves_the_exact_flow_of_gaussian_data(name, strength, tiny_pipeline):
+    """
+    Of photos drawn from N(0, σ²) the exact ε is sqrt(1-ᾱ) x_t / v_t with v_t = ᾱ σ² + 1 - ᾱ, and the probability flow
+    keeps x_t / sqrt(v_t): whatever the start, x_0 is known.
+    """
+    if "eta" in name or "sde" in name:
+        pytest.skip("not the probability flow")
+    if strength < 1 and name == "pndm":
+        pytest.skip("cannot start in the middle")
+    variance = 0.25
+    scheduler, _ = make_sampler(name)
+    alphas_cumprod = scheduler.alphas_cumprod
+
+    def unet(sample, timestep, class_labels=None, return_dict=False):
+        alpha = alphas_cumprod[timestep]
+        return ((1 - alpha).sqrt() * sample / (alpha * variance + 1 - alpha),)
+
+    copied = sampling_scheduler(scheduler, 100)
+    timesteps = tiny_pipeline.get_timesteps(copied, 100, strength)
+    alpha = alphas_cumprod[timesteps[0]]
+    if strength < 1:
+        assert 400 < timesteps[0] < 600 and len(timesteps.unique()) == 50
+    latents = randn(1, 3, 4, 4, seed=2)
+
+    def predict(latents, timestep, step_index):
+        return predict_noise(unet, PHOTO, scheduler, latents, timestep, Conditioning(), clip_sample=False)
+
+    found = denoise(copied, predict, latents, timesteps)
+    expected = latents * (variance / (alpha * variance + 1 - alpha)).sqrt()
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0)
+
+
+def karras(cls=DPMSolverMultistepScheduler, **options):
+    return cls(**{"use_karras_sigmas": True, **options})
+
+
+@pytest.mark.parametrize(
+    ("make", "steps", "message"),
+    [
+        (EulerDiscreteScheduler, 10, "`scheduler` has to be one of DDIMScheduler.* but is EulerDiscreteScheduler"),
+        (LCMScheduler, 4, "but is LCMScheduler"),
+        (DDIMInverseScheduler, 10, "but is DDIMInverseScheduler"),
+        (karras, 10, "`scheduler.config.use_karras_sigmas` is not supported"),
+        (lambda: karras(UniPCMultistepScheduler), 10, "UniPCMultistepScheduler with `use_karras_sigmas=False`"),
+        (lambda: DPMSolverMultistepScheduler(use_lu_lambdas=True), 10, "use_lu_lambdas"),
+        (lambda: DPMSolverMultistepScheduler(use_exponential_sigmas=True), 10, "use_exponential_sigmas"),
+        (lambda: DDIMScheduler(thresholding=True), 10, "`scheduler.config.thresholding` is not supported"),
+        (lambda: DDIMScheduler(rescale_betas_zero_snr=True), 10, "`rescale_betas_zero_snr=False`"),
+        (lambda: DDIMScheduler(timestep_spacing="trailing"), 30, "mis-steps with `timestep_spacing='trailing'`"),
+        (lambda: PNDMScheduler(timestep_spacing="trailing"), 30, "PNDMScheduler mis-steps"),
+        (lambda: DDIMScheduler(timestep_spacing="linspace"), 10, "mis-steps with `timestep_spacing='linspace'`"),
+        (PNDMScheduler, 3, "`num_inference_steps=3` is too few for the Runge-Kutta steps"),
+        (DDIMScheduler, 0, "`num_inference_steps` has to be between 1 and 1000 but is 0"),
+        (DDIMScheduler, 1001, "between 1 and 1000 but is 1001"),
+        (DDIMScheduler, 2.0, "`num_inference_steps` has to be an integer but is 2.0"),
+        (DDIMScheduler, True, "has to be an integer but is True"),
+    ],
+)
+def test_schedulers_that_would_be_misread_are_refused(make, steps, message):
+    with pytest.raises(ValueError, match=message):
+        sampling_scheduler(make(), steps)
+
+
+def test_what_only_looks_like_those_is_accepted():
+    check_scheduler(DDIMScheduler(timestep_spacing="trailing"), 20)
+    check_scheduler(DDPMScheduler(timestep_spacing="linspace"), 30)
+    check_scheduler(DPMSolverMultistepScheduler(timestep_spacing="trailing"), 30)
+    check_scheduler(PNDMScheduler(skip_prk_steps=True), 2)
+
+
+def test_eta_is_for_ddim():
+    generator = torch.Generator()
+    assert scheduler_step_kwargs(DDIMScheduler(), 0.5, generator) == {"eta": 0.5, "generator": generator}
+    assert scheduler_step_kwargs(DDPMScheduler(), 0.0, generator) == {"generator": generator}
+    assert scheduler_step_kwargs(PNDMScheduler(), 0.0, generator) == {}
+    with pytest.raises(ValueError, match="`eta=0.5` needs a DDIMScheduler: DDPMScheduler has no `eta`"):
+        scheduler_step_kwargs(DDPMScheduler(), 0.5, generator)
+
+
+def test_learned_variance_without_a_network_for_it_is_refused():
+    scheduler = sampling_scheduler(DDPMScheduler(variance_type="learned_range"), 4)
+    prediction = NoisePrediction(make_latents(), make_latents())
+    with pytest.raises(ValueError, match="`scheduler.config.variance_type='learned_range'` needs a network"):
+        denoise(scheduler, lambda *_: prediction, make_latents(), scheduler.timesteps)
+
+
+# ---- the loop ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_loop_can_be_steered_and_stopped():
+    scheduler = sampling_scheduler(make_scheduler(prediction_type="epsilon"), 5)
+    seen, ended = [], []
+
+    def predict(latents, timestep, step_index):
+        seen.append((int(timestep), step_index, float(latents.mean())))
+        return NoisePrediction(torch.zeros_like(latents), latents)
+
+    def on_step_end(step_index, timestep, latents, prediction):
+        ended.append(latents)
+        return None if step_index == 2 else torch.full_like(latents, step_index + 10)
+
+    found = denoise(scheduler, predict, torch.ones(1, 3, 2, 2), scheduler.timesteps, None, on_step_end)
+    assert seen == [(800, 0, 1.0), (600, 1, 10.0), (400, 2, 11.0)]
+    assert torch.equal(found, ended[-1])
+
+
+def test_the_loop_is_differentiable(tiny_unet, sketches):
+    scheduler, conditioning = make_scheduler(), Conditioning(torch.tensor([0, 1]), sketches[:2])
+    direction = randn(2, 3, SIZE, SIZE, seed=9)
+
+    def loss(latents):
+        copied = sampling_scheduler(scheduler, 3)
+
+        def predict(latents, timestep, step_index):
+            return predict_noise(tiny_unet, tiny_unet.config, scheduler, latents, timestep, conditioning, 2.0, False)
+
+        return denoise(copied, predict, latents, copied.timesteps).square().mean()
+
+    latents = make_latents().requires_grad_(True)
+    (gradient,) = torch.autograd.grad(loss(latents), latents)
+    with torch.no_grad():
+        difference = (loss(latents + 0.01 * direction) - loss(latents - 0.01 * direction)) / 0.02
+    torch.testing.assert_close((gradient * direction).sum(), difference, rtol=5e-3, atol=1e-6)

@@ -1,0 +1,470 @@
+# Copyright 2026 The DiffSketching Pipeline Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Draws the six drawings next to this file, stroke by stroke: python draw.py"""
+
+import logging
+import runpy
+import shutil
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from scipy import ndimage
+
+from diffsketching_pipeline.image_processor import MAX_SKETCH_SIDE, SketchProcessor
+
+
+DRAWINGS = Path(__file__).parents[1] / "examples" / "drawings"
+# An open zigzag, as shares of the page's shorter side.
+ZIGZAG = [(0.15, 0.2), (0.85, 0.3), (0.2, 0.5), (0.8, 0.8), (0.3, 0.75)]
+
+
+def draw(size=(256, 256), width=4, points=ZIGZAG, paper=255, ink=0, mode="L", scale=1.0, shift=(0.0, 0.0)):
+    image = Image.new(mode, size, paper)
+    side = min(size)
+    path = [(side * (scale * x + shift[0]), side * (scale * y + shift[1])) for x, y in points]
+    pen = ImageDraw.Draw(image)
+    pen.line(path, fill=ink, width=width)
+    if width > 2:
+        for x, y in path:
+            pen.ellipse((x - width / 2, y - width / 2, x + width / 2, y + width / 2), fill=ink)
+    return image
+
+
+def photograph(drawing, seed=0, contrast=0.4, shade=0.5, noise=6.0):
+    """Pencil on paper that the light falls on from one corner."""
+    rng = np.random.default_rng(seed)
+    ink = ndimage.gaussian_filter(1 - np.asarray(drawing) / 255.0, 1.0) * contrast
+    y, x = np.mgrid[0 : 1 : ink.shape[0] * 1j, 0 : 1 : ink.shape[1] * 1j]
+    light = 230 * (1 - shade * (0.6 * x + 0.4 * y))
+    return Image.fromarray(np.uint8(np.clip((1 - ink) * light + noise * rng.standard_normal(ink.shape), 0, 255)))
+
+
+def farthest(sketch, reference):
+    """Distance in pixels of the dark pixels of either sketch from those of the other, the largest (Hausdorff)."""
+    first, second = (np.asarray(s).squeeze() < 0 for s in (sketch, reference))
+    to_first, to_second = (ndimage.distance_transform_edt(~s) for s in (first, second))
+    return max(to_second[first].max(), to_first[second].max())
+
+
+def dark_box(sketch):
+    """Left, top, right and bottom of the dark pixels."""
+    rows, columns = (np.flatnonzero((np.asarray(sketch).squeeze() < 0).any(axis)) for axis in (1, 0))
+    return [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return SketchProcessor(resolution=64)
+
+
+@pytest.fixture(scope="module")
+def reference(processor):
+    return processor.preprocess(draw())
+
+
+def test_convention(processor, reference):
+    assert reference.shape == (1, 1, 64, 64) and reference.dtype == torch.float32
+    assert reference.min() == -1 and reference.max() == 1
+    assert (reference == 1).float().mean() > 0.8
+    assert torch.equal(reference, processor.preprocess(draw()))
+    assert processor.preprocess(draw(), height=32, width=48).shape == (1, 1, 32, 48)
+
+
+@pytest.mark.parametrize(
+    "size, width",
+    [((64, 64), 1), ((100, 100), 1), ((256, 256), 1), ((256, 256), 10), ((256, 256), 20), ((1000, 1000), 6)]
+    + [((4096, 4096), 1), ((4096, 4096), 20), ((700, 300), 3), ((90, 1500), 2)],
+)
+def test_lines_come_out_alike_whatever_their_width_and_the_page(processor, reference, size, width):
+    sketch = processor.preprocess(draw(size, width))
+    # Where thick lines meet or end, their centre is uncertain by half their width.
+    assert farthest(sketch, reference) <= max(2, 1 + 64 * width / min(size) / 2)
+    assert (1 - sketch).sum().item() == pytest.approx((1 - reference).sum().item(), rel=0.12)
+
+
+@pytest.mark.parametrize("resolution, pixels", [(64, 4), (32, 2), (128, 8)])
+def test_line_width_is_a_share_of_the_output(resolution, pixels):
+    line = draw(points=[(0.1, 0.5), (0.9, 0.5)], width=3)
+    column = SketchProcessor(resolution, line_width=1 / 16).preprocess(line)[0, 0, :, resolution // 2]
+    assert ((1 - column) / 2).sum().item() == pytest.approx(pixels, abs=0.3)
+    assert (column == -1).sum() == pixels
+
+
+def test_double_strokes_become_one(processor):
+    once = draw((512, 512), 3)
+    twice = Image.fromarray(np.minimum(once, draw((512, 512), 3, shift=(0.0, 0.01))))
+    first, second = processor.preprocess([once, twice])
+    assert (1 - second).sum().item() == pytest.approx((1 - first).sum().item(), rel=0.1)
+
+
+@pytest.mark.parametrize("scale, shift", [(0.05, (0.9, 0.02)), (0.3, (0.1, 0.6)), (0.9, (0.05, 0.05))])
+def test_content_is_centred_and_scaled_to_the_margin(processor, reference, scale, shift):
+    sketch = processor.preprocess(draw((2000, 2000), 3, scale=scale, shift=shift))
+    assert farthest(sketch, reference) <= 1.5
+    left, top, right, bottom = dark_box(sketch)
+    assert [left, 64 - right] == pytest.approx([5, 5], abs=1.1)
+    assert abs(top - (64 - bottom)) <= 1
+
+
+def test_page_keeps_its_place_and_is_padded(processor):
+    # A 128 x 64 page shrinks to half and is centred: x -> x / 2, y -> y / 2 + 16.
+    page = draw((128, 64), 3, points=[(0.25, 0.5), (1.75, 0.5)])
+    sketch = processor.preprocess(page, fit="page")
+    assert dark_box(sketch) == pytest.approx([8, 31, 56, 33], abs=1)
+    stretched = processor.preprocess(page, fit="page", resize_mode="stretch")
+    assert dark_box(stretched) == pytest.approx([8, 31, 56, 33], abs=1)
+    high = draw((128, 64), 3, points=[(0.25, 0.25), (1.75, 0.25)])
+    assert dark_box(processor.preprocess(high, fit="page"))[1] == pytest.approx(23, abs=1)
+    assert dark_box(processor.preprocess(high, fit="page", resize_mode="stretch"))[1] == pytest.approx(15, abs=1)
+
+
+def test_aspect_ratio_is_kept_unless_asked(processor):
+    box = draw((300, 300), 4, points=[(0.1, 0.4), (0.9, 0.4), (0.9, 0.6), (0.1, 0.6), (0.1, 0.4)])
+    left, top, right, bottom = dark_box(processor.preprocess(box))
+    assert (right - left) / (bottom - top) == pytest.approx(4, rel=0.15)
+    left, top, right, bottom = dark_box(processor.preprocess(box, resize_mode="stretch"))
+    assert [right - left, bottom - top] == pytest.approx([54, 54], abs=2)
+
+
+def test_every_pil_mode_gives_the_same(processor, reference):
+    page = draw()
+    ink = Image.eval(page, lambda value: 255 - value)
+    transparent = Image.merge("LA", [Image.new("L", page.size, 0), ink])
+    palette = page.convert("P")
+    palette.info["transparency"] = palette.getpixel((0, 0))
+    levels = np.asarray(page)
+    images = [page.convert(mode) for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "I", "F")]
+    images += [transparent, transparent.convert("RGBA"), palette]
+    images += [Image.fromarray(levels.astype(np.uint16) * 257), Image.fromarray(levels.astype(np.float32) / 255)]
+    assert {image.mode for image in images} >= {"1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I", "F"}
+    for image in images:
+        assert (processor.preprocess(image) - reference).abs().max() <= 0.02, image.mode
+
+
+def test_every_array_layout_gives_the_same(processor, reference):
+    levels = np.asarray(draw())
+    unit = torch.from_numpy(levels / 255.0)
+    rgb = np.repeat(levels[..., None], 3, axis=2)
+    for value in (
+        levels,
+        levels[..., None],
+        levels[None],
+        rgb,
+        levels > 127,
+        levels.astype(np.uint16) * 257,
+        levels / 255.0,
+        levels / 127.5 - 1,
+        torch.from_numpy(levels.copy()),
+        unit,
+        unit[None].half(),
+        2 * unit[None].bfloat16() - 1,
+        unit.expand(3, -1, -1),
+        unit.expand(1, 3, -1, -1),
+        torch.stack([torch.zeros_like(unit)] * 3 + [1 - unit]),
+    ):
+        assert (processor.preprocess(value) - reference).abs().max() <= 0.02, (type(value), value.dtype, value.shape)
+
+
+def test_a_batch_is_several_results_and_a_nested_list_several_drawings_of_one(processor, reference, tmp_path):
+    other = draw(points=[(0.2, 0.2), (0.8, 0.8), (0.2, 0.8)])
+    path = tmp_path / "zigzag.png"
+    draw().save(path)
+    batch = torch.from_numpy(np.stack([np.asarray(draw()), np.asarray(other)]))[:, None]
+    assert processor.preprocess(batch).shape == (2, 1, 64, 64)
+    assert [len(group) for group in processor.preprocess_groups(batch)] == [1, 1]
+    groups = processor.preprocess_groups([[other, str(path)], path, batch])
+    assert [len(group) for group in groups] == [2, 1, 2]
+    for sketch in (groups[0][1], groups[1][0], groups[2][0]):
+        assert torch.equal(sketch, reference[0])
+    assert torch.equal(groups[0][0], groups[2][1])
+    assert torch.equal(torch.cat(groups), processor.preprocess(groups))
+
+
+def test_white_on_black_is_inverted_with_a_warning(processor, reference, tmp_path, caplog):
+    path = tmp_path / "chalk.png"
+    draw(paper=0, ink=255).save(path)
+    with caplog.at_level(logging.WARNING):
+        sketches = processor.preprocess([draw(), path])
+    assert torch.equal(sketches[1], reference[0])
+    assert len(caplog.records) == 1 and "sketch 1" in caplog.text and "chalk.png" in caplog.text
+    caplog.clear()
+    assert torch.equal(processor.preprocess(path, invert=True), reference)
+    assert torch.equal(SketchProcessor(64, invert=True).preprocess(path), reference)
+    assert not caplog.records
+    as_it_is = SketchProcessor(64, line_width=None).preprocess(path, invert=False, fit="page")
+    assert (as_it_is[0, 0, :8] == -1).all() and (as_it_is > 0).any()
+
+
+def test_dark_drawings_are_not_taken_for_dark_paper(processor, caplog):
+    filled = Image.new("L", (200, 200), 255)
+    ImageDraw.Draw(filled).rectangle((20, 20, 180, 180), fill=0)
+    framed = draw()
+    ImageDraw.Draw(framed).rectangle((0, 0, 255, 255), outline=0, width=4)
+    shaded = photograph(draw((600, 600), 6), shade=0.8)
+    processor.preprocess([filled, framed, shaded])
+    assert not caplog.records
+
+
+def test_transparent_pages_with_white_strokes(processor, reference):
+    ink = Image.eval(draw(), lambda value: 255 - value)
+    white, yellow = (Image.new("RGBA", ink.size, color) for color in ("white", "yellow"))
+    for image in (white, yellow):
+        image.putalpha(ink)
+        assert (processor.preprocess(image) - reference).abs().max() <= 0.02
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_pencil_on_unevenly_lit_paper(processor, seed):
+    drawing = draw((900, 1200), 6)
+    sketch = processor.preprocess(photograph(drawing, seed))
+    assert farthest(sketch, processor.preprocess(drawing)) <= 2
+    dark_board = Image.eval(photograph(drawing, seed), lambda value: 255 - value)
+    assert farthest(processor.preprocess(dark_board), processor.preprocess(drawing)) <= 2
+
+
+def test_grain_dust_and_jpeg_blocks_are_no_strokes(processor, reference, tmp_path):
+    rng = np.random.default_rng(0)
+    page = np.array(draw((500, 500), 5))
+    page[tuple(rng.integers(0, 500, (2, 40)))] = 60
+    path = tmp_path / "scan.jpg"
+    Image.fromarray(page).save(path, quality=25)
+    assert farthest(processor.preprocess(path), reference) <= 1.5
+    blank = photograph(Image.new("L", (500, 500), 255))
+    with pytest.raises(ValueError, match="sketch 0 holds no drawing"):
+        processor.preprocess(blank)
+
+
+def test_frame_and_table_are_left_out(processor):
+    drawing = draw((600, 600), 6, scale=0.8, shift=(0.1, 0.1))
+    expected = processor.preprocess(drawing)
+    framed = drawing.copy()
+    ImageDraw.Draw(framed).rectangle((0, 0, 599, 599), outline=0, width=5)
+    table = Image.new("L", (800, 780), 40)
+    table.paste(photograph(drawing, shade=0.2), (90, 80))
+    for image in (framed, table):
+        assert farthest(processor.preprocess(image), expected) <= 2
+
+
+def test_threshold_decides_about_faint_lines(processor):
+    page = draw()
+    ImageDraw.Draw(page).line((40, 240, 220, 240), fill=200, width=4)
+    with_faint = processor.preprocess(page, threshold=0.9, fit="page")
+    without = processor.preprocess(page, threshold=0.5, fit="page")
+    assert (with_faint[0, 0, 59:61, 12:53].amin(0) < 0).all()
+    assert (without[0, 0, 56:] == 1).all()
+
+
+def test_filled_shapes_become_outlines_unless_widths_are_kept(processor):
+    shirt = [(0.3, 0.1), (0.7, 0.1), (0.95, 0.4), (0.75, 0.5), (0.75, 0.9), (0.25, 0.9), (0.25, 0.5), (0.05, 0.4)]
+    outline = draw((512, 512), 4, points=[*shirt, shirt[0]])
+    expected = processor.preprocess(outline)
+    for ink, paper in ((0, 255), (120, 255), (255, 0)):
+        filled = Image.new("L", (512, 512), paper)
+        ImageDraw.Draw(filled).polygon([(512 * x, 512 * y) for x, y in shirt], fill=ink)
+        sketch = processor.preprocess(filled)
+        assert farthest(sketch, expected) <= 2, ink
+        assert (sketch[0, 0, 24:40, 26:38] == 1).all(), ink
+    kept = SketchProcessor(64, line_width=None).preprocess(filled)
+    assert (kept[0, 0, 24:40, 26:38] == -1).all()
+    # A drawing coloured in keeps the lines inside.
+    coloured = np.where(np.asarray(outline) < 128, 0, np.where(np.asarray(filled) > 0, 150, 255)).astype(np.uint8)
+    coloured[150:350, 254:259] = 0
+    details = processor.preprocess(coloured)
+    assert (details[0, 0, 24:40, 30:34].amin(1) < 0).all()
+    assert farthest(processor.preprocess(outline), details) > 5
+
+
+def test_a_tensor_in_the_convention_is_passed_through(processor, reference, caplog):
+    soft = reference * 0.7 + 0.3
+    assert torch.equal(processor.preprocess(soft), soft)
+    assert torch.equal(processor.preprocess(list(soft)), soft)
+    assert not caplog.records
+    assert torch.equal(processor.preprocess(-reference), reference)
+    assert "inverted" in caplog.text
+    # What is not in the convention is redrawn, and hardly changes.
+    again = processor.preprocess((reference + 1) / 2)
+    assert not torch.equal(again, reference) and farthest(again, reference) <= 1.5
+
+
+def test_exif_orientation(processor, reference, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned by 90 degrees clockwise
+    path = tmp_path / "phone.jpg"
+    draw().transpose(Image.Transpose.ROTATE_90).save(path, exif=exif, quality=95)
+    assert farthest(processor.preprocess(path), reference) <= 1.5
+
+
+def test_config_round_trip(tmp_path):
+    processor = SketchProcessor(resolution=32, threshold=0.6, fit="page", line_width=None)
+    processor.save_config(tmp_path)
+    loaded = SketchProcessor.from_config(SketchProcessor.load_config(tmp_path))
+    assert (loaded.config.resolution, loaded.config.threshold, loaded.config.fit) == (32, 0.6, "page")
+    assert loaded.config.line_width is None
+    assert torch.equal(loaded.preprocess(draw()), processor.preprocess(draw()))
+
+
+def png_header(width, height):
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+
+
+def bad_files(folder):
+    draw((400, 400)).save(folder / "whole.png")
+    draw((400, 400)).save(folder / "whole.jpg")
+    for name in ("whole.png", "whole.jpg"):
+        data = (folder / name).read_bytes()
+        (folder / f"truncated{name[-4:]}").write_bytes(data[: len(data) // 2])
+    (folder / "huge.png").write_bytes(png_header(30_000, 30_000))
+    (folder / "large.png").write_bytes(png_header(9_000, 8_000))
+    (folder / "long.png").write_bytes(png_header(MAX_SKETCH_SIDE + 1, 10))
+    (folder / "text.png").write_text("no image")
+    (folder / "page.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    (folder / "folder.png").mkdir()
+    Image.new("L", (50, 50), 255).save(folder / "blank.png")
+    Image.new("RGB", (50, 50), 0).save(folder / "black.png")
+    Image.new("RGBA", (50, 50), 0).save(folder / "clear.png")
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("truncated.png", "damaged or truncated"),
+        ("truncated.jpg", "damaged or truncated"),
+        ("huge.png", "too large.*64 megapixels"),
+        ("large.png", "too large: 9000 x 8000"),
+        ("long.png", f"too large.*{MAX_SKETCH_SIDE} pixels a side"),
+        ("text.png", "cannot be read as an image"),
+        ("page.eps", "cannot be read as an image"),
+        ("folder.png", "cannot be read as an image"),
+        ("missing.png", "does not exist"),
+        ("blank.png", "holds no drawing: it is blank"),
+        ("black.png", "holds no drawing: it is all dark"),
+        ("clear.png", "holds no drawing: it is fully transparent"),
+    ],
+)
+def test_bad_files_are_named(processor, tmp_path, name, message):
+    bad_files(tmp_path)
+    with pytest.raises(ValueError, match=rf"(?s)sketch 1 \('.*{name}'\).*{message}"):
+        processor.preprocess([tmp_path / "whole.png", tmp_path / name])
+    if name not in ("blank.png", "black.png", "clear.png"):
+        with pytest.raises(ValueError, match=rf"(?s){name}'.*{message}"):
+            SketchProcessor.load(tmp_path / name)
+
+
+def test_headers_and_arrays_are_checked_before_anything_is_decoded(processor, tmp_path):
+    bad_files(tmp_path)
+    with pytest.raises(ValueError, match=r"sketch 1 has dtype int64"):
+        processor.preprocess([tmp_path / "truncated.png", np.zeros((9, 9), dtype=np.int64)])
+
+
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        (torch.full((9, 9), float("nan")), "NaN"),
+        (np.array([[0.0, np.inf]]), "NaN or infinite"),
+        (Image.fromarray(np.full((9, 9), np.nan, dtype=np.float32)), "NaN"),
+        (torch.zeros(1, 9, 9), "0 everywhere.*`sketch=None`"),
+        (torch.zeros(9, 9, dtype=torch.uint8), "all dark"),
+        (torch.ones(9, 9), "blank"),
+        (255 * torch.rand(9, 9), "pass values of 0 to 255 as uint8"),
+        (np.zeros((9, 9), dtype=np.int32), "dtype int32"),
+        (np.zeros((9, 9), dtype=complex), "dtype complex128"),
+        (torch.rand(2, 9, 9), r"shape \[2, 9, 9\].*\[B, C, H, W\]"),
+        (np.random.rand(9, 9, 9), r"shape \[9, 9, 9\].*\[H, W, C\]"),
+        (torch.rand(9), r"shape \[9\]"),
+        (torch.rand(0, 9), "side of 0 pixels: 9 x 0"),
+        (np.zeros((3, 0), dtype=np.uint8), "side of 0 pixels"),
+        (Image.new("L", (0, 5)), "side of 0 pixels: 0 x 5"),
+        (np.broadcast_to(np.uint8(0), (9000, 8000)), "too large"),
+        (None, "NoneType"),
+        (3, "of type int"),
+        ([], "empty list"),
+    ],
+)
+def test_bad_values_are_named_by_index(processor, value, message):
+    with pytest.raises(ValueError, match=rf"(?s)sketch 2.*{message}"):
+        processor.preprocess([draw(), draw(), value])
+
+
+def test_the_place_in_a_batch_or_group_is_named(processor):
+    batch = torch.from_numpy(np.stack([np.asarray(draw()) / 255.0] * 2))[:, None]
+    batch[1] = float("nan")
+    with pytest.raises(ValueError, match="^sketch 1 contains NaN"):
+        processor.preprocess(batch)
+    with pytest.raises(ValueError, match="^sketch 1, drawing 1 contains NaN"):
+        processor.preprocess([draw(), [draw(), batch[1]]])
+    for empty in ([], batch[:0]):
+        with pytest.raises(ValueError, match="empty list|does not exist"):
+            processor.preprocess(empty)
+
+
+@pytest.mark.parametrize(
+    "options, name",
+    [
+        ({"threshold": 0}, "threshold"),
+        ({"threshold": 1.5}, "threshold"),
+        ({"threshold": "auto"}, "threshold"),
+        ({"threshold": float("nan")}, "threshold"),
+        ({"fit": "cover"}, "fit"),
+        ({"resize_mode": "crop"}, "resize_mode"),
+        ({"invert": "yes"}, "invert"),
+        ({"height": 0}, "height"),
+        ({"width": 64.0}, "width"),
+    ],
+)
+def test_bad_options(processor, options, name):
+    with pytest.raises(ValueError, match=f"`{name}`.*has? to be|`{name}`"):
+        processor.preprocess(draw(), **options)
+    if name not in ("height", "width"):
+        with pytest.raises(ValueError, match=f"`{name}`"):
+            SketchProcessor(**options)
+
+
+@pytest.mark.parametrize("options", [{"resolution": 4}, {"margin": 0.5}, {"line_width": 0}, {"line_width": 2}])
+def test_bad_configuration(options):
+    with pytest.raises(ValueError, match=f"`{next(iter(options))}`"):
+        SketchProcessor(**options)
+
+
+def test_odd_pages_do_not_break_it(processor):
+    for size, path in [
+        ((1, 300), [(0, 10), (0, 200)]),
+        ((3000, 40), [(5, 20), (2500, 20)]),
+        ((9, 9), [(2, 2), (6, 6)]),
+    ]:
+        page = Image.new("L", size, 255)
+        ImageDraw.Draw(page).line(path, fill=0)
+        for fit in ("content", "page"):
+            assert processor.preprocess(page, fit=fit).min() < 0
+
+
+def test_example_drawings_are_what_the_script_draws(processor, tmp_path):
+    names = {"t-shirt", "dress", "pants", "shoes", "hat", "longsleeve"}
+    assert {path.stem for path in DRAWINGS.glob("*.png")} == names
+    shutil.copy(DRAWINGS / "draw.py", tmp_path)
+    runpy.run_path(str(tmp_path / "draw.py"), run_name="__main__")
+    for name in names:
+        path = DRAWINGS / f"{name}.png"
+        assert path.stat().st_size < 20_000
+        drawn, kept = (np.asarray(Image.open(folder / path.name), dtype=float) for folder in (tmp_path, DRAWINGS))
+        assert np.abs(drawn - kept).mean() < 1
+        assert max(dark_box(processor.preprocess(path))) <= 60

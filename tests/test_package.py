@@ -1,0 +1,83 @@
+# Copyright 2026 The DiffSketching Pipeline Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+import copy
+import subprocess
+import sys
+import warnings
+
+import pytest
+
+import diffsketching_pipeline
+from diffsketching_pipeline import hub
+
+
+def run(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    code = "import sys, diffsketching_pipeline as d; d.__version__, dir(d)\n"
+    code += "print(*sorted({'torch', 'diffusers', 'transformers', 'numpy'} & set(sys.modules)), 'end')"
+    assert run(code) == ["end"]
+
+
+def test_every_public_name_is_there():
+    for name in diffsketching_pipeline.__all__:
+        assert getattr(diffsketching_pipeline, name) is getattr(diffsketching_pipeline, name)
+    assert set(diffsketching_pipeline.__all__) <= set(dir(diffsketching_pipeline))
+    assert {
+        "ClassifierGuidanceCallback",
+        "DiffSketchingPipeline",
+        "DiffSketchingPipelineOutput",
+        "NoisyImageClassifier",
+        "PhotoSketcher",
+        "SketchGuidanceCallback",
+        "SketchPerceptualLoss",
+        "SketchProcessor",
+        "bundled_checkpoint",
+        "expand_unet_for_sketch",
+    } <= set(diffsketching_pipeline.__all__)
+    with pytest.raises(AttributeError, match="module 'diffsketching_pipeline' has no attribute 'Pipeline'"):
+        diffsketching_pipeline.Pipeline  # noqa: B018
+
+
+def test_registering_again_changes_nothing():
+    import diffusers.pipelines
+    from diffusers.pipelines import pipeline_loading_utils
+
+    assert set(pipeline_loading_utils.LOADABLE_CLASSES["diffsketching_pipeline"]) == {
+        "NoisyImageClassifier",
+        "PhotoSketcher",
+    }
+    before = copy.deepcopy((pipeline_loading_utils.LOADABLE_CLASSES, pipeline_loading_utils.ALL_IMPORTABLE_CLASSES))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        hub.register()
+    assert before == (pipeline_loading_utils.LOADABLE_CLASSES, pipeline_loading_utils.ALL_IMPORTABLE_CLASSES)
+    assert diffusers.pipelines.diffsketching_pipeline is diffsketching_pipeline
+
+
+def test_a_diffusers_without_these_registries_is_warned_of(monkeypatch):
+    from diffusers.pipelines import pipeline_loading_utils
+
+    monkeypatch.delattr(pipeline_loading_utils, "LOADABLE_CLASSES")
+    with pytest.warns(UserWarning, match="This diffusers keeps its registries elsewhere"):
+        hub.register()
+
+
+def test_an_unknown_bundled_checkpoint_is_refused():
+    with pytest.raises(
+        ValueError, match=r"`name` has to be one of the bundled checkpoints \[.*\] but is 'trousers-9'"
+    ):
+        hub.bundled_checkpoint("trousers-9")

@@ -1,0 +1,89 @@
+# Copyright 2026 The DiffSketching Pipeline Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What the README tells people to paste is run as it stands."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def block(kind, name):
+    found = re.search(rf"<!-- {kind}: {name} -->\s*```\w+\n(.*?)```", README, re.S)
+    assert found, f"README.md has no block marked {kind}: {name}"
+    return found.group(1).strip()
+
+
+def test_generate_command(tmp_path):
+    line = block("command", "generate").split("&&")[-1].strip()
+    program, *arguments = shlex.split(line)
+    assert program == "diffsketching"
+    drawings = [argument for argument in arguments if argument.endswith(".png")]
+    assert drawings and all((ROOT / drawing).is_file() for drawing in drawings)
+    # Two steps instead of the model's recommendation: the test is of the command, not of the pictures.
+    command = [
+        sys.executable,
+        "-m",
+        "diffsketching_pipeline.cli",
+        *arguments,
+        "--output-dir",
+        tmp_path,
+        "--steps",
+        "2",
+    ]
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    name = Path(drawings[0]).stem
+    assert sorted(os.listdir(tmp_path)) == [
+        "metadata.json",
+        *(f"{name}_{k}.png" for k in range(4)),
+        f"{name}_sheet.png",
+    ]
+
+
+def test_python_snippet(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    code = block("snippet", "run").replace("num_images_per_sketch=4", "num_images_per_sketch=1, num_inference_steps=2")
+    assert "num_inference_steps=2" in code
+    names: dict = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["out"].images[0].size == (64, 64)
+    assert names["out"].class_labels[0] in names["pipe"].id2label.values()
+
+
+@pytest.mark.parametrize("line", [line for line in README.splitlines() if line.startswith("diffsketching ")])
+def test_other_command_lines_are_understood(line):
+    """Every option in a line of the README exists."""
+    _, command, *arguments = shlex.split(line)
+    options = [argument for argument in arguments if argument.startswith("--")]
+    shown = subprocess.run(
+        [sys.executable, "-m", "diffsketching_pipeline.cli", command, "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert all(option in shown for option in options), (options, shown)
+
+
+def test_every_file_named_exists():
+    for name in re.findall(r"`((?:training|examples|benchmarks)/[\w./-]+)`", README):
+        assert (ROOT / name).exists(), name

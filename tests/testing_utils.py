@@ -1,0 +1,103 @@
+# Copyright 2026 The DiffSketching Pipeline Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Tiny but real components, and the formulas that several test files compare with."""
+
+import torch
+from diffusers import DDIMScheduler, UNet2DModel
+from transformers import ResNetConfig, ResNetForImageClassification
+
+from diffsketching_pipeline import NoisyImageClassifier, PhotoSketcher
+
+
+SIZE = 16
+ID2LABEL = {0: "a", 1: "b", 2: "c"}
+BLOCKS = {"block_out_channels": (8, 16), "layers_per_block": 1, "attention_head_dim": 8, "norm_num_groups": 4}
+DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D")
+
+
+def make_unet(in_channels=4, out_channels=3, num_class_embeds=4):
+    return UNet2DModel(
+        sample_size=SIZE,
+        in_channels=in_channels,
+        out_channels=out_channels,
+        down_block_types=DOWN_BLOCKS,
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        num_class_embeds=num_class_embeds,
+        **BLOCKS,
+    )
+
+
+def make_resnet(num_channels):
+    config = ResNetConfig(
+        num_channels=num_channels,
+        embedding_size=8,
+        hidden_sizes=[8, 16],
+        depths=[1, 1],
+        layer_type="basic",
+        downsample_in_first_stage=False,
+        num_labels=len(ID2LABEL),
+    )
+    return ResNetForImageClassification(config)
+
+
+def make_scheduler(**options):
+    options = {
+        "beta_schedule": "squaredcos_cap_v2",
+        "timestep_spacing": "leading",
+        "set_alpha_to_one": True,
+        **options,
+    }
+    return DDIMScheduler(**options)
+
+
+COMPONENTS = {
+    "classifier": lambda: NoisyImageClassifier(
+        sample_size=SIZE, num_classes=len(ID2LABEL), down_block_types=DOWN_BLOCKS, **BLOCKS
+    ),
+    "sketcher": lambda: PhotoSketcher(ngf=4, n_blocks=1),
+    "sketch_encoder": lambda: make_resnet(1),
+    "image_encoder": lambda: make_resnet(3),
+}
+
+
+def randn(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def cosine_alphas_cumprod(num_train_timesteps=1000):
+    """ᾱ of `squaredcos_cap_v2` from the formula of Nichol & Dhariwal (2021), float64."""
+    time = torch.arange(num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps
+    alphas = torch.cos((time + 0.008) / 1.008 * torch.pi / 2) ** 2
+    return torch.cumprod(1 - (1 - alphas[1:] / alphas[:-1]).clamp(max=0.999), dim=0)
+
+
+def directional_derivatives(function, x, num_directions=24, step=1e-7):
+    """
+    Central differences of `function(batch, row)`, one number per row of a float64 batch, at each row of `x`.
+
+    Returns random directions `[len(x), num_directions, ...]` and the derivatives along them `[len(x), num_directions]`.
+    """
+    directions = randn(len(x), num_directions, *x.shape[1:], seed=11, dtype=torch.float64)
+    derivatives = torch.zeros(len(x), num_directions, dtype=torch.float64)
+    with torch.no_grad():
+        for row in range(len(x)):
+            steps = step * directions[row]
+            plus, minus = function(torch.cat([x[row] + steps, x[row] - steps]), row).chunk(2)
+            derivatives[row] = (plus - minus) / (2 * step)
+    return directions, derivatives
+
+
+def along(gradient, directions):
+    """Derivatives along `directions` that a gradient predicts, `[len(gradient), num_directions]`."""
+    return torch.einsum("nchw,nkchw->nk", gradient.double(), directions)

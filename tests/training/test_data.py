@@ -1,0 +1,317 @@
+# Copyright 2026 The DiffSketching Pipeline Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+import logging
+import os
+
+import data
+import numpy as np
+import pytest
+import torch
+from data import (
+    CONTOUR_NAMES,
+    CONTOUR_SIZE,
+    PhotoSketchDataset,
+    contour_to_sketch,
+    free_hand_distortion,
+    photo_to_contours,
+    photo_to_sketch,
+)
+from PIL import Image, ImageDraw
+from scipy import ndimage
+
+
+def rectangle_photo(size=(96, 128), box=(24, 30, 71, 97), color=(30, 60, 160)):
+    """A dark rectangle on light cloth with a little texture."""
+    rng = np.random.default_rng(0)
+    cloth = np.clip(225 + rng.normal(0, 3, (size[1], size[0], 3)), 0, 255).astype(np.uint8)
+    photo = Image.fromarray(cloth)
+    ImageDraw.Draw(photo).rectangle(box, fill=color)
+    return photo
+
+
+@pytest.fixture(scope="module")
+def cache_dir(tmp_path_factory):
+    """Contours that several tests need; the tests of the cache itself make their own."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def dataset(shapes_dir, cache_dir):
+    return PhotoSketchDataset(shapes_dir, "train", resolution=32, cache_dir=cache_dir)
+
+
+# ---- contours --------------------------------------------------------------------------------------------------------
+
+
+def test_contours_run_along_the_object():
+    box = (24, 30, 71, 97)
+    contours = photo_to_contours(rectangle_photo(box=box))
+    assert len(contours) == len(CONTOUR_NAMES)
+    scale = CONTOUR_SIZE / 96
+    truth = np.zeros(contours[0].shape, bool)
+    left, top, right, bottom = (round(v * scale) for v in (box[0], box[1], box[2] + 1, box[3] + 1))
+    truth[top:bottom, left:right] = True
+    outline = truth & ~ndimage.binary_erosion(truth)
+    for name, contour in zip(CONTOUR_NAMES, contours, strict=True):
+        assert contour.dtype == bool and min(contour.shape) == CONTOUR_SIZE
+        # Both ways: ink only near the outline, and the outline everywhere near ink (rounded corners included).
+        assert (ndimage.distance_transform_edt(~outline)[contour]).max() < 14, name
+        assert np.mean(ndimage.distance_transform_edt(~contour)[outline] < 8) > 0.95, name
+
+
+def test_photos_of_any_mode_and_without_edges():
+    assert not np.any(photo_to_contours(Image.new("RGB", (40, 40), "white")))
+    for mode in ("L", "RGBA", "CMYK", "P"):
+        assert photo_to_contours(rectangle_photo().convert(mode))[4].any()
+    assert max(photo_to_contours(Image.new("RGB", (4, 400)))[0].shape) == 4 * CONTOUR_SIZE
+
+
+def test_sketch_is_area_coverage_times_gain():
+    rng = np.random.default_rng(0)
+    contour = rng.random((32, 64)) < 0.3
+    coverage = contour.reshape(8, 4, 8, 8).mean((1, 3))
+    expected = np.maximum(1 - 2 * 1.7 * coverage, -1)
+    np.testing.assert_allclose(contour_to_sketch(contour, 8, line_gain=1.7), expected, atol=1e-5)
+    part = contour_to_sketch(contour, 8, box=(0.5, 0.0, 1.0, 0.5), line_gain=1.7)
+    np.testing.assert_allclose(part, contour_to_sketch(contour[:16, 32:], 8, line_gain=1.7), atol=1e-5)
+    with pytest.raises(ValueError, match="2-D"):
+        contour_to_sketch(contour[None], 8)
+
+
+def test_photo_to_sketch_draws_one_named_contour():
+    photo = rectangle_photo()
+    expected = contour_to_sketch(photo_to_contours(photo)[4], 64)
+    sketch = photo_to_sketch(photo, 64, contour="silhouette")
+    np.testing.assert_array_equal(sketch, expected)
+    assert sketch.dtype == np.float32 and sketch.min() == -1 and sketch.max() == 1
+    with pytest.raises(ValueError, match="`contour` must be one of"):
+        photo_to_sketch(photo, 64, contour="thick")
+
+
+def test_jitter_moves_strokes_by_at_most_its_bound():
+    contour = np.zeros((256, 256), bool)
+    contour[:, 127:130] = True
+    columns = (np.arange(64) + 0.5)[None, :]
+    furthest = 0.0
+    for seed in range(30):
+        sketch = data._render_jittered(contour, 64, (0, 0, 1, 1), 1.0, 1.0, np.random.default_rng(seed))
+        ink = (1 - sketch) / 2
+        ink = ink[3:-3]  # at the rim a stroke may leave the page
+        assert (ink.sum(1) > 0.4).all()
+        furthest = max(furthest, np.abs((ink * columns).sum(1) / ink.sum(1) - 128.5 / 4).max())
+    assert 0.5 < furthest <= 1.6
+
+
+# ---- free-hand distortion --------------------------------------------------------------------------------------------
+
+
+def two_part_drawing():
+    ink = np.zeros((128, 128), bool)
+    ink[30:100, 30:33] = ink[30:33, 30:100] = ink[97:100, 30:100] = ink[30:100, 97:100] = True
+    ink[60:70, 60:62] = True
+    return ink
+
+
+def test_distortion_is_keyed_binary_and_never_empty():
+    ink = two_part_drawing()
+    np.testing.assert_array_equal(free_hand_distortion(ink, np.random.default_rng(0), 0.0), ink)
+    for seed in range(40):
+        drawn = free_hand_distortion(ink, np.random.default_rng(seed), 1.0)
+        again = free_hand_distortion(ink, np.random.default_rng(seed), 1.0)
+        np.testing.assert_array_equal(drawn, again)
+        assert drawn.dtype == bool and drawn.shape == ink.shape and drawn.any() and (drawn != ink).any()
+    assert not free_hand_distortion(np.zeros((8, 8)), np.random.default_rng(0)).any()
+
+
+def test_distortion_grows_with_strength():
+    ink = two_part_drawing()
+    distance = ndimage.distance_transform_edt(~ink)
+
+    def mean_distance(strength):
+        drawn = [free_hand_distortion(ink, np.random.default_rng(seed), strength) for seed in range(30)]
+        return np.mean([distance[d].mean() for d in drawn])
+
+    weak, medium, strong = (mean_distance(strength) for strength in (0.1, 0.4, 1.0))
+    assert weak < 1 < medium < strong < 12
+
+
+def test_dropped_parts_are_never_the_largest():
+    ink, kept_small = two_part_drawing(), []
+    for seed in range(60):
+        parts = data._drop_parts(ink, np.random.default_rng(seed), 1.0)
+        assert parts[30:100, 30:33].all()
+        kept_small.append(parts[65, 60])
+    assert 0.3 < np.mean(kept_small) < 0.8
+
+
+def test_distortion_refuses_what_is_no_drawing():
+    with pytest.raises(ValueError, match="`sketch` must be a 2-D array"):
+        free_hand_distortion(np.zeros((1, 8, 8)), np.random.default_rng(0))
+    with pytest.raises(ValueError, match="`strength`"):
+        free_hand_distortion(np.ones((8, 8)), np.random.default_rng(0), -1.0)
+
+
+# ---- dataset ---------------------------------------------------------------------------------------------------------
+
+
+def assert_same_sample(one, other):
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(value, other[name]) if isinstance(value, torch.Tensor) else value == other[name], name
+
+
+def test_samples_are_keyed_by_seed_epoch_and_index(shapes_dir, cache_dir, dataset):
+    assert (len(dataset), dataset.id2label) == (16, {0: "disc", 1: "square"})
+    later = [dataset.sample(i, 3) for i in (5, 2)]
+    fresh = PhotoSketchDataset(shapes_dir, "train", resolution=32, cache_dir=cache_dir)
+    assert_same_sample(fresh.sample(2, 3), later[1])
+    assert_same_sample(fresh.sample(5, 3), later[0])
+    assert_same_sample(fresh[(3, 5)], later[0])
+    assert not torch.equal(fresh.sample(5, 4)["pixel_values"], later[0]["pixel_values"])
+    other_seed = PhotoSketchDataset(shapes_dir, "train", resolution=32, seed=1, cache_dir=cache_dir)
+    assert not torch.equal(other_seed.sample(5, 3)["sketch"], later[0]["sketch"])
+
+
+def test_sample_holds_what_it_says(dataset):
+    sample = dataset.sample(9, 0)
+    assert (sample["id"], sample["class_label"]) == (dataset.files[9].stem, dataset.class_labels[9])
+    assert dataset.id2label[sample["class_label"]] == dataset.files[9].parent.name
+    for name, channels in (("pixel_values", 3), ("sketch", 1)):
+        assert sample[name].shape == (channels, 32, 32) and sample[name].dtype == torch.float32
+        assert -1 <= sample[name].min() < -0.2 and 0.7 < sample[name].max() <= 1
+
+
+def test_sketch_and_photo_stay_aligned(shapes_dir, cache_dir):
+    silhouette_only = (0, 0, 0, 0, 1)
+    dataset = PhotoSketchDataset(
+        shapes_dir, "train", resolution=64, cache_dir=cache_dir, contour_probabilities=silhouette_only
+    )
+    for draw in range(40):
+        sample = dataset.sample(draw % len(dataset), draw)
+        # Paper is white, the shapes are saturated: they differ in the spread over channels.
+        shape = np.ptp(sample["pixel_values"].numpy(), axis=0) > 0.5
+        ink = sample["sketch"][0].numpy() < 0.5
+        for axis in (0, 1):
+            inside, drawn = np.flatnonzero(shape.any(axis)), np.flatnonzero(ink.any(axis))
+            assert abs(inside[0] - drawn[0]) <= 4 and abs(inside[-1] - drawn[-1]) <= 4
+
+
+def test_crops_squash_by_at_most_four_to_three(tmp_path):
+    for i, size in enumerate([(60, 240), (240, 60), (90, 120)]):
+        path = tmp_path / "train" / "thing" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rectangle_photo(size, box=(20, 20, 39, 39)).save(path)
+    dataset = PhotoSketchDataset(tmp_path, "train", resolution=32)
+    for index in range(3):
+        photo = dataset.photo(index)
+        height, width = photo.image.shape[:2]
+        for seed in range(50):
+            left, top, right, bottom = dataset._crop_box(photo, np.random.default_rng(seed))
+            assert 0 <= left < right <= 1 + 1e-9 and 0 <= top < bottom <= 1 + 1e-9
+            w, h = (right - left) * width, (bottom - top) * height
+            assert max(w / h, h / w) <= 4 / 3 + 1e-6
+            x0, y0, x1, y1 = photo.content_box
+            assert left <= x0 + 1e-6 and top <= y0 + 1e-6 and right >= x1 - 1e-6 and bottom >= y1 - 1e-6
+
+
+def test_validation_samples_are_plain(shapes_dir, cache_dir):
+    dataset = PhotoSketchDataset(shapes_dir, "validation", resolution=32, train=False, cache_dir=cache_dir)
+    assert_same_sample(dataset.sample(3, 0), dataset.sample(3, 7))
+    photo = Image.fromarray(dataset.photo(3).image).resize((32, 32), Image.Resampling.BICUBIC)
+    expected = np.asarray(photo, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1
+    np.testing.assert_allclose(dataset.sample(3)["pixel_values"], expected, atol=1e-6)
+    drawn = contour_to_sketch(dataset.photo(3).contours[3], 32)
+    np.testing.assert_allclose(dataset.sample(3)["sketch"][0], drawn, atol=1e-6)
+
+
+def test_all_contours_come_in_one_stack(shapes_dir, cache_dir):
+    dataset = PhotoSketchDataset(
+        shapes_dir,
+        "train",
+        resolution=32,
+        cache_dir=cache_dir,
+        contours="all",
+        jitter=0.0,
+        line_gain=(data.DEFAULT_LINE_GAIN,) * 2,
+    )
+    for draw in range(6):
+        sample = dataset.sample(1, draw)
+        assert sample["sketches"].shape == (len(CONTOUR_NAMES), 1, 32, 32)
+        # The single sketch is one of them: crop and flip agree.
+        assert (sample["sketches"] - sample["sketch"]).abs().amax((1, 2, 3)).min() < 1e-6
+    photos = PhotoSketchDataset(shapes_dir, "train", resolution=32, cache_dir=cache_dir, contours="none")
+    assert photos.sample(0).keys() == {"pixel_values", "class_label", "id"}
+
+
+def test_cache_is_shared_remade_when_damaged_and_equal_to_memory(shapes_dir, tmp_path):
+    dataset = PhotoSketchDataset(shapes_dir, "validation", resolution=32)
+    cached = PhotoSketchDataset(shapes_dir, "validation", resolution=32, cache_dir=tmp_path)
+    files = sorted(tmp_path.rglob("*.npz"))
+    assert len(files) == 8 and not list(tmp_path.rglob("*.tmp"))
+    assert_same_sample(cached.sample(4, 1), dataset.sample(4, 1))
+
+    times = [file.stat().st_mtime_ns for file in files]
+    for file in files[1:3]:
+        file.write_bytes(file.read_bytes()[:500])
+    again = PhotoSketchDataset(shapes_dir, "validation", resolution=32, cache_dir=tmp_path)
+    for index in range(8):
+        assert_same_sample(again.sample(index, 1), dataset.sample(index, 1))
+    changed = [file.stat().st_mtime_ns != time for file, time in zip(files, times, strict=True)]
+    assert changed == [False, True, True] + [False] * 5
+
+
+def test_interrupted_write_leaves_nothing(shapes_dir, tmp_path, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        PhotoSketchDataset(shapes_dir, "train", resolution=32, cache_dir=tmp_path)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_unreadable_files_are_named_once_and_left_out(tmp_path, caplog):
+    folder = tmp_path / "train" / "thing"
+    folder.mkdir(parents=True)
+    rectangle_photo().save(folder / "good.png")
+    (folder / "empty.jpg").touch()
+    whole = tmp_path / "whole.jpg"
+    rectangle_photo().save(whole)
+    (folder / "truncated.jpg").write_bytes(whole.read_bytes()[:900])
+    with caplog.at_level(logging.WARNING):
+        dataset = PhotoSketchDataset(tmp_path, "train", resolution=32)
+    assert dataset.ids == ["good"]
+    assert [file.name for file in dataset.corrupt_files] == ["empty.jpg", "truncated.jpg"]
+    assert [r.getMessage() for r in caplog.records] == ["2 of 3 files unreadable, left out: empty.jpg, truncated.jpg"]
+
+
+def test_folders_that_are_no_dataset_are_refused(shapes_dir, tmp_path):
+    with pytest.raises(ValueError, match="`root` must hold a folder 'train'"):
+        PhotoSketchDataset(tmp_path)
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    with pytest.raises(ValueError, match="has no images"):
+        PhotoSketchDataset(tmp_path)
+    (tmp_path / "train" / "a" / "1.png").touch()
+    with pytest.raises(ValueError, match="no readable photo"):
+        PhotoSketchDataset(tmp_path)
+    (tmp_path / "validation" / "b").mkdir(parents=True)
+    with pytest.raises(ValueError, match="classes that the training photos lack: b"):
+        PhotoSketchDataset(tmp_path, "validation")
+    with pytest.raises(ValueError, match="`contour_probabilities` needs 5 values"):
+        PhotoSketchDataset(shapes_dir, contour_probabilities=(1.0,))
+
+
+def test_keep_chooses_photos_by_name(shapes_dir):
+    dataset = PhotoSketchDataset(shapes_dir, "train", resolution=32, keep=lambda name: name.endswith("4"))
+    assert dataset.ids == ["disc-04", "disc-14"] and dataset.id2label == {0: "disc", 1: "square"}

@@ -1,0 +1,677 @@
+# Copyright 2026 The DiffSketching Pipeline Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+import hashlib
+import itertools
+import json
+import math
+from pathlib import Path
+
+import evaluate
+import lpips
+import numpy as np
+import pytest
+import torch
+import torchvision
+from diffusers import DDIMScheduler, UNet2DModel
+from evaluate import EvaluationArguments, Evaluator, Tile, main
+from PIL import Image, ImageDraw
+from scipy import ndimage
+from transformers import RegNetConfig, RegNetForImageClassification, ResNetConfig, ResNetForImageClassification
+
+from diffsketching_pipeline import DiffSketchingPipeline, SketchProcessor
+
+
+LABELS = ["disc", "square"]
+SIZE = 32
+
+
+def save(image, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def drawings_dir(tmp_path_factory):
+    """Six outlines of each class, all of different proportions."""
+    root = tmp_path_factory.mktemp("drawings")
+    for i in range(6):
+        for label in LABELS:
+            page = Image.new("L", (120, 120), 255)
+            draw = ImageDraw.Draw(page)
+            shape = draw.ellipse if label == "disc" else draw.rectangle
+            shape(
+                (10 + 7 * i, 10, 110 - 7 * i, 110) if i % 2 else (10, 10 + 7 * i, 110, 110 - 7 * i), outline=0, width=3
+            )
+            save(page, root / label / f"{label}{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def photos_dir(tmp_path_factory):
+    """Photos of no common size: a bright shape on a dark, shaded ground."""
+    root = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 80), ("validation", 72)):
+        for i in range(count):
+            width, height = rng.integers(40, 60, 2)
+            photo = Image.fromarray(rng.integers(0, 90, (height, width, 3), dtype=np.uint8))
+            draw = ImageDraw.Draw(photo)
+            shape = draw.ellipse if i % 2 == 0 else draw.rectangle
+            left, top, side = *rng.integers(4, 16, 2), rng.integers(16, 24)
+            shape((left, top, left + side, top + side), fill=tuple(rng.integers(120, 255, 3).tolist()))
+            save(photo, root / split / LABELS[i % 2] / f"{split}-{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def evaluator_dir(tmp_path_factory):
+    torch.manual_seed(0)
+    shape = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "groups_width": 8, "layer_type": "y"}
+    config = RegNetConfig(**shape, num_labels=2, id2label=dict(enumerate(LABELS)), label2id={"disc": 0, "square": 1})
+    folder = tmp_path_factory.mktemp("evaluator")
+    RegNetForImageClassification(config).half().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=3,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=4,
+        num_class_embeds=3,
+    )
+    config = ResNetConfig(
+        num_channels=1, embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic", num_labels=2
+    )
+    pipeline = DiffSketchingPipeline(
+        unet=unet,
+        scheduler=DDIMScheduler(steps_offset=0, timestep_spacing="leading"),
+        sketch_encoder=ResNetForImageClassification(config),
+        id2label=dict(enumerate(LABELS)),
+        recommended={"num_inference_steps": 2, "sketch_guidance_scale": 1.5},
+    )
+    folder = tmp_path_factory.mktemp("pipeline")
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def arguments(drawings_dir, photos_dir, evaluator_dir, tmp_path):
+    def make(**changes):
+        paths = {"sketches": drawings_dir, "reference": photos_dir / "validation", "train": photos_dir / "train"}
+        paths |= {"evaluator": evaluator_dir, "output_dir": tmp_path / "out"}
+        values = {name: str(path) for name, path in paths.items()}
+        return EvaluationArguments(**values | {"resolution": SIZE, "num_bootstrap_samples": 20} | changes)
+
+    return make
+
+
+def outlined_photos(drawings_dir, folder, color=(200, 60, 60), resolution=64):
+    """The shapes of the drawings, where and as large as the model sees them, filled with a colour."""
+    for path in sorted(drawings_dir.glob("*/*.png")):
+        strokes = SketchProcessor(resolution).preprocess(str(path))[0, 0].numpy() < 0
+        photo = np.full((resolution, resolution, 3), 235, dtype=np.uint8)
+        photo[ndimage.binary_fill_holes(strokes)] = color
+        save(Image.fromarray(photo), folder / path.parent.name / f"{path.stem}_0.png")
+    return folder
+
+
+def load(path):
+    return json.loads(Path(path).read_text())
+
+
+# -- distances between sets --
+
+
+def test_frechet_distance_is_its_closed_form():
+    rng = np.random.default_rng(0)
+    white = rng.standard_normal((200, 5))
+    white -= white.mean(0)
+    white = torch.from_numpy(white @ np.linalg.inv(np.linalg.cholesky(np.cov(white.T))).T)
+    scale, shift = torch.tensor([0.5, 1.0, 2.0, 3.0, 0.1]), torch.tensor([1.0, 0.0, -2.0, 0.5, 0.0])
+    expected = float(shift.square().sum() + (scale - 1).square().sum())
+    assert evaluate.frechet_distance(white * scale + shift, white) == pytest.approx(expected, rel=1e-5)
+    assert evaluate.frechet_distance(white, white) == pytest.approx(0, abs=1e-6)
+
+
+def test_kernel_distance_is_the_unbiased_estimate():
+    rng = np.random.default_rng(1)
+    x, y = rng.standard_normal((2, 9, 4))
+    y += 0.7
+
+    def kernel(a, b):
+        return (a @ b / 4 + 1) ** 3
+
+    within = [sum(kernel(a, b) for a, b in itertools.permutations(z, 2)) / (9 * 8) for z in (x, y)]
+    across = sum(kernel(a, b) for a in x for b in y) / 81
+    value = evaluate.kernel_distance(torch.from_numpy(x), torch.from_numpy(y))
+    assert value == pytest.approx(sum(within) - 2 * across, rel=1e-6)
+
+
+def test_kernel_distance_uses_all_of_a_larger_set():
+    rng = torch.Generator().manual_seed(0)
+    small, large = torch.randn(40, 3, generator=rng), torch.randn(400, 3, generator=rng)
+    state = torch.get_rng_state()
+    values = [evaluate.kernel_distance(small, large) for _ in range(2)]
+    assert values[0] == values[1] and torch.equal(torch.get_rng_state(), state)
+    assert abs(values[0]) < 0.2 < evaluate.kernel_distance(small + 0.5, large)
+
+
+# -- intervals --
+
+
+def test_bootstrap_resamples_whole_drawings():
+    rng = np.random.default_rng(0)
+    per_drawing = rng.standard_normal(100)
+    values, groups = np.repeat(per_drawing, 4), np.repeat(np.arange(100), 4)
+    spread = evaluate.bootstrap_means(values, groups, 4000).std()
+    assert spread == pytest.approx(per_drawing.std() / 10, rel=0.05)
+    as_if_independent = evaluate.bootstrap_means(values, np.arange(400), 4000).std()
+    assert as_if_independent == pytest.approx(per_drawing.std() / 20, rel=0.05)
+
+
+def test_bootstrap_weights_images():
+    values, weights = np.array([1.0, 0.0, 0.0]), np.array([3.0, 1.0, 1.0])
+    one_group = evaluate.bootstrap_means(values, np.zeros(3, dtype=int), 5, weights)
+    np.testing.assert_allclose(one_group, 0.6)
+
+
+def test_no_interval_from_few_groups_or_no_samples():
+    samples = np.linspace(0, 1, 1001)
+    assert evaluate.percentile_interval(samples, 50) == pytest.approx((0.025, 0.975))
+    assert evaluate.percentile_interval(samples, evaluate.MIN_GROUPS - 1) is None
+    assert evaluate.percentile_interval(np.empty(0), 50) is None
+
+
+def test_distance_interval_is_not_shifted_by_resampling():
+    features = torch.randn(60, 6, generator=torch.Generator().manual_seed(0))
+    reference = torch.randn(300, 6, generator=torch.Generator().manual_seed(1))
+    value = evaluate.frechet_distance(features, reference)
+    spread = evaluate.bootstrap_distances(evaluate.frechet_distance, features, np.arange(60), reference, 50)
+    resampled = features[torch.from_numpy(np.random.default_rng(0).integers(60, size=60))]
+    assert evaluate.frechet_distance(resampled, reference) > value  # why the samples are centred
+    assert spread.mean() == pytest.approx(0, abs=1e-9)
+    low, high = evaluate.percentile_interval(value + spread, 60)
+    assert low < value < high
+
+
+# -- choosing photos --
+
+
+def test_random_halves_are_disjoint_and_alike():
+    labels = ["a"] * 21 + ["b"] * 10
+    first, second = evaluate.random_halves(labels, seed=3)
+    assert len(first) == len(second) == 15 and not set(first) & set(second)
+    assert abs(sum(i < 21 for i in first) - sum(i < 21 for i in second)) <= 1
+    assert set(first) != set(evaluate.random_halves(labels, seed=4)[0])
+
+
+def test_sample_like_matches_classes_and_takes_allowed_photos_only():
+    labels = ["a"] * 10 + ["b"] * 10 + ["c"] * 10
+    allowed = np.arange(30) % 2 == 0
+    chosen = evaluate.sample_like(labels, ["b"] * 3 + ["a"] * 9, allowed, seed=0)
+    assert [labels[i] for i in chosen].count("b") == 3
+    assert [i for i in chosen if i < 10] == [0, 2, 4, 6, 8]  # 9 wanted, 5 allowed
+    assert allowed[chosen].all() and all(labels[i] != "c" for i in chosen)
+
+
+# -- diversity and nearest neighbours --
+
+
+def test_pairwise_means_are_zero_for_identical_and_root_two_for_orthogonal_features():
+    features = torch.tensor([[3.0, 0.0], [5.0, 0.0], [0.0, 2.0], [1.0, 0.0], [7.0, 7.0]])
+    means = evaluate.pairwise_means(features, np.array([0, 0, 1, 1, 2]))
+    assert means == {0: pytest.approx(0), 1: pytest.approx(math.sqrt(2))}
+
+
+@pytest.mark.parametrize("within_class", [False, True])
+def test_random_pair_distance_is_the_mean_over_pairs(within_class):
+    features = torch.randn(7, 3, generator=torch.Generator().manual_seed(0))
+    labels = np.array([0, 0, 1, 1, 1, 0, 2])
+    unit = (features / features.norm(dim=1, keepdim=True)).double().numpy()
+
+    def mean_over(indices):
+        pairs = [
+            np.linalg.norm(unit[i] - unit[k])
+            for i, k in itertools.combinations(indices, 2)
+            if i != k and (not within_class or labels[i] == labels[k])
+        ]
+        return np.mean(pairs)
+
+    same = labels[:, None] == labels[None, :] if within_class else None
+    value, samples = evaluate.random_pair_distance(features, same, num_samples=3, seed=5)
+    assert value == pytest.approx(mean_over(range(7)))
+    draws = np.random.default_rng(5).integers(7, size=(3, 7))
+    np.testing.assert_allclose(samples, [mean_over(draw) for draw in draws])
+
+
+def test_nearest_finds_copies_and_their_distances():
+    keys = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
+    queries = keys[[17, 3]] + torch.tensor([[0.0] * 4, [3e-3, 4e-3, 0.0, 0.0]])
+    distances, indices = evaluate.nearest(queries, keys, count=2)
+    assert indices[:, 0].tolist() == [17, 3]
+    torch.testing.assert_close(distances[:, 0], torch.tensor([0.0, 5e-3]).double(), atol=1e-6, rtol=0)
+    assert distances[0, 1] == pytest.approx(float((keys[17] - keys).norm(dim=1).sort().values[1]), rel=1e-6)
+
+
+# -- contours --
+
+
+def test_contour_distance_is_the_symmetric_capped_chamfer_distance():
+    edges, strokes = np.zeros((2, 2, 40, 40), dtype=bool)
+    edges[0, 10, 10] = edges[0, 30, 12] = True  # the second photo has no edge
+    strokes[0, 10, 13] = True
+    strokes[1, 8:12, 10] = True
+    cap = evaluate.CHAMFER_CAP
+    # In pixels: from edges 3 and more than the cap (4), from strokes 3; then 0 and 4, from strokes 2, 1, 0 and 1.
+    expected = [[((3 + 4) / 2 + 3) / 2 / 40, ((0 + 4) / 2 + 1) / 2 / 40], [cap, cap]]
+    np.testing.assert_allclose(evaluate.contour_distances(edges, strokes), expected)
+
+
+def test_ties_count_against_the_image():
+    distances = np.array([[0.1, 0.2, 0.3], [0.2, 0.2, 0.3], [0.1, 0.1, 0.1], [0.3, 0.2, 0.1]])
+    assert evaluate.retrieval_ranks(distances, np.array([0, 0, 1, 0])).tolist() == [0, 1, 2, 2]
+
+
+def test_edge_map_follows_a_pale_shape_and_is_empty_for_a_plain_page():
+    page = Image.new("RGB", (64, 64), (235, 235, 235))
+    assert not evaluate.edge_map(page).any()
+    ImageDraw.Draw(page).rectangle((16, 16, 47, 47), fill=(215, 215, 215))
+    rows, columns = np.nonzero(evaluate.edge_map(page))
+    for positions in (rows, columns):
+        assert abs(positions.min() - 32) <= 2 and abs(positions.max() - 95) <= 2
+
+
+# -- files --
+
+
+def test_squash_crops_the_middle_to_four_by_three():
+    ramp = np.repeat(np.repeat(np.arange(0, 240, 2, dtype=np.uint8)[None, :, None], 60, axis=0), 3, axis=2)
+    columns = 20 + (np.arange(30) + 0.5) * 80 / 30  # of the middle 80 x 60 pixels
+    expected = 2 * (columns - 0.5)
+    squashed = np.asarray(evaluate.squash(Image.fromarray(ramp), 30)).astype(float)
+    assert np.abs(squashed - expected[None, :, None]).max() < 1
+    tall = Image.fromarray(np.ascontiguousarray(ramp.transpose(1, 0, 2)))
+    assert np.abs(np.asarray(evaluate.squash(tall, 30)).astype(float) - expected[:, None, None]).max() < 1
+    square = Image.fromarray(np.random.default_rng(0).integers(0, 255, (24, 24, 3), dtype=np.uint8))
+    assert np.array_equal(np.asarray(evaluate.squash(square, 24)), np.asarray(square))
+
+
+def test_halves_split_drawings_by_hash(drawings_dir):
+    drawings = evaluate.read_drawings(drawings_dir)
+    assert [d.position for d in drawings] == list(range(12)) and drawings[
+        7
+    ].path == drawings_dir / "square/square1.png"
+    tune, report = (evaluate.select_drawings(drawings, split) for split in ("tune", "report"))
+    assert sorted(tune + report) == sorted(drawings) == sorted(evaluate.select_drawings(drawings, "all"))
+    for drawing in drawings:
+        even = int(hashlib.sha256(drawing.name.encode()).hexdigest()[:8], 16) % 2 == 0
+        assert (drawing in tune) == even
+    with pytest.raises(ValueError, match="`split` 'tune' has none of the"):
+        evaluate.select_drawings(report, "tune")
+
+
+def test_images_are_found_flat_or_in_class_folders(drawings_dir, tmp_path):
+    drawings = evaluate.read_drawings(drawings_dir)
+    page = Image.new("RGB", (8, 8))
+    for drawing in drawings:
+        for n in (0, 1, 10):
+            save(page, tmp_path / "flat" / f"{drawing.name}_{n}.png")
+            save(page, tmp_path / "folders" / drawing.label / f"{drawing.name}_{n}.jpg")
+    for kind in ("flat", "folders"):
+        found = evaluate.match_images(tmp_path / kind, drawings, drawings[3:5])
+        assert [drawing.position for drawing, _ in found] == [3] * 3 + [4] * 3
+        assert [path.stem.rpartition("_")[2] for _, path in found] == ["0", "1", "10"] * 2
+
+
+def test_unfitting_image_names_are_errors(drawings_dir, tmp_path):
+    drawings = evaluate.read_drawings(drawings_dir)
+    page = Image.new("RGB", (8, 8))
+    save(page, tmp_path / "one" / "disc0_0.png")
+    with pytest.raises(ValueError, match="no image of 11 of 12 drawings, for example disc/disc1_0.png"):
+        evaluate.match_images(tmp_path / "one", drawings, drawings)
+    save(page, tmp_path / "one" / "square" / "disc0_0.png")
+    with pytest.raises(ValueError, match="not named `<sketch>_<n>` after any drawing of the class 'square'"):
+        evaluate.match_images(tmp_path / "one", drawings, drawings[:1])
+    save(page, tmp_path / "two" / "disc0.png")
+    with pytest.raises(ValueError, match="disc0.png, which is not named `<sketch>_<n>`"):
+        evaluate.match_images(tmp_path / "two", drawings, drawings[:1])
+    twins = [evaluate.Drawing("a", label, tmp_path, i) for i, label in enumerate(LABELS)]
+    save(page, tmp_path / "three" / "a_0.png")
+    with pytest.raises(ValueError, match="may be of 2 drawings: put images into folders"):
+        evaluate.match_images(tmp_path / "three", twins, twins)
+
+
+def test_images_of_several_sizes_or_broken_or_alone_are_errors(drawings_dir, tmp_path):
+    drawing = evaluate.read_drawings(drawings_dir)[0]
+    paths = [save(Image.new("RGB", (size, 8)), tmp_path / f"{size}.png") for size in (8, 9)]
+    with pytest.raises(ValueError, match=r"one size, but there are 8 x 8 \(.*8.png\) and 9 x 8 \(.*9.png\)"):
+        evaluate.read_system("gan", [(drawing, path) for path in paths], SIZE)
+    with pytest.raises(ValueError, match="'gan' has 1 image: at least 2 are needed"):
+        evaluate.read_system("gan", [(drawing, paths[0])], SIZE)
+    paths[1].write_bytes(paths[1].read_bytes()[:40])
+    with pytest.raises(ValueError, match="9.png cannot be read as an image"):
+        evaluate.read_photos([("disc", paths[1])], "photos", SIZE)
+
+
+# -- the evaluation network --
+
+
+def test_evaluator_gives_the_networks_own_probabilities_and_pooled_features(evaluator_dir):
+    evaluator = Evaluator(str(evaluator_dir), SIZE)
+    pixels = torch.randint(0, 256, (5, 3, SIZE, SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    probabilities, features = evaluator(pixels, batch_size=2)
+    model = RegNetForImageClassification.from_pretrained(evaluator_dir, dtype=torch.float32).eval()
+    with torch.no_grad():
+        inputs = pixels / 127.5 - 1
+        torch.testing.assert_close(features, model.regnet(inputs).pooler_output.flatten(1))
+        torch.testing.assert_close(probabilities, model(inputs).logits.softmax(-1))
+    assert features.shape == (5, 16) and not torch.allclose(features[0], features[1])
+    assert evaluator.conditions["extractor"].startswith("regnet-")
+    assert evaluator.conditions["resize"] == f"squash4:3-bicubic-{SIZE}px"
+
+
+def test_evaluator_follows_a_preprocessor(evaluator_dir, tmp_path):
+    settings = {"size": {"shortest_edge": 40}, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.6, 0.7]}
+    for file in evaluator_dir.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    evaluator, plain = Evaluator(str(tmp_path)), Evaluator(str(evaluator_dir))
+    assert evaluator.resolution == 40 and plain.resolution == 64
+    image = torch.tensor([0.1, 0.2, 0.3]).view(1, 3, 1, 1).expand(1, 3, 40, 40)
+    white = image + torch.tensor([0.5, 0.6, 0.7]).view(1, 3, 1, 1)
+    features = [evaluator((value * 255).round().byte(), 1)[1] for value in (image, white)]
+    expected = [plain(torch.full((1, 3, 40, 40), value, dtype=torch.uint8), 1)[1] for value in (128, 255)]
+    # Mean and mean + std must come out as 0 and 1, up to rounding to 8 bits.
+    for one, other in zip(features, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=0.02, rtol=0.02)
+
+
+def test_unusable_evaluators_are_errors(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="`evaluator` must be a folder with the weights"):
+        Evaluator(str(tmp_path / "empty"))
+    config = ResNetConfig(num_channels=1, embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic")
+    ResNetForImageClassification(config).save_pretrained(tmp_path / "grey")
+    with pytest.raises(ValueError, match=r"`evaluator` must take photos, but .* takes 1 channel"):
+        Evaluator(str(tmp_path / "grey"))
+
+
+def test_cached_training_photos_are_those_read_afresh(photos_dir, evaluator_dir, tmp_path):
+    evaluator = Evaluator(str(evaluator_dir), SIZE)
+    files = evaluate.list_class_folders(photos_dir / "train", "train")
+    fresh = evaluate.read_training_photos(files, evaluator, 16, None)
+    assert torch.equal(evaluate.read_training_photos(files, evaluator, 16, str(tmp_path)).features, fresh.features)
+    (cached,) = tmp_path.iterdir()
+    stamp = cached.stat().st_mtime_ns
+    again = evaluate.read_training_photos(files, evaluator, 16, str(tmp_path))
+    assert cached.stat().st_mtime_ns == stamp
+    for name in ("pixels", "features", "probabilities"):
+        assert torch.equal(getattr(again, name), getattr(fresh, name))
+    assert again.files == fresh.files and again.labels == fresh.labels
+    evaluate.read_training_photos(files[1:], evaluator, 16, str(tmp_path))
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+# -- LPIPS --
+
+
+def test_lpips_needs_its_backbone_and_equals_the_lpips_package(evaluator_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    name = "squeezenet1_1-b8a52dc0.pth"
+    assert evaluate.load_lpips("squeeze") == (
+        None,
+        f"no backbone weights: {name} is not in the torch hub folder ({tmp_path / 'hub' / 'checkpoints'})",
+    )
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    torch.manual_seed(0)
+    torch.save(torchvision.models.squeezenet1_1().state_dict(), tmp_path / "hub" / "checkpoints" / name)
+    network, reason = evaluate.load_lpips("squeeze")
+    assert reason is None
+    pixels = torch.randint(0, 256, (4, 3, SIZE, SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = evaluate.ImageSet("x", pixels, ["disc"] * 4, np.array([0, 0, 0, 1]), [])
+    means = evaluate.lpips_means(network, images, "cpu")
+    package = lpips.LPIPS(net="squeeze", verbose=False)
+    inputs = pixels / 127.5 - 1
+    expected = [float(package(inputs[i : i + 1], inputs[k : k + 1])) for i, k in ((0, 1), (0, 2), (1, 2))]
+    assert means == {0: pytest.approx(np.mean(expected), rel=1e-4)}
+
+
+# -- the whole script --
+
+
+def test_generates_resumes_and_scores(arguments, model_dir, drawings_dir, evaluator_dir, tmp_path):
+    args = arguments(model=str(model_dir), num_images_per_sketch=3, eval_batch_size=8)
+    main(args)
+    out = tmp_path / "out"
+    files = sorted((out / "images").glob("*/*.png"))
+    assert len(files) == 36
+
+    # 1. An image is what the pipeline gives for the drawing and the seed that the file names.
+    file = out / "images" / "square" / "square4_2.png"
+    with Image.open(file) as image:
+        seed, label = int(image.info["seed"]), image.info["class_label"]
+        pixels = np.asarray(image).astype(int)
+    assert seed == 2 * 12 + 10
+    pipeline = DiffSketchingPipeline.from_pretrained(model_dir)
+    generator = torch.Generator().manual_seed(seed)
+    output = pipeline(str(drawings_dir / "square/square4.png"), num_images_per_sketch=1, generator=[generator])
+    assert np.abs(np.asarray(output.images[0]).astype(int) - pixels).max() <= 2 and output.class_labels == [label]
+
+    # 2. The numbers are those of the files.
+    scores = load(out / "metrics.json")["systems"]
+    system = scores["generated"]
+    with torch.no_grad():
+        model = RegNetForImageClassification.from_pretrained(evaluator_dir, dtype=torch.float32).eval()
+        stack = [np.asarray(Image.open(f).resize((SIZE, SIZE), Image.Resampling.BICUBIC)) for f in files]
+        inputs = torch.from_numpy(np.stack(stack)).permute(0, 3, 1, 2) / 127.5 - 1
+        predicted = model(inputs).logits.argmax(-1)
+        features = model.regnet(inputs).pooler_output.flatten(1).double()
+    agrees = np.array([LABELS[i] == f.parent.name for i, f in zip(predicted, files, strict=True)])
+    assert system["class_agreement"]["value"] == pytest.approx(agrees.mean())
+    given = [Image.open(f).info["class_label"] == f.parent.name for f in files]
+    assert system["conditioning_class_accuracy"]["value"] == pytest.approx(np.mean(given))
+    unit = features / features.norm(dim=1, keepdim=True)
+    distances = [torch.pdist(unit[i : i + 3]).mean() for i in range(0, 36, 3)]
+    assert system["pairwise_distance"]["value"] == pytest.approx(float(np.mean(distances)), rel=1e-4)
+    assert system["frechet_distance"]["value"] > scores["reference_photos"]["frechet_distance"]["value"]
+    assert system["frechet_distance"]["n"] == 36 and scores["training_photos"]["frechet_distance"]["n"] >= 32
+    assert system["pairwise_lpips"]["value"] is None and "backbone weights" in system["pairwise_lpips"]["reason"]
+    for condition in (
+        "extractor: regnet-",
+        "resize: squash4:3-bicubic-32px",
+        "reference: 72 validation photos",
+        "N: 36",
+    ):
+        assert condition in system["frechet_distance"]["name"]
+    assert "seeds: 36 in 0-35" in system["class_agreement"]["name"]
+    assert (
+        "sampling: num_inference_steps=2, sketch_guidance_scale=1.5, class predicted"
+        in system["retrieval_at_1"]["name"]
+    )
+
+    # 3. A second call makes only what is missing.
+    stamps = {f: f.stat().st_mtime_ns for f in files}
+    file.unlink()
+    main(args)
+    assert {f for f in files if f.stat().st_mtime_ns != stamps[f]} == {file}
+    assert np.abs(np.asarray(Image.open(file)).astype(int) - pixels).max() <= 2
+    assert load(out / "metrics.json")["systems"]["generated"].keys() == system.keys()
+
+    # 4. Images of other settings are not taken for those asked for.
+    with pytest.raises(ValueError, match="generated with another seed, num_inference_steps"):
+        main(arguments(model=str(model_dir), num_inference_steps=3, seed=1))
+    sheets = {path.name for path in (out / "sheets" / "generated").iterdir()}
+    assert sheets == {"disc.png", "square.png", "all.png", "nearest_training_photos.png"}
+
+
+def test_filled_outlines_retrieve_their_drawings_and_blank_images_none(arguments, drawings_dir, tmp_path):
+    filled = outlined_photos(drawings_dir, tmp_path / "filled")
+    for path in sorted(filled.glob("*/*_0.png")):
+        save(Image.open(path), path.with_name(path.name.replace("_0", "_1")))
+        save(Image.new("RGB", (64, 64), "white"), tmp_path / "blank" / path.name)
+    scores = main(arguments(images=[str(filled), f"empty={tmp_path / 'blank'}"]))
+    assert list(scores) == [
+        "filled",
+        "empty",
+        "training_photos",
+        "reference_photos",
+        "reference_photos_drawn_classes",
+        "noise",
+    ]
+    assert scores["filled"]["retrieval_at_1"].value == scores["filled"]["retrieval_at_5"].value == 1
+    assert scores["empty"]["retrieval_at_1"].value == scores["empty"]["retrieval_at_5"].value == 0
+    assert scores["filled"]["contour_distance"].value < 0.02
+    assert scores["empty"]["contour_distance"].value == pytest.approx(evaluate.CHAMFER_CAP)
+    assert scores["filled"]["pairwise_distance"].value == pytest.approx(0, abs=1e-6)
+    assert scores["filled"]["pairwise_distance"].interval == pytest.approx((0, 0), abs=1e-6)
+    table = (tmp_path / "out" / "metrics.md").read_text()
+    assert "| nearest-drawing retrieval R@1 ↑ | 1 [1, 1] (N=24) | 0 [0, 0] (N=12) |" in table
+
+    # What is null says why.
+    assert scores["empty"]["pairwise_distance"].reason == "no drawing has two images"
+    assert "fewer than 32 images: 24 against 72" in scores["filled"]["frechet_distance"].reason
+    assert "- filled: Fréchet distance [" in table and "none, fewer than 32 images" in table
+
+
+def test_images_of_other_drawings_retrieve_near_chance(drawings_dir):
+    drawings = evaluate.read_drawings(drawings_dir)
+    strokes = (
+        SketchProcessor(evaluate.CONTOUR_RESOLUTION).preprocess([str(d.path) for d in drawings])[:, 0] < 0
+    ).numpy()
+    distances = evaluate.contour_distances(strokes, strokes)
+    assert (evaluate.retrieval_ranks(distances, np.arange(12)) == 0).all()
+    hits = [
+        (evaluate.retrieval_ranks(distances, np.random.default_rng(seed).permutation(12)) == 0).mean()
+        for seed in range(200)
+    ]
+    assert np.mean(hits) == pytest.approx(1 / 12, abs=0.02)
+
+
+def test_planted_copies_are_flagged_even_mirrored(arguments, drawings_dir, photos_dir, tmp_path):
+    rng = np.random.default_rng(0)
+    photos = {label: sorted((photos_dir / "train" / label).iterdir()) for label in LABELS}
+    for path in sorted(drawings_dir.glob("*/*.png")):
+        for n in range(2):
+            photo = Image.open(photos[path.parent.name][rng.integers(40)])
+            copy = evaluate.squash(photo, SIZE)
+            save(
+                copy.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if n else copy,
+                tmp_path / "copies" / f"{path.stem}_{n}.png",
+            )
+    scores = main(arguments(images=[str(tmp_path / "copies")]))
+    copies, real = scores["copies"], scores["reference_photos"]
+    assert copies["near_copy_share"].value == 1
+    assert copies["nearest_training_distance"].value == pytest.approx(0, abs=1e-5)
+    assert copies["nearest_training_pixel_distance"].value == pytest.approx(0, abs=1e-5)
+    assert real["near_copy_share"].value == pytest.approx(0.05, abs=0.02)
+    assert real["nearest_training_pixel_distance"].value > 0.05
+    assert not scores["noise"]["near_copy_share"].value
+
+
+def test_agreement_is_relative_to_photos_with_the_drawings_classes(photos_dir, evaluator_dir, drawings_dir):
+    evaluator = Evaluator(str(evaluator_dir), SIZE)
+    files = evaluate.list_class_folders(photos_dir / "validation", "reference")
+    # Three times as many squares as discs among the drawings, as many among the photos.
+    drawings = evaluate.read_drawings(drawings_dir)
+    selected = drawings[:2] + drawings[6:12]
+    reference = evaluator.look_at(evaluate.read_photos(files, "photos", SIZE), 32)
+    args = EvaluationArguments(sketches="", reference="", train="", evaluator="", num_bootstrap_samples=0)
+    scorer = evaluate.Scorer(
+        args, evaluator, drawings, np.ones((12, 4, 4), dtype=bool), selected, reference, reference
+    )
+    predicted = reference.probabilities.argmax(-1).numpy()
+    truth = np.array([LABELS.index(label) for label in reference.labels])
+    share = [(predicted == truth)[truth == i].mean() for i in range(2)]
+    assert share[0] != share[1]
+    ceiling = (2 * share[0] + 6 * share[1]) / 8
+    assert scorer.reweighted_agreement(reference)["class_agreement_reweighted"].value == pytest.approx(ceiling)
+    relative = scorer.relative_agreement(reference)["class_agreement_relative"]
+    assert relative.value == pytest.approx((predicted == truth).mean() / ceiling) and relative.interval is None
+
+
+# -- pictures --
+
+
+def test_sheet_places_rows_in_columns():
+    colors = ["red", "green", "blue", "gold", "black"]
+    rows = [[Tile(Image.new("RGB", (8, 8), color)), Tile(Image.new("RGB", (8, 8), "grey"))] for color in colors]
+    sheet = evaluate.draw_sheet(rows, num_columns=2)
+    width, height = sheet.width // 2, sheet.height // 3
+    for i, color in enumerate(colors):
+        corner = ((i // 3) * width + 20, (i % 3) * height + 20)
+        assert sheet.getpixel(corner) == Image.new("RGB", (1, 1), color).getpixel((0, 0))
+
+
+# -- the command line --
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "give `model` to generate images, `images` to score folders"),
+        ({"images": ["nowhere"]}, "`images` must be folders, but 'nowhere' is none"),
+        ({"model": "nowhere", "reference": "nowhere"}, "`reference` must be a folder, but 'nowhere' is none"),
+        ({"model": "nowhere", "num_images_per_sketch": 0}, "`num_images_per_sketch` must be at least 1, but got 0"),
+        ({"model": "{tmp_path}"}, "cannot be loaded"),
+        (
+            {"model": "{model_dir}", "split": "all", "train": "{model_dir}"},
+            "`train` must hold images in one folder per",
+        ),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(changes, message, arguments, model_dir, tmp_path, monkeypatch, capsys):
+    def fill(value):
+        return value.format(tmp_path=tmp_path, model_dir=model_dir) if isinstance(value, str) else value
+
+    args = arguments(**{name: fill(value) for name, value in changes.items()})
+    command = ["evaluate.py"]
+    for name, value in vars(args).items():
+        if value is not None:
+            command += [f"--{name}", *(value if isinstance(value, list) else [str(value)])]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(SystemExit) as exit:
+        evaluate.run()
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert exit.value.code == 2 and error.startswith("evaluate.py: error: ") and message in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_judge_may_not_be_part_of_the_model(arguments, model_dir, tmp_path):
+    pipeline = DiffSketchingPipeline.from_pretrained(model_dir)
+    torch.manual_seed(1)
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic", num_labels=2)
+    config.id2label, config.label2id = dict(enumerate(LABELS)), {label: i for i, label in enumerate(LABELS)}
+    pipeline.register_modules(image_encoder=ResNetForImageClassification(config))
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    args = arguments(model=str(tmp_path / "pipeline"), evaluator=str(tmp_path / "pipeline" / "image_encoder"))
+    with pytest.raises(ValueError, match="`evaluator` is the `image_encoder` of `model`"):
+        main(args)
+
+
+def test_unknown_classes_are_named(arguments, drawings_dir, tmp_path):
+    save(Image.open(drawings_dir / "disc" / "disc0.png"), tmp_path / "drawings" / "kite" / "a.png")
+    save(Image.new("RGB", (8, 8)), tmp_path / "images" / "a_0.png")
+    with pytest.raises(
+        ValueError, match="`sketches` has the classes kite, which the `evaluator` does not know: disc, square"
+    ):
+        main(arguments(sketches=str(tmp_path / "drawings"), images=[str(tmp_path / "images")]))

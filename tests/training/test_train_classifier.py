@@ -1,0 +1,142 @@
+# Copyright 2026 The DiffSketching Pipeline Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from conftest import TRAINING
+from data import PhotoSketchDataset
+from diffusers import DDIMScheduler
+from PIL import Image
+from train_classifier import (
+    ClassifierTrainingArguments,
+    ClassifierValidation,
+    check_classifier_arguments,
+    main,
+    make_classifier,
+    make_scheduler,
+    with_captions,
+)
+
+from diffsketching_pipeline import NoisyImageClassifier
+
+
+ID2LABEL = {0: "disc", 1: "square"}
+TINY = {
+    "resolution": 16,
+    "block_out_channels": [16, 32],
+    "down_block_types": ["ResnetDownsampleBlock2D", "AttnDownBlock2D"],
+    "attention_head_dim": 8,
+    "norm_num_groups": 4,
+    "dropout": 0.0,
+    "train_batch_size": 8,
+    "learning_rate": 3e-3,
+    "lr_warmup_steps": 5,
+    "ema_max_decay": 0.9,
+    "validation_steps": 0,
+    "num_validation_samples": 8,
+    "num_validation_images": 3,
+    "report_to": "none",
+}
+
+
+def tiny_args(**kwargs):
+    return ClassifierTrainingArguments(**(TINY | kwargs))
+
+
+def test_script_trains_a_classifier_on_the_schedule_of_a_pipeline(shapes_dir, tmp_path, script_env):
+    scheduler = DDIMScheduler(num_train_timesteps=200, beta_schedule="linear", prediction_type="v_prediction")
+    scheduler.save_pretrained(tmp_path / "pipeline" / "scheduler")
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(TINY | {"train_data_dir": str(shapes_dir), "max_train_steps": 2}))
+    out = tmp_path / "out"
+    options = ["--scheduler_name_or_path", str(tmp_path / "pipeline"), "--output_dir", str(out)]
+    command = [sys.executable, str(TRAINING / "train_classifier.py"), "--config", str(config), *options]
+    run = subprocess.run(command, env=script_env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == str(out / "classifier")
+    classifier = NoisyImageClassifier.from_pretrained(out / "classifier")
+    assert (classifier.config.num_classes, classifier.config.sample_size) == (2, 16)
+    assert all(f"accuracy_quarter_{i}" in run.stderr for i in (1, 2, 3, 4))
+    # Four noise levels of three photos, each enlarged to 128 pixels.
+    assert Image.open(out / "samples" / "noisy_predicted-000002.png").size == (3 * 130 + 2, 4 * 130 + 2)
+
+
+def test_training_learns_classes_from_noisy_photos(shapes_dir, tmp_path):
+    main(tiny_args(train_data_dir=str(shapes_dir), max_train_steps=60, output_dir=str(tmp_path)))
+    classifier = NoisyImageClassifier.from_pretrained(tmp_path / "classifier")
+    dataset = PhotoSketchDataset(shapes_dir, "validation", 16, train=False, contours="none")
+    args = tiny_args()
+    validation = ClassifierValidation(args, dataset, make_scheduler(args))
+    with torch.no_grad():
+        trained, _ = validation(classifier.eval())
+        untrained, _ = validation(make_classifier(args, ID2LABEL).eval())
+    assert trained["accuracy_quarter_1"] == trained["accuracy_quarter_2"] == 1.0
+    assert trained["loss_quarter_1"] < 0.2 * untrained["loss_quarter_1"]
+    # Almost nothing of a photo is left in the last quarter.
+    assert trained["loss_quarter_1"] < trained["loss_quarter_4"]
+
+
+def test_validation_timesteps_cover_their_quarter(shapes_dir):
+    dataset = PhotoSketchDataset(shapes_dir, "validation", 16, train=False, contours="none")
+    args = tiny_args(ddpm_num_steps=1000)
+    validation = ClassifierValidation(args, dataset, make_scheduler(args))
+    for quarter in range(4):
+        timesteps = validation.timesteps(quarter)
+        assert timesteps.min() >= 250 * quarter and timesteps.max() < 250 * (quarter + 1)
+        # Eight points, none of two eighths of the quarter left out.
+        gaps = torch.cat([timesteps, torch.tensor([250 * quarter, 250 * (quarter + 1)])]).sort().values.diff()
+        assert gaps.max() <= 250 / 4
+
+
+def test_schedule_is_that_of_the_arguments_or_of_the_pipeline(tmp_path):
+    DDIMScheduler(num_train_timesteps=200, beta_schedule="linear").save_pretrained(tmp_path / "scheduler")
+    betas = torch.linspace(0.0001, 0.02, 200)
+    scheduler = make_scheduler(tiny_args(scheduler_name_or_path=str(tmp_path)))
+    torch.testing.assert_close(scheduler.alphas_cumprod, torch.cumprod(1 - betas, dim=0))
+    assert len(make_scheduler(tiny_args(ddpm_num_steps=50)).alphas_cumprod) == 50
+
+
+def test_pretrained_classifier_is_loaded_or_refused(tmp_path):
+    classifier = make_classifier(tiny_args(seed=5), ID2LABEL)
+    classifier.save_pretrained(tmp_path / "pipeline" / "classifier")
+    for path in (tmp_path / "pipeline", tmp_path / "pipeline" / "classifier"):
+        loaded = make_classifier(tiny_args(pretrained_model_name_or_path=str(path)), ID2LABEL)
+        assert all(torch.equal(value, classifier.state_dict()[key]) for key, value in loaded.state_dict().items())
+    args = tiny_args(pretrained_model_name_or_path=str(tmp_path / "pipeline"))
+    with pytest.raises(ValueError, match="must have num_classes 3, but .* has 2"):
+        make_classifier(args, {**ID2LABEL, 2: "star"})
+    args.resolution = 32
+    with pytest.raises(ValueError, match="must have sample_size 32, but .* has 16"):
+        make_classifier(args, ID2LABEL)
+
+
+def test_unusable_arguments_are_refused():
+    with pytest.raises(ValueError, match=r"`label_smoothing` must be in \[0, 1\), but got 1.0"):
+        check_classifier_arguments(tiny_args(label_smoothing=1.0))
+    with pytest.raises(ValueError, match="`num_validation_samples` must be at least 1, but got 0"):
+        check_classifier_arguments(tiny_args(num_validation_samples=0))
+
+
+def test_captions_are_written_on_enlarged_pictures():
+    pictures = torch.full((2, 3, 16, 16), 0.5)
+    captioned = with_captions(pictures, ["disc (square)", "x"])
+    assert captioned.shape == (2, 3, 128, 128)
+    torch.testing.assert_close(captioned[:, :, 32:], torch.full((2, 3, 96, 128), 191 / 127.5 - 1))
+    # White letters with smoothed edges on a black box that is as wide as the text.
+    assert captioned[0, :, :16].min() == -1 and captioned[0, :, :16].max() > 0.9
+    widths = [int((picture[0] == -1).any(dim=0).sum()) for picture in captioned]
+    assert 5 * widths[1] < widths[0] < 128

@@ -1,0 +1,223 @@
+# Copyright 2026 The DiffSketching Pipeline Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import train_encoders
+from data import PhotoSketchDataset
+from PIL import Image, ImageDraw
+from torch import nn
+from train_encoders import EncoderArguments, FreeHandDataset, fit_to_page, half_size, in_first_half, make_model
+from transformers import RegNetForImageClassification, ResNetForImageClassification
+
+
+SCRIPT = Path(train_encoders.__file__)
+CONFIGS = SCRIPT.parent / "configs"
+TINY = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "groups_width": 8, "resolution": 32}
+TINY |= {"train_batch_size": 4, "max_train_steps": 3, "lr_warmup_steps": 1, "logging_steps": 1, "validation_steps": 2}
+TINY |= {"checkpointing_steps": 2, "report_to": "none"}
+
+
+def words(**arguments):
+    result = []
+    for name, value in arguments.items():
+        result += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return result
+
+
+@pytest.fixture(scope="module")
+def cache_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def test_script_trains_resumes_and_measures_the_sketch_encoder(shapes_dir, cache_dir, tmp_path, script_env):
+    for i, name in enumerate(["disc", "square"] * 2):
+        drawing = Image.new("L", (100, 80), 255)
+        shape = ImageDraw.Draw(drawing).ellipse if name == "disc" else ImageDraw.Draw(drawing).rectangle
+        shape((20, 10, 60 + i, 50), outline=0, width=3)
+        path = tmp_path / "drawings" / name / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        drawing.save(path)
+    paths = {"train_data_dir": shapes_dir, "cache_dir": cache_dir, "output_dir": tmp_path / "out"}
+    command = [sys.executable, str(SCRIPT), *words(**TINY, **paths, validation_drawings_dir=tmp_path / "drawings")]
+    for extra in ([], ["--resume_from_checkpoint", "latest", "--max_train_steps", "4"]):
+        result = subprocess.run(command + extra, env=script_env, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+    assert "resuming from" in result.stderr
+
+    model = ResNetForImageClassification.from_pretrained(tmp_path / "out" / "sketch_encoder")
+    assert model.config.id2label == {0: "disc", 1: "square"} and model.config.num_channels == 1
+    report = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert report.keys() >= {"validation", "drawings_tune", "drawings_report"}
+    validation = PhotoSketchDataset(
+        shapes_dir, "validation", 32, train=False, cache_dir=cache_dir, contours="none", color_jitter=0.3
+    )
+    samples = [FreeHandDataset(validation, 1.0, train=False).sample(i) for i in range(8)]
+    with torch.no_grad():
+        logits = model(torch.stack([s["pixel_values"] for s in samples])).logits
+    right = [int(logit.argmax()) == s["class_label"] for logit, s in zip(logits, samples, strict=True)]
+    assert report["validation"]["accuracy"] == pytest.approx(np.mean(right))
+    assert (tmp_path / "out" / "samples" / "validation-000004.png").is_file()
+
+
+@pytest.mark.parametrize(
+    "task, folder, model_class",
+    [
+        ("image", "image_encoder", ResNetForImageClassification),
+        ("evaluation", "evaluation", RegNetForImageClassification),
+    ],
+)
+def test_photo_tasks(shapes_dir, cache_dir, tmp_path, monkeypatch, task, folder, model_class):
+    arguments = words(
+        **TINY,
+        task=task,
+        train_data_dir=shapes_dir,
+        cache_dir=cache_dir,
+        output_dir=tmp_path,
+        mixup_alpha=0.2,
+        random_erasing=0.5,
+    )
+    monkeypatch.setattr(sys, "argv", ["train_encoders.py", *arguments])
+    train_encoders.main()
+    model = model_class.from_pretrained(tmp_path / folder)
+    assert model(torch.zeros(1, 3, 32, 32)).logits.shape == (1, 2)
+    args = EncoderArguments(task=task, pretrained_model_name_or_path=str(tmp_path / folder))
+    continued = make_model(args, {0: "disc", 1: "square"})
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), continued.parameters(), strict=True))
+    with pytest.raises(ValueError, match="must hold a model of the classes"):
+        make_model(args, {0: "hat", 1: "shoes"})
+    assert 0 <= json.loads((tmp_path / "metrics.json").read_text())["validation"]["accuracy"] <= 1
+
+
+def test_evaluation_encoder_sees_one_half_of_the_training_photos(shapes_dir, cache_dir):
+    args = EncoderArguments(task="evaluation", cache_dir=str(cache_dir), resolution=32)
+    ids = train_encoders.make_dataset(args, shapes_dir, "train").ids
+    assert ids == [
+        i for i in PhotoSketchDataset(shapes_dir, cache_dir=cache_dir, resolution=32).ids if in_first_half(i)
+    ]
+    assert 0 < len(ids) < 16
+    assert len(train_encoders.make_dataset(args, shapes_dir, "validation")) == 8
+
+
+@pytest.mark.parametrize("name", ["sketch_encoder", "image_encoder", "evaluation"])
+def test_published_configs_have_the_intended_shapes(name):
+    from trainer import parse_args
+
+    args = parse_args(EncoderArguments, [str(CONFIGS / f"{name}_garments64.yaml")])
+    model = make_model(args, {i: str(i) for i in range(15)}).eval()
+    channels = 1 if name == "sketch_encoder" else 3
+    maps = model(torch.zeros(1, channels, 64, 64), output_hidden_states=True).hidden_states
+    assert [m.shape[-1] for m in maps] == ([32, 16, 8, 4, 2] if name == "evaluation" else [16, 16, 8, 4])
+    assert 0.5e6 < sum(p.numel() for p in model.parameters()) < 4e6
+    assert train_encoders.COMPONENT_NAMES[args.task] == name
+
+
+# ---- drawings --------------------------------------------------------------------------------------------------------
+
+
+def test_half_size_keeps_every_stroke():
+    ink = np.random.default_rng(0).random((7, 10)) < 0.15
+    expected = np.zeros((4, 5), bool)
+    for y, x in zip(*np.nonzero(ink), strict=True):
+        expected[y // 2, x // 2] = True
+    np.testing.assert_array_equal(half_size(ink), expected)
+
+
+def test_fit_to_page_centres_with_a_margin():
+    ink = np.zeros((50, 90), bool)
+    ink[5:25, 30:70] = True
+    page = fit_to_page(ink, margin=0.1)
+    rows, columns = np.flatnonzero(page.any(1)), np.flatnonzero(page.any(0))
+    assert page.shape == (50, 50) and page.sum() == 20 * 40
+    assert (columns[0], columns[-1] + 1, rows[0], rows[-1] + 1) == (5, 45, 15, 35)
+    assert not fit_to_page(np.zeros((4, 4), bool), 0.1).any()
+
+
+def test_free_hand_samples_are_keyed_and_drawn(shapes_dir, cache_dir):
+    photos = PhotoSketchDataset(shapes_dir, resolution=64, cache_dir=cache_dir, contours="none")
+    one, other = FreeHandDataset(photos, 1.0), FreeHandDataset(photos, 1.0)
+    for draw in range(12):
+        sample = one.sample(draw, draw)
+        assert torch.equal(sample["pixel_values"], other.sample(draw, draw)["pixel_values"])
+        assert sample["pixel_values"].shape == (1, 64, 64)
+        ink = ((1 - sample["pixel_values"]) / 2).mean()
+        assert 0.005 < ink < 0.4
+    assert not torch.equal(one.sample(0, 0)["pixel_values"], one.sample(0, 1)["pixel_values"])
+
+
+def test_halves_do_not_follow_the_split():
+    ids = [f"photo-{i}" for i in range(1000)]
+    assert 0.45 < np.mean([in_first_half(i) for i in ids]) < 0.55
+
+
+def test_erased_rectangle_has_one_color():
+    sample = {"pixel_values": torch.linspace(-1, 1, 3 * 32 * 32).view(3, 32, 32), "id": "a"}
+    for seed in range(20):
+        erased = train_encoders.erase_randomly(1.0)(sample, torch.Generator().manual_seed(seed))["pixel_values"]
+        changed = (erased != sample["pixel_values"]).all(0)
+        assert 0.02 < changed.float().mean() < 0.25
+        assert all(len(erased[c][changed].unique()) == 1 and erased[c].abs().max() <= 1 for c in range(3))
+    unchanged = train_encoders.erase_randomly(0.0)(sample, torch.Generator())
+    assert torch.equal(unchanged["pixel_values"], sample["pixel_values"])
+
+
+# ---- measuring -------------------------------------------------------------------------------------------------------
+
+
+def test_recalibrated_statistics_are_those_of_the_batches():
+    norm = nn.BatchNorm2d(3)
+    norm.running_mean.fill_(9.0)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = norm
+
+        def forward(self, x):
+            return self.norm(x)
+
+    batches = [torch.randn(8, 3, 4, 4, generator=torch.Generator().manual_seed(i)) + i for i in range(5)]
+    model = Model()
+    train_encoders.recalibrate_batch_norm(model, iter({"pixel_values": b} for b in batches), num_batches=5)
+    torch.testing.assert_close(norm.running_mean, torch.stack([b.mean((0, 2, 3)) for b in batches]).mean(0))
+    torch.testing.assert_close(norm.running_var, torch.stack([b.var((0, 2, 3)) for b in batches]).mean(0))
+    assert norm.momentum == 0.1 and not model.training
+
+
+def test_accuracies_by_hand():
+    probabilities = torch.tensor(
+        [[0.7, 0.2, 0.1, 0.0], [0.1, 0.5, 0.4, 0.0], [0.6, 0.3, 0.1, 0.0], [0.3, 0.4, 0.2, 0.1], [0.2, 0.3, 0.4, 0.1]]
+    )
+    labels = torch.tensor([0, 1, 1, 3, 1])
+    result = train_encoders.accuracies(probabilities, labels, dict(enumerate("abcd")))
+    assert result == pytest.approx(
+        {
+            "accuracy": 2 / 5,
+            "top3_accuracy": 4 / 5,
+            "mean_class_accuracy": (1 + 1 / 3 + 0) / 3,
+            "class/a": 1.0,
+            "class/b": 1 / 3,
+            "class/d": 0.0,
+        }
+    )
+
+
+def test_folder_without_drawings_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="`validation_drawings_dir`"):
+        train_encoders.load_drawings(tmp_path, {"hat": 0}, 64)

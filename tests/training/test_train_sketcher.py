@@ -1,0 +1,183 @@
+# Copyright 2026 The DiffSketching Pipeline Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import train_sketcher
+from train_sketcher import PatchDiscriminator, minimum_l1
+
+from diffsketching_pipeline.modeling_photo_sketcher import PhotoSketcher
+
+
+SCRIPT = Path(train_sketcher.__file__)
+TINY = [
+    "--ngf",
+    "4",
+    "--n_blocks",
+    "1",
+    "--ndf",
+    "4",
+    "--dropout",
+    "0.2",
+    "--resolution",
+    "32",
+    "--logging_steps",
+    "1",
+]
+TINY += ["--train_batch_size", "4", "--lr_warmup_steps", "1", "--checkpointing_steps", "2", "--report_to", "none"]
+
+
+@pytest.fixture(scope="module")
+def cache_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def run_main(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["train_sketcher.py", *TINY, *map(str, words)])
+    train_sketcher.main()
+
+
+def states(folder):
+    """Every tensor of a checkpoint: both networks, the average, both optimizers."""
+    tensors = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            tensors |= {f"{name}/{key}": value for key, value in load_file(path).items()}
+        elif path.name.startswith("optimizer") and path.suffix == ".bin":
+            for index, state in torch.load(path, weights_only=True)["state"].items():
+                tensors |= {f"{name}/{index}/{key}": value for key, value in state.items()}
+    return tensors
+
+
+def test_minimum_l1_is_the_distance_to_the_nearest_drawing():
+    rng = np.random.default_rng(0)
+    prediction, targets = rng.normal(size=(3, 1, 4, 5)), rng.normal(size=(3, 6, 1, 4, 5))
+    nearest = []
+    for b in range(3):
+        nearest.append(min(np.abs(prediction[b] - targets[b, n]).sum() / 20 for n in range(6)))
+    value = minimum_l1(torch.from_numpy(prediction), torch.from_numpy(targets))
+    assert value.item() == pytest.approx(sum(nearest) / 3)
+
+
+def test_strokes_weigh_more_than_paper():
+    target = torch.tensor([[1.0, 1.0, 1.0, -1.0]]).view(1, 1, 1, 2, 2)
+    blank = torch.ones(1, 1, 2, 2)
+    assert minimum_l1(blank, target).item() == pytest.approx(2 / 4)
+    assert minimum_l1(blank, target, stroke_weight=5.0).item() == pytest.approx(6 * 2 / (1 + 1 + 1 + 6))
+
+
+def test_only_the_nearest_drawing_pulls():
+    prediction = torch.zeros(1, 1, 2, 2, requires_grad=True)
+    targets = torch.stack([torch.full((1, 2, 2), 0.5), torch.full((1, 2, 2), -0.1)])[None]
+    minimum_l1(prediction, targets).backward()
+    assert torch.equal(prediction.grad, torch.full((1, 1, 2, 2), 0.25))
+
+
+def test_script_trains_a_sketcher_that_loads(shapes_dir, cache_dir, tmp_path, script_env):
+    paths = ["--train_data_dir", str(shapes_dir), "--cache_dir", str(cache_dir), "--output_dir", str(tmp_path)]
+    command = [sys.executable, str(SCRIPT), *TINY, *paths, "--max_train_steps", "2"]
+    result = subprocess.run(command, env=script_env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    model = PhotoSketcher.from_pretrained(tmp_path / "sketcher")
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 1, 32, 32)
+    assert (tmp_path / "samples" / "validation-000002.png").is_file()
+
+
+def test_killed_run_resumes_exactly(shapes_dir, cache_dir, tmp_path, monkeypatch):
+    from accelerate.state import AcceleratorState
+
+    paths = [
+        "--train_data_dir",
+        shapes_dir,
+        "--cache_dir",
+        cache_dir,
+        "--max_train_steps",
+        "4",
+        "--validation_steps",
+        0,
+    ]
+    run_main(monkeypatch, *paths, "--output_dir", tmp_path / "whole")
+    # A killed run leaves its last checkpoint and nothing after it.
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "killed" / "checkpoint-2")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    run_main(monkeypatch, *paths, "--output_dir", tmp_path / "killed", "--resume_from_checkpoint", "latest")
+
+    whole, resumed = (states(tmp_path / name / "checkpoint-4") for name in ("whole", "killed"))
+    earlier = states(tmp_path / "whole" / "checkpoint-2")
+    assert whole.keys() == resumed.keys()
+    for folder in ("discriminator", "sketcher", "sketcher_ema", "optimizer.bin", "optimizer_1.bin"):
+        assert any(name.startswith(f"{folder}/") for name in whole), folder
+    for name, value in whole.items():
+        assert torch.equal(value, resumed[name]), name
+    changed = [name for name, value in whole.items() if not torch.equal(value, earlier[name])]
+    assert any(name.startswith("discriminator/") for name in changed)
+    assert any(name.startswith("sketcher/") for name in changed)
+
+
+def test_reverse_direction_makes_photos_from_sketches(shapes_dir, cache_dir, tmp_path, monkeypatch):
+    paths = ["--train_data_dir", shapes_dir, "--cache_dir", cache_dir, "--output_dir", tmp_path]
+    run_main(monkeypatch, *paths, "--max_train_steps", "1", "--direction", "sketch_to_photo")
+    model = PhotoSketcher.from_pretrained(tmp_path / "sketcher")
+    assert model(torch.zeros(1, 1, 32, 32)).shape == (1, 3, 32, 32)
+    args = train_sketcher.SketcherArguments(
+        direction="sketch_to_photo", pretrained_model_name_or_path=str(tmp_path / "sketcher")
+    )
+    continued = train_sketcher.make_models(args)["sketcher"]
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), continued.parameters(), strict=True))
+    args.direction = "photo_to_sketch"
+    with pytest.raises(ValueError, match="must make 1 channels of 3"):
+        train_sketcher.make_models(args)
+
+
+def test_losses_are_those_of_the_least_squares_gan():
+    torch.manual_seed(0)
+    batch = {"pixel_values": torch.randn(2, 3, 32, 32), "sketch": torch.randn(2, 1, 32, 32)}
+    batch["sketches"] = torch.randn(2, 5, 1, 32, 32)
+    args = train_sketcher.SketcherArguments(ngf=4, n_blocks=1, ndf=4, l1_weight=7.0, gan_weight=3.0, stroke_weight=2.5)
+    models = train_sketcher.make_models(args)
+
+    class Bare:
+        modules = models
+
+        def unwrap(self, name):
+            return models[name]
+
+    losses = train_sketcher.gan_losses(Bare(), args)
+    fake = models["sketcher"](batch["pixel_values"])
+    real_scores = models["discriminator"](batch["pixel_values"], batch["sketch"])
+    fake_scores = models["discriminator"](batch["pixel_values"], fake)
+    expected = ((real_scores - 1) ** 2).mean() / 2 + (fake_scores**2).mean() / 2
+    assert losses["discriminator"](batch)["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+    expected = 7 * minimum_l1(fake, batch["sketches"], 2.5) + 3 * ((fake_scores - 1) ** 2).mean()
+    assert losses["sketcher"](batch)["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+    losses["discriminator"](batch)["loss"].backward()
+    assert all(p.grad is None for p in models["sketcher"].parameters())
+
+
+def test_discriminator_judges_each_pair_alone(tmp_path):
+    model = PatchDiscriminator(in_channels=4, ndf=4, n_layers=2).train()
+    photos, sketches = torch.randn(3, 3, 32, 32), torch.randn(3, 1, 32, 32)
+    scores = model(photos, sketches)
+    assert scores.shape == (3, 1, 6, 6)
+    torch.testing.assert_close(model(photos[1:2], sketches[1:2]), scores[1:2])
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(PatchDiscriminator.from_pretrained(tmp_path)(photos, sketches), scores)

@@ -1,0 +1,100 @@
+# Copyright 2026 The DiffSketching Pipeline Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Joins trained components into one pipeline folder, in float16, with the checkpoint's recommended settings.
+
+    python training/assemble.py --unet unet-64/pipeline --classifier classifier/classifier --sketcher sketcher/sketcher \
+        --sketch_encoder sketch-encoder/model --image_encoder image-encoder/model --output_dir garments-64
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from trainer import write_folder
+from transformers import HfArgumentParser, ResNetForImageClassification
+
+from diffsketching_pipeline import DiffSketchingPipeline, NoisyImageClassifier, PhotoSketcher
+
+
+COMPONENTS: dict[str, Any] = {
+    "classifier": NoisyImageClassifier,
+    "sketcher": PhotoSketcher,
+    "sketch_encoder": ResNetForImageClassification,
+    "image_encoder": ResNetForImageClassification,
+}
+
+
+@dataclass
+class AssembleArguments:
+    unet: str = field(metadata={"help": "the `pipeline` folder that train_unet.py wrote: UNet, scheduler, classes"})
+    output_dir: str = field(metadata={"help": "the new pipeline folder"})
+    classifier: str | None = field(default=None, metadata={"help": "NoisyImageClassifier folder"})
+    sketcher: str | None = field(default=None, metadata={"help": "PhotoSketcher folder"})
+    sketch_encoder: str | None = field(default=None, metadata={"help": "ResNetForImageClassification, 1 channel"})
+    image_encoder: str | None = field(default=None, metadata={"help": "ResNetForImageClassification, 3 channels"})
+    num_inference_steps: int = field(default=25, metadata={"help": "recommended steps"})
+    sketch_guidance_scale: float = field(default=1.0, metadata={"help": "recommended scale; 1.0 = off"})
+    classifier_guidance_scale: float = field(default=0.0, metadata={"help": "recommended scale; 0.0 = off"})
+    perceptual_guidance_scale: float = field(default=0.0, metadata={"help": "recommended scale; 0.0 = off"})
+    save_dtype: str = field(default="float16", metadata={"help": "float16, bfloat16 or float32"})
+    max_shard_size: str = field(default="10GB", metadata={"help": "largest weight file, e.g. 15MB"})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "replace an existing folder"})
+
+
+def assemble(args: AssembleArguments) -> DiffSketchingPipeline:
+    """
+    The pipeline with all components given.
+
+    Raises:
+        ValueError: if classes of the components differ, or `save_dtype` is none of the three.
+    """
+    if args.save_dtype not in ("float16", "bfloat16", "float32"):
+        raise ValueError(f"`save_dtype` has to be float16, bfloat16 or float32 but is {args.save_dtype!r}.")
+    base = DiffSketchingPipeline.from_pretrained(args.unet)
+    folders = {name: getattr(args, name) for name in COMPONENTS if getattr(args, name) is not None}
+    parts = {name: COMPONENTS[name].from_pretrained(folder).float().eval() for name, folder in folders.items()}
+    for name, part in parts.items():
+        labels = getattr(part.config, "id2label", None)
+        if labels is not None and {int(key): value for key, value in labels.items()} != base.id2label:
+            raise ValueError(f"`{name}` has the classes {labels}, but the UNet has {base.id2label}.")
+    recommended = {
+        "num_inference_steps": args.num_inference_steps,
+        "sketch_guidance_scale": args.sketch_guidance_scale,
+        "classifier_guidance_scale": args.classifier_guidance_scale,
+        "perceptual_guidance_scale": args.perceptual_guidance_scale,
+    }
+    pipe = DiffSketchingPipeline(
+        unet=base.unet, scheduler=base.scheduler, **parts, id2label=base.id2label, recommended=recommended
+    )
+    return pipe.to(getattr(torch, args.save_dtype))
+
+
+def main(args: AssembleArguments) -> None:
+    output_dir = Path(args.output_dir)
+    if output_dir.exists() and not args.overwrite_output_dir:
+        raise ValueError(f"`output_dir` {args.output_dir!r} exists: choose another, or pass `--overwrite_output_dir`.")
+    pipe = assemble(args)
+    with write_folder(output_dir) as temporary:
+        pipe.save_pretrained(temporary, max_shard_size=args.max_shard_size)
+    size = sum(file.stat().st_size for file in output_dir.rglob("*.safetensors"))
+    print(f"{args.output_dir}: {size / 2**20:.1f} MiB of weights")
+
+
+if __name__ == "__main__":
+    try:
+        main(HfArgumentParser(AssembleArguments).parse_args_into_dataclasses()[0])  # type: ignore[arg-type]
+    except ValueError as error:
+        sys.exit(f"assemble.py: {error}")

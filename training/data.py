@@ -1,0 +1,623 @@
+# Copyright 2026 The DiffSketching Pipeline Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Photos and the drawings that a program can make of them: what every training script reads.
+
+No human drawing is needed: one photo has several valid drawings (Li et al., "Photo-Sketching", WACV 2019), here
+classical contours at several scales plus the outline of the object alone, which is what people mostly draw.
+"""
+
+import hashlib
+import io
+import logging
+import math
+import os
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from scipy import ndimage
+from scipy.cluster.vq import kmeans2
+from skimage.color import rgb2lab
+from skimage.feature import canny
+from skimage.morphology import disk
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+
+logger = logging.getLogger(__name__)
+
+CONTOUR_SIZE = 256
+"""Short side, in pixels, at which contours are found and kept."""
+
+CONTOUR_NAMES = ("fine", "medium", "coarse", "object", "silhouette")
+"""The drawings that `photo_to_contours` returns, in order."""
+
+DEFAULT_LINE_GAIN = 1.8
+"""Ink per covered area: 1.0 draws thin lines in grey, 2.6 in black; 1.8 is the middle of what training draws."""
+
+MAX_SQUASH = 4 / 3
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+_CACHE_VERSION = "contours-3"
+_LONGEST_SIDE = 4 * CONTOUR_SIZE
+
+Box = tuple[float, float, float, float]
+"""left, top, right, bottom as fractions of the width and of the height, each in [0, 1]."""
+
+
+class CachedPhoto(NamedTuple):
+    """A decoded photo [h, w, 3] uint8, its drawings [N, H, W] bool (True = stroke), the box that holds the object."""
+
+    image: np.ndarray
+    contours: np.ndarray
+    content_box: Box
+
+
+# ---- from a photo to drawings of it ---------------------------------------------------------------------------------
+
+
+def _resized_to_short_side(image: Image.Image, short_side: int, longest_side: int) -> Image.Image:
+    scale = min(short_side / min(image.size), longest_side / max(image.size))
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC)
+
+
+def _without_small_parts(edges: np.ndarray, min_size: int = 0, min_share: float = 0.0) -> np.ndarray:
+    """Keeps the 8-connected parts of at least `min_size` pixels and `min_share` of the largest part's pixels."""
+    labels, count = ndimage.label(edges, structure=np.ones((3, 3)))
+    if count == 0:
+        return edges
+    sizes = np.bincount(labels.ravel())
+    sizes[0] = 0
+    return ((sizes >= max(min_size, 1)) & (sizes >= min_share * sizes.max()))[labels]
+
+
+def _canny_edges(grey: np.ndarray, sigma: float) -> np.ndarray:
+    """Canny edges whose thresholds fall until something is found: pale garments on pale sheets have weak edges."""
+    for factor in (1.0, 0.5, 0.25):
+        edges = canny(grey, sigma=sigma, low_threshold=0.1 * factor, high_threshold=0.2 * factor)
+        edges = _without_small_parts(edges, min_size=40)
+        if edges.sum() > 500:
+            break
+    return edges
+
+
+def _centre_prior(height: int, width: int) -> np.ndarray:
+    """Probability that a pixel shows the object before its colour is known: near 1 amid the photo, 0 at its rim."""
+    y = np.abs((np.arange(height) + 0.5) / height * 2 - 1)[:, None]
+    x = np.abs((np.arange(width) + 0.5) / width * 2 - 1)[None, :]
+    radius = 0.6 * np.hypot(x, y) + 0.4 * np.maximum(x, y)
+    return 1 / (1 + np.exp((radius - 0.72) / 0.1))
+
+
+def object_mask(image: Image.Image, num_colors: int = 32, num_iterations: int = 6, side: int = 96) -> np.ndarray:
+    """
+    Separates the object that fills the middle of a photo from its background, without any learned weights.
+
+    Colours are quantised with k-means in CIELAB; each colour's share of object and background is re-estimated from the
+    current soft mask, starting from a centre prior (the idea of GrabCut with histograms instead of Gaussian mixtures).
+
+    Returns:
+        `np.ndarray`: bool [h, w] at a short side of `side` pixels; empty or full where the photo has no clear object.
+    """
+    image = _resized_to_short_side(image.convert("RGB"), side, 4 * side)
+    lab = ndimage.gaussian_filter(rgb2lab(np.asarray(image)), sigma=(1.0, 1.0, 0.0))
+    lab[..., 0] *= 0.7  # a shadow changes lightness more than hue
+    height, width = lab.shape[:2]
+    colors = lab.reshape(-1, 3)
+    if np.ptp(colors, axis=0).max() < 1e-3:
+        return np.zeros((height, width), dtype=bool)
+    _, codes = kmeans2(colors, min(num_colors, len(colors)), iter=8, minit="++", rng=np.random.default_rng(0))
+
+    prior = _centre_prior(height, width)
+    prior_logit = np.log((prior + 0.02) / (1 - prior + 0.02))
+    probability = prior
+    for _ in range(num_iterations):
+        inside = np.bincount(codes, probability.ravel(), num_colors) + 0.5
+        outside = np.bincount(codes, 1 - probability.ravel(), num_colors) + 0.5
+        color_logit = np.log(inside / inside.sum()) - np.log(outside / outside.sum())
+        smooth_logit = ndimage.gaussian_filter(color_logit[codes].reshape(height, width), 1.5)
+        probability = 1 / (1 + np.exp(-np.clip(1.5 * smooth_logit + prior_logit, -30, 30)))
+    mask = ndimage.binary_opening(probability > 0.5, iterations=2)
+    mask = ndimage.binary_closing(np.pad(mask, 4), iterations=3)[4:-4, 4:-4]
+    return ndimage.binary_fill_holes(_without_small_parts(mask, min_share=0.25))
+
+
+def _mask_outline(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The outline, one pixel wide, of a mask smoothly enlarged to `size` (width, height); none at the photo's rim."""
+    enlarged = Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.Resampling.BICUBIC)
+    smooth = ndimage.gaussian_filter(np.asarray(enlarged, dtype=np.float32), 2.5) > 127
+    return smooth & ~ndimage.binary_erosion(smooth, structure=np.ones((3, 3)), border_value=1)
+
+
+def _is_plausible(mask: np.ndarray, outline: np.ndarray, edges: np.ndarray) -> bool:
+    """Whether a mask has the size of an object and an outline that mostly runs along edges of the photo."""
+    if not 0.05 < mask.mean() < 0.9 or not outline.any():
+        return False
+    return ndimage.binary_dilation(edges, disk(4))[outline].mean() > 0.6
+
+
+def _object_parts(edges: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Of `edges`, what belongs to the object: the floor and the wall behind it are not what a person draws."""
+    size = (edges.shape[1], edges.shape[0])
+    enlarged = Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.Resampling.BILINEAR)
+    near_object = ndimage.binary_dilation(np.asarray(enlarged) > 127, disk(4))
+    return _without_small_parts(edges & near_object, min_size=25, min_share=0.2)
+
+
+def _find_contours(image: Image.Image) -> tuple[list[np.ndarray], Box]:
+    image = image.convert("RGB")
+    scaled = _resized_to_short_side(image, CONTOUR_SIZE, _LONGEST_SIDE)
+    grey = np.asarray(scaled.convert("L"), dtype=np.float32) / 255
+    low, high = np.percentile(grey, [2, 98])
+    grey = np.clip((grey - low) / max(high - low, 0.1), 0, 1)
+    fine, medium, coarse = (_canny_edges(grey, sigma) for sigma in (2.5, 3.5, 5.0))
+
+    mask = object_mask(image)
+    silhouette = _mask_outline(mask, scaled.size)
+    if _is_plausible(mask, silhouette, fine | medium):
+        object_parts, content = _object_parts(medium, mask), mask
+    else:
+        object_parts = silhouette = content = _without_small_parts(medium, min_share=0.25)
+    edges = [fine, medium, coarse, object_parts, silhouette]
+    return [ndimage.binary_dilation(e, disk(1)) for e in edges], _bounding_box(content)
+
+
+def photo_to_contours(image: Image.Image) -> list[np.ndarray]:
+    """
+    Draws a photo in several valid ways.
+
+    Args:
+        image (`PIL.Image.Image`): a photo of any size and mode; it is scaled to a short side of `CONTOUR_SIZE` pixels.
+
+    Returns:
+        `list[np.ndarray]`: one bool array [H, W] per name in `CONTOUR_NAMES`, True = stroke (lines 3 pixels wide):
+        Canny edges at sigma 2.5, 3.5 and 5, the larger parts of the second that belong to the object, and the outline
+        of the object alone. Where no object stands out, the last two are both the largest parts of the second. A photo
+        without any edge gives empty drawings.
+    """
+    return _find_contours(image)[0]
+
+
+def _bounding_box(ink: np.ndarray) -> Box:
+    """The box around the True pixels as fractions of the sides; the whole page when there are none."""
+    rows, columns = np.flatnonzero(ink.any(axis=1)), np.flatnonzero(ink.any(axis=0))
+    if len(rows) == 0:
+        return (0.0, 0.0, 1.0, 1.0)
+    height, width = ink.shape
+    return (columns[0] / width, rows[0] / height, (columns[-1] + 1) / width, (rows[-1] + 1) / height)
+
+
+# ---- from a binary contour to a sketch tensor -----------------------------------------------------------------------
+
+
+def contour_to_sketch(
+    contour: np.ndarray, resolution: int, box: Box | None = None, line_gain: float = DEFAULT_LINE_GAIN
+) -> np.ndarray:
+    """
+    Renders a binary contour in the one sketch convention, by area so that no thin line is lost.
+
+    Args:
+        contour (`np.ndarray`): [H, W], non-zero = stroke.
+        resolution (`int`): side of the square result in pixels; the box is squashed to a square.
+        box (`Box`, *optional*): the part to render, as fractions of the sides; the whole contour by default.
+        line_gain (`float`): ink per covered area before clipping; larger is darker.
+
+    Returns:
+        `np.ndarray`: float32 [resolution, resolution] in [-1, 1], -1 = stroke, +1 = paper.
+    """
+    contour = np.asarray(contour)
+    if contour.ndim != 2:
+        raise ValueError(f"`contour` must be a 2-D array, but has shape {contour.shape}.")
+    height, width = contour.shape
+    left, top, right, bottom = box if box is not None else (0.0, 0.0, 1.0, 1.0)
+    page = Image.fromarray((contour > 0).astype(np.float32))
+    pixel_box = (left * width, top * height, right * width, bottom * height)
+    coverage = np.asarray(page.resize((resolution, resolution), Image.Resampling.BOX, box=pixel_box))
+    return 1 - 2 * np.clip(coverage * line_gain, 0, 1)
+
+
+def photo_to_sketch(image: Image.Image, resolution: int, contour: str = "medium") -> np.ndarray:
+    """
+    The drawing that evaluation compares with: one named contour of a whole photo, squashed to a square.
+
+    Returns:
+        `np.ndarray`: float32 [resolution, resolution], -1 = stroke, +1 = paper.
+
+    Raises:
+        ValueError: `contour` is not one of `CONTOUR_NAMES`.
+    """
+    if contour not in CONTOUR_NAMES:
+        raise ValueError(f"`contour` must be one of {CONTOUR_NAMES}, but is {contour!r}.")
+    return contour_to_sketch(photo_to_contours(image)[CONTOUR_NAMES.index(contour)], resolution)
+
+
+def _smooth_noise(rng: np.random.Generator, shape: tuple[int, int], cells: int) -> torch.Tensor:
+    """A smooth random vector field [H, W, 2] with about unit variance that varies over 1/`cells` of the page."""
+    noise = torch.from_numpy(rng.standard_normal((1, 2, cells + 1, cells + 1), dtype=np.float32))
+    # A cubic surface at a quarter of the size is smooth enough, and four times as fast.
+    quarter = [max(2, side // 4) for side in shape]
+    field = F.interpolate(noise, size=quarter, mode="bicubic", align_corners=True)
+    return F.interpolate(field, size=shape, mode="bilinear", align_corners=True)[0].permute(1, 2, 0)
+
+
+def _page_grid(shape: tuple[int, int], box: Box = (0.0, 0.0, 1.0, 1.0)) -> torch.Tensor:
+    """Pixel centres of an output page [H, W, 2] as (x, y) in the [-1, 1] coordinates of the input page."""
+    left, top, right, bottom = box
+    x = left + (right - left) * (torch.arange(shape[1], dtype=torch.float32) + 0.5) / shape[1]
+    y = top + (bottom - top) * (torch.arange(shape[0], dtype=torch.float32) + 0.5) / shape[0]
+    return torch.stack([x[None, :].expand(shape), y[:, None].expand(shape)], dim=-1) * 2 - 1
+
+
+def _resample(ink: np.ndarray, grid: torch.Tensor) -> torch.Tensor:
+    page = torch.from_numpy(np.ascontiguousarray(ink, dtype=np.float32))[None, None]
+    return F.grid_sample(page, grid[None], mode="bilinear", padding_mode="zeros", align_corners=False)[0, 0]
+
+
+def _render_jittered(
+    contour: np.ndarray, resolution: int, box: Box, line_gain: float, jitter: float, rng: np.random.Generator
+) -> np.ndarray:
+    """`contour_to_sketch` with every stroke moved smoothly by at most 1.5 `jitter` output pixels."""
+    height, width = contour.shape
+    longest = max((box[2] - box[0]) * width, (box[3] - box[1]) * height)
+    oversampling = max(1, round(0.75 * longest / resolution))
+    side = oversampling * resolution
+    amount = jitter * rng.random()
+    offset = torch.from_numpy(rng.standard_normal(2, dtype=np.float32)) * 0.5
+    field = (0.6 * _smooth_noise(rng, (side, side), cells=int(rng.integers(3, 7))) + offset).clamp(-1.5, 1.5) * amount
+    box_size = torch.tensor([box[2] - box[0], box[3] - box[1]], dtype=torch.float32)
+    grid = _page_grid((side, side), box) + field * (2 * box_size / resolution)
+    coverage = F.avg_pool2d(_resample(contour, grid)[None, None], oversampling)[0, 0].numpy()
+    return 1 - 2 * np.clip(coverage * line_gain, 0, 1)
+
+
+# ---- free-hand distortion -------------------------------------------------------------------------------------------
+
+
+def _drop_parts(ink: np.ndarray, rng: np.random.Generator, strength: float) -> np.ndarray:
+    """Leaves out some connected parts; the largest always stays."""
+    labels, count = ndimage.label(ink, structure=np.ones((3, 3)))
+    if count < 2:
+        return ink
+    sizes = np.bincount(labels.ravel())
+    keep = rng.random(count + 1) >= rng.uniform(0, 0.9) * min(strength, 1)
+    keep[1 + np.argmax(sizes[1:])] = True
+    keep[0] = False
+    return keep[labels]
+
+
+def _erase(ink: np.ndarray, rng: np.random.Generator, strength: float) -> np.ndarray:
+    """Lifts the pen: up to five short gaps and, now and then, one long one."""
+    rows, columns = np.nonzero(ink)
+    if len(rows) == 0:
+        return ink
+    side = min(ink.shape)
+    radii = list(rng.uniform(0.01, 0.045, rng.integers(0, 1 + round(5 * min(strength, 1)))) * side)
+    if rng.random() < 0.25 * strength:
+        radii.append(rng.uniform(0.06, 0.14) * side)
+    y, x = np.ogrid[: ink.shape[0], : ink.shape[1]]
+    for radius in radii:
+        k = rng.integers(len(rows))
+        ink = ink & ((y - rows[k]) ** 2 + (x - columns[k]) ** 2 > radius**2)
+    return ink
+
+
+def _random_affine(rng: np.random.Generator, strength: float) -> np.ndarray:
+    """Wrong proportions: a 2 x 2 matrix of stretch, shear and a little rotation."""
+    stretch = np.exp(rng.normal(0, 0.16 * strength, 2))
+    shear, angle = rng.normal(0, 0.12 * strength), rng.normal(0, math.radians(6) * strength)
+    rotation = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    return rotation @ np.array([[1, shear], [0, 1]]) @ np.diag(stretch)
+
+
+def _elastic_field(shape: tuple[int, int], rng: np.random.Generator, strength: float) -> torch.Tensor:
+    """Smooth displacement in [-1, 1] page coordinates: a wrong shape at large scale, a trembling hand at small."""
+    wrong_shape = _smooth_noise(rng, shape, cells=int(rng.integers(2, 5))) * rng.uniform(0, 0.06)
+    tremor = _smooth_noise(rng, shape, cells=int(rng.integers(7, 15))) * rng.uniform(0, 0.018)
+    return (wrong_shape + tremor) * strength
+
+
+def free_hand_distortion(sketch: np.ndarray, rng: np.random.Generator, strength: float = 1.0) -> np.ndarray:
+    """
+    Redraws a binary contour as an unskilled hand would: parts missing, wrong proportions, shaky lines, gaps, strokes
+    drawn twice, lines of another width.
+
+    Args:
+        sketch (`np.ndarray`): [H, W], non-zero = stroke, at a side of about 128 to 256 pixels.
+        rng (`np.random.Generator`): the only source of randomness.
+        strength (`float`): 0 returns the drawing as it is, 1 is a poor hand; beyond 1.5 classes become unrecognisable.
+
+    Returns:
+        `np.ndarray`: bool, the shape of `sketch`; never empty unless `sketch` is.
+    """
+    ink = np.asarray(sketch) > 0
+    if ink.ndim != 2:
+        raise ValueError(f"`sketch` must be a 2-D array, but has shape {ink.shape}.")
+    if strength < 0:
+        raise ValueError(f"`strength` must not be negative, but is {strength}.")
+    if strength == 0 or not ink.any():
+        return ink
+    parts = _drop_parts(ink, rng, strength)
+    left, top, right, bottom = _bounding_box(parts)
+    centre = torch.tensor([left + right - 1, top + bottom - 1], dtype=torch.float32)
+    matrix = torch.from_numpy(_random_affine(rng, strength).astype(np.float32))
+    grid = (_page_grid(ink.shape) - centre) @ matrix.T + centre
+    grid = grid + _elastic_field(ink.shape, rng, strength)
+    drawn = _resample(parts, grid).numpy() > 0.4
+    if rng.random() < 0.25 * strength:
+        again = _resample(parts, grid + 0.5 * _elastic_field(ink.shape, rng, strength)).numpy() > 0.4
+        drawn |= _erase(again, rng, 2.0)
+    drawn = _erase(drawn, rng, strength)
+    if rng.random() < 0.2 * strength:
+        drawn = ndimage.binary_dilation(drawn, disk(1))
+    return drawn if drawn.any() else ink
+
+
+# ---- the dataset ----------------------------------------------------------------------------------------------------
+
+
+def prepare_photo(content: bytes, image_size: int) -> CachedPhoto:
+    """Decodes an image file to a short side of `image_size` pixels and draws it; `OSError` where it is damaged."""
+    with Image.open(io.BytesIO(content)) as opened:
+        image = ImageOps.exif_transpose(opened).convert("RGB")
+    contours, content_box = _find_contours(image)
+    small = _resized_to_short_side(image, image_size, 4 * image_size)
+    return CachedPhoto(np.asarray(small), np.stack(contours), content_box)
+
+
+def _pack(photo: CachedPhoto) -> dict[str, Any]:
+    """What is kept of a photo in memory or in a file: contours with eight pixels per byte."""
+    return {
+        "image": photo.image,
+        "contours": np.packbits(photo.contours, axis=-1),
+        "width": np.asarray(photo.contours.shape[-1]),
+        "content_box": np.asarray(photo.content_box, dtype=np.float64),
+    }
+
+
+def _unpack(packed: Mapping[str, np.ndarray]) -> CachedPhoto:
+    contours = np.unpackbits(packed["contours"], axis=-1, count=int(packed["width"])).view(bool)
+    left, top, right, bottom = packed["content_box"].tolist()
+    return CachedPhoto(packed["image"], contours, (left, top, right, bottom))
+
+
+def _save_cached(path: Path, photo: CachedPhoto) -> None:
+    """Writes aside and renames, so that a killed run or a second one at the same time never leaves half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            np.savez(file, **_pack(photo))
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _load_cached(path: Path) -> CachedPhoto | None:
+    """The cached photo, or None where the file is missing or damaged (it is then made again)."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return _unpack(stored)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def _list_images(root: Path, split: str) -> tuple[list[Path], list[str]]:
+    """Image files of `root/split/<class>/` in a fixed order, and the class names of the whole set."""
+    folder = root / split
+    if not folder.is_dir():
+        raise ValueError(f"`root` must hold a folder {split!r} with a folder of photos per class, but it has none.")
+    class_root = root / "train" if (root / "train").is_dir() else folder
+    class_names = sorted(path.name for path in class_root.iterdir() if path.is_dir())
+    unknown = sorted({path.name for path in folder.iterdir() if path.is_dir()} - set(class_names))
+    if unknown:
+        raise ValueError(f"`split` {split!r} has classes that the training photos lack: {', '.join(unknown)}.")
+    files = sorted(p for p in folder.glob("*/*") if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
+    if not files:
+        raise ValueError(f"`root` has no images under {folder}/<class>/ ({', '.join(IMAGE_SUFFIXES)}).")
+    return files, class_names
+
+
+class PhotoSketchDataset(Dataset):
+    """
+    Photos of an imagefolder `root/split/<class>/*.jpg`, each with drawings made of it.
+
+    Every random choice of `sample(index, epoch)` comes from `np.random.default_rng([seed, epoch, index])`, so a
+    resumed run and any number of workers or processes see the same samples. Without `train` nothing is random: the
+    photo's whole height or width (squashed by at most 4:3), contour `index % 5`, the middle line gain.
+
+    Files that cannot be decoded are left out, counted and named once in a warning.
+
+    Args:
+        root (`str` or `Path`): the imagefolder.
+        split (`str`): the name of the split's folder.
+        resolution (`int`): side of the square samples.
+        seed (`int`): first word of the random key.
+        train (`bool`): whether to augment.
+        cache_dir (`str` or `Path`, *optional*): where decoded photos and contours are kept, keyed by the files'
+            content; safe to share between runs and to kill. Without it they are kept in memory.
+        contours (`"one"`, `"all"` or `"none"`): which drawings a sample holds. "all" adds `sketches` [N, 1, R, R] (N
+            fixed, no jitter, middle gain) to `sketch`, "none" leaves both out.
+        contour_probabilities (`Sequence[float]`): how often each of `CONTOUR_NAMES` is drawn.
+        line_gain (`tuple[float, float]`): range of the darkness of lines, see `contour_to_sketch`.
+        jitter (`float`): free-hand jitter of the sketch relative to the photo: at most 1.5 `jitter` pixels at 64.
+        color_jitter (`float`): range of brightness and contrast changes; above 0.2 the hue changes, too.
+        zoom (`float`): up to this share of both sides is cut away, as far as the object stays whole.
+        keep (`Callable[[str], bool]`, *optional*): takes a file's stem, tells whether the photo is in the dataset.
+
+    Raises:
+        ValueError: the folder is missing, holds no readable image, or has a class that `train` lacks.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        split: str = "train",
+        resolution: int = 64,
+        seed: int = 0,
+        train: bool = True,
+        cache_dir: str | Path | None = None,
+        *,
+        contours: Literal["one", "all", "none"] = "one",
+        contour_probabilities: Sequence[float] = (0.12, 0.18, 0.2, 0.2, 0.3),
+        line_gain: tuple[float, float] = (1.0, 2.6),
+        jitter: float = 1.0,
+        color_jitter: float = 0.1,
+        zoom: float = 0.12,
+        keep: Callable[[str], bool] | None = None,
+    ):
+        if len(contour_probabilities) != len(CONTOUR_NAMES):
+            raise ValueError(
+                f"`contour_probabilities` needs {len(CONTOUR_NAMES)} values, but has {len(contour_probabilities)}."
+            )
+        self.resolution, self.seed, self.train = resolution, seed, train
+        self.contours, self.line_gain, self.jitter = contours, line_gain, jitter
+        self.color_jitter, self.zoom = color_jitter, zoom
+        self.contour_probabilities = np.asarray(contour_probabilities, dtype=np.float64)
+        self.contour_probabilities /= self.contour_probabilities.sum()
+        self.cache_dir = Path(cache_dir) if cache_dir is not None else None
+        self.image_size = 2 * resolution
+
+        files, class_names = _list_images(Path(root), split)
+        self.id2label = dict(enumerate(class_names))
+        self.label2id = {label: index for index, label in self.id2label.items()}
+        files = [file for file in files if keep is None or keep(file.stem)]
+        self.files: list[Path] = []
+        self.corrupt_files: list[Path] = []
+        self._cached: list[Path | dict[str, np.ndarray]] = []
+        self._prepare(files, split)
+        self.class_labels = [self.label2id[file.parent.name] for file in self.files]
+        self.ids = [file.stem for file in self.files]
+
+    def _prepare(self, files: list[Path], split: str) -> None:
+        interval = 0.5 if sys.stderr.isatty() else 10
+        for file in tqdm(files, desc=f"Drawing {split} photos", unit="photo", mininterval=interval, leave=False):
+            try:
+                entry = self._cache_entry(file)
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                logger.debug("%s: %s", file, error)
+                self.corrupt_files.append(file)
+                continue
+            self.files.append(file)
+            self._cached.append(entry)
+        if self.corrupt_files:
+            names = ", ".join(file.name for file in self.corrupt_files)
+            logger.warning("%d of %d files unreadable, left out: %s", len(self.corrupt_files), len(files), names)
+        if not self.files:
+            raise ValueError(f"`split` {split!r} has no readable photo left of {len(files)} files.")
+
+    def _cache_entry(self, file: Path) -> Path | dict[str, np.ndarray]:
+        content = file.read_bytes()
+        if self.cache_dir is None:
+            return _pack(prepare_photo(content, self.image_size))
+        key = hashlib.sha256(f"{_CACHE_VERSION}:{self.image_size}:{CONTOUR_SIZE}:".encode() + content).hexdigest()[:40]
+        path = self.cache_dir / key[:2] / f"{key}.npz"
+        if not path.exists():
+            _save_cached(path, prepare_photo(content, self.image_size))
+        return path
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+        """`dataset[index]` is epoch 0; a sampler that yields `(epoch, index)` gets that epoch's augmentation."""
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        return self.sample(index, epoch)
+
+    def photo(self, index: int) -> CachedPhoto:
+        """The decoded photo, its contours and its content box, before any augmentation."""
+        entry = self._cached[index]
+        if not isinstance(entry, Path):
+            return _unpack(entry)
+        photo = _load_cached(entry)
+        if photo is None:
+            photo = prepare_photo(self.files[index].read_bytes(), self.image_size)
+            _save_cached(entry, photo)
+        return photo
+
+    def sample(self, index: int, epoch: int = 0) -> dict[str, Any]:
+        """
+        One augmented sample.
+
+        Returns:
+            `dict`: `pixel_values` float32 [3, R, R] in [-1, 1]; `sketch` float32 [1, R, R], -1 = stroke, +1 = paper;
+            `sketches` [N, 1, R, R] with `contours="all"`; `class_label` int; `id` the file's stem.
+        """
+        photo = self.photo(index)
+        rng = np.random.default_rng([self.seed, epoch, index])
+        box = self._crop_box(photo, rng)
+        flip = self.train and rng.random() < 0.5
+        sample: dict[str, Any] = {"pixel_values": self._pixel_values(photo.image, box, rng)}
+        if self.contours != "none":
+            sample["sketch"] = torch.from_numpy(self._sketch(photo.contours, index, box, rng))[None]
+        if self.contours == "all":
+            drawings = [contour_to_sketch(contour, self.resolution, box) for contour in photo.contours]
+            sample["sketches"] = torch.from_numpy(np.stack(drawings))[:, None]
+        if flip:
+            sample = {name: value.flip(-1) for name, value in sample.items()}
+        return {**sample, "class_label": self.class_labels[index], "id": self.ids[index]}
+
+    def _crop_box(self, photo: CachedPhoto, rng: np.random.Generator) -> Box:
+        """
+        A box whose sides differ by at most 4:3, between the whole photo and the object with a thin margin.
+
+        Users' drawings are recentred and scaled to a margin, so the object must be seen at that scale, too.
+        """
+        height, width = photo.image.shape[:2]
+        short = min(height, width)
+        largest = (min(width, MAX_SQUASH * short), min(height, MAX_SQUASH * short))
+        left, top, right, bottom = photo.content_box
+        margin = 1.04 + rng.random() * 0.2
+        needed = max((right - left) * width, (bottom - top) * height) * margin
+        tightness, shrink = (rng.random(), 1 - self.zoom * rng.random()) if self.train else (0.0, 1.0)
+        box: list[tuple[float, float]] = []
+        for side, limit, low, high in ((width, largest[0], left, right), (height, largest[1], top, bottom)):
+            tight = min(limit, max(needed, short * (1 - 3 * self.zoom)))
+            length = max(min(limit, needed), (limit + (tight - limit) * tightness) * shrink)
+            first, last = high * side - length, low * side
+            first, last = max(0.0, min(first, last)), min(side - length, max(first, last))
+            start = min(max(first + (last - first) * (rng.random() if self.train else 0.5), 0.0), side - length)
+            box.append((start / side, (start + length) / side))
+        return (box[0][0], box[1][0], box[0][1], box[1][1])
+
+    def _pixel_values(self, image: np.ndarray, box: Box, rng: np.random.Generator) -> torch.Tensor:
+        height, width = image.shape[:2]
+        pixel_box = (box[0] * width, box[1] * height, box[2] * width, box[3] * height)
+        resized = Image.fromarray(image).resize((self.resolution,) * 2, Image.Resampling.BICUBIC, box=pixel_box)
+        pixels = torch.from_numpy(np.array(resized, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
+        if not self.train or self.color_jitter == 0:
+            return pixels.contiguous()
+        brightness, contrast = rng.uniform(-1, 1, 2) * self.color_jitter
+        pixels = pixels * (1 + contrast) + brightness
+        if self.color_jitter > 0.2:
+            saturation, *tint = rng.uniform(-1, 1, 4) * self.color_jitter
+            grey = pixels.mean(0, keepdim=True)
+            pixels = grey + (pixels - grey) * (1 + saturation) + torch.tensor(tint).float().view(3, 1, 1) / 2
+        return pixels.clamp(-1, 1).contiguous()
+
+    def _sketch(self, contours: np.ndarray, index: int, box: Box, rng: np.random.Generator) -> np.ndarray:
+        if not self.train:
+            return contour_to_sketch(contours[index % len(contours)], self.resolution, box, sum(self.line_gain) / 2)
+        contour = contours[rng.choice(len(contours), p=self.contour_probabilities)]
+        gain = rng.uniform(*self.line_gain)
+        if self.jitter == 0:
+            return contour_to_sketch(contour, self.resolution, box, gain)
+        return _render_jittered(contour, self.resolution, box, gain, self.jitter * self.resolution / 64, rng)

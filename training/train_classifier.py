@@ -1,0 +1,253 @@
+# Copyright 2026 The DiffSketching Pipeline Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Trains the noisy image classifier p(y | x_t, t) that guides sampling towards a class (eq. 4).
+
+    accelerate launch training/train_classifier.py training/configs/classifier_garments64.yaml \
+        --train_data_dir garments --scheduler_name_or_path diffsketching-unet/pipeline
+
+It sees photos noised by the schedule of the UNet it will guide, at every timestep, and is told the timestep. The
+result, with averaged weights, is the folder `output_dir/classifier` for `DiffSketchingPipeline(classifier=...)`.
+"""
+
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from data import PhotoSketchDataset
+from diffusers import DDPMScheduler
+from PIL import Image, ImageDraw
+from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
+from trainer import (
+    Trainer,
+    TrainingArguments,
+    add_noise_and_timestep,
+    argument,
+    class_balanced_weights,
+    image_grid,
+    keyed_generator,
+    load_pretrained,
+    parse_args,
+    resolve_data_dir,
+    write_folder,
+)
+
+from diffsketching_pipeline import NoisyImageClassifier
+
+
+NUM_QUARTERS = 4
+
+
+@dataclass
+class ClassifierTrainingArguments(TrainingArguments):
+    """What this script adds to [`TrainingArguments`]."""
+
+    output_dir: str = argument("noisy-classifier", "where checkpoints, samples, logs and `classifier` are written")
+
+    block_out_channels: list[int] = argument([32, 64, 96, 160], "NoisyImageClassifier's `block_out_channels`")
+    down_block_types: list[str] = argument(
+        ["ResnetDownsampleBlock2D", "ResnetDownsampleBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"],
+        "NoisyImageClassifier's `down_block_types`",
+    )
+    layers_per_block: int = argument(1, "NoisyImageClassifier's `layers_per_block`")
+    attention_head_dim: int = argument(32, "channels of one attention head")
+    norm_num_groups: int = argument(16, "NoisyImageClassifier's `norm_num_groups`")
+    dropout: float = argument(0.1, "dropout inside the residual blocks")
+
+    scheduler_name_or_path: str | None = argument(
+        None, "pipeline (folder or Hub id) whose noise schedule is used; it overrides the two arguments below"
+    )
+    ddpm_num_steps: int = argument(1000, "timesteps of the noise schedule")
+    ddpm_beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = argument(
+        "squaredcos_cap_v2", "noise schedule"
+    )
+    class_balance_power: float = argument(0.5, "0 samples photos evenly, 1 classes, between them in proportion")
+    label_smoothing: float = argument(0.0, "share of the target that is spread over all classes, in [0, 1)")
+    color_jitter: float = argument(0.15, "augmentation, see `PhotoSketchDataset`")
+
+    num_validation_samples: int = argument(256, "validation photos on which accuracy is measured at four noise levels")
+    num_validation_images: int = argument(10, "validation photos in the picture")
+
+
+def check_classifier_arguments(args: ClassifierTrainingArguments) -> None:
+    """Raises `ValueError` for a smoothing outside [0, 1) or fewer than one validation photo."""
+    if not 0 <= args.label_smoothing < 1:
+        raise ValueError(f"`label_smoothing` must be in [0, 1), but got {args.label_smoothing}.")
+    for name in ("num_validation_samples", "num_validation_images"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"`{name}` must be at least 1, but got {getattr(args, name)}.")
+
+
+def make_scheduler(args: ClassifierTrainingArguments) -> DDPMScheduler:
+    """The noise schedule of `scheduler_name_or_path`, or the one the arguments describe; used to add noise only."""
+    if args.scheduler_name_or_path is not None:
+        return DDPMScheduler.from_pretrained(args.scheduler_name_or_path, subfolder="scheduler")
+    return DDPMScheduler(num_train_timesteps=args.ddpm_num_steps, beta_schedule=args.ddpm_beta_schedule)
+
+
+def make_classifier(args: ClassifierTrainingArguments, id2label: dict[int, str]) -> NoisyImageClassifier:
+    """
+    A new classifier, or the one of `pretrained_model_name_or_path`.
+
+    Raises:
+        ValueError: the pretrained one has another resolution or number of classes than the data.
+    """
+    if args.pretrained_model_name_or_path is None:
+        torch.manual_seed(args.seed)
+        return NoisyImageClassifier(
+            sample_size=args.resolution,
+            num_classes=len(id2label),
+            block_out_channels=tuple(args.block_out_channels),
+            down_block_types=tuple(args.down_block_types),
+            layers_per_block=args.layers_per_block,
+            attention_head_dim=args.attention_head_dim,
+            norm_num_groups=args.norm_num_groups,
+            dropout=args.dropout,
+        )
+    classifier = load_pretrained(NoisyImageClassifier, args.pretrained_model_name_or_path, "classifier")
+    for name, expected in (("sample_size", args.resolution), ("num_classes", len(id2label))):
+        if classifier.config[name] != expected:
+            raise ValueError(
+                f"`pretrained_model_name_or_path` must have {name} {expected}, but "
+                f"{args.pretrained_model_name_or_path!r} has {classifier.config[name]}."
+            )
+    return classifier
+
+
+def classify_noisy(classifier: Any, scheduler: DDPMScheduler, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """
+    Noises a batch and classifies it.
+
+    Args:
+        classifier: called as a [`NoisyImageClassifier`].
+        scheduler: owns the noise schedule.
+        batch: `pixel_values` and `noise` `[B, 3, R, R]`, `timestep` `[B]`.
+
+    Returns:
+        The logits `[B, num_classes]` and the noisy images `[B, 3, R, R]`.
+    """
+    noisy_images = scheduler.add_noise(batch["pixel_values"], batch["noise"], batch["timestep"])
+    return classifier(noisy_images, batch["timestep"]).logits.float(), noisy_images
+
+
+def with_captions(images: Tensor, captions: list[str], side: int = 128) -> Tensor:
+    """Enlarges `[N, 3, H, W]` in [-1, 1] to about `side` pixels and writes a line of text on each."""
+    scale = max(1, side // images.shape[-1])
+    enlarged = F.interpolate(images.cpu().clamp(-1, 1), scale_factor=float(scale))
+    pixels = ((enlarged + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    captioned = []
+    for array, caption in zip(pixels, captions, strict=True):
+        picture = Image.fromarray(array)
+        draw = ImageDraw.Draw(picture)
+        draw.rectangle(draw.textbbox((2, 1), caption), fill="black")
+        draw.text((2, 1), caption, fill="white")
+        captioned.append(pil_to_tensor(picture))
+    return torch.stack(captioned).float() / 127.5 - 1
+
+
+class ClassifierValidation:
+    """
+    Accuracy on fixed validation photos with fixed noise, one timestep of each quarter of the schedule per photo, and a
+    picture: a row per quarter (the least noise first), captioned "predicted (true)".
+    """
+
+    def __init__(self, args: ClassifierTrainingArguments, dataset: PhotoSketchDataset, scheduler: DDPMScheduler):
+        self.scheduler, self.batch_size = scheduler, args.train_batch_size
+        self.id2label = dataset.id2label
+        count = min(args.num_validation_samples, len(dataset))
+        samples = [dataset.sample(i * len(dataset) // count) for i in range(count)]
+        self.images = torch.stack([sample["pixel_values"] for sample in samples])
+        self.labels = torch.tensor([sample["class_label"] for sample in samples])
+        self.noise = torch.stack(
+            [torch.randn(self.images.shape[1:], generator=keyed_generator(args.seed, i)) for i in range(count)]
+        )
+        shown = min(args.num_validation_images, count)
+        self.shown = [i * count // shown for i in range(shown)]
+
+    def timesteps(self, quarter: int) -> Tensor:
+        """Timesteps `[N]` spread evenly over one quarter of the schedule, in an order unrelated to the classes'."""
+        steps = self.scheduler.config["num_train_timesteps"]
+        spread = (torch.arange(len(self.labels), dtype=torch.float64) * 0.6180339887) % 1
+        return ((quarter + spread) * (steps / NUM_QUARTERS)).long()
+
+    def logits(self, classifier: Any, quarter: int) -> tuple[Tensor, Tensor]:
+        """Logits `[N, num_classes]` and noisy images `[N, 3, R, R]` at one quarter, on the CPU."""
+        results = []
+        batch = {"pixel_values": self.images, "noise": self.noise, "timestep": self.timesteps(quarter)}
+        for first in range(0, len(self.labels), self.batch_size):
+            part = slice(first, first + self.batch_size)
+            on_device = {name: value[part].to(classifier.device) for name, value in batch.items()}
+            results.append([output.cpu() for output in classify_noisy(classifier, self.scheduler, on_device)])
+        logits, noisy_images = zip(*results, strict=True)
+        return torch.cat(logits), torch.cat(noisy_images)
+
+    def __call__(self, classifier: Any) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """The losses, accuracies and the picture of a classifier."""
+        metrics, rows = {}, []
+        for quarter in range(NUM_QUARTERS):
+            logits, noisy_images = self.logits(classifier, quarter)
+            predicted = logits.argmax(dim=1)
+            name = f"quarter_{quarter + 1}"
+            metrics[f"accuracy_{name}"] = float((predicted == self.labels).float().mean())
+            metrics[f"loss_{name}"] = float(F.cross_entropy(logits, self.labels))
+            captions = [
+                f"{self.id2label[int(predicted[i])]} ({self.id2label[int(self.labels[i])]})" for i in self.shown
+            ]
+            rows.append(with_captions(noisy_images[self.shown], captions))
+        return metrics, {"noisy_predicted": image_grid(rows)}
+
+
+def main(args: ClassifierTrainingArguments) -> None:
+    """Trains as the arguments say; the classifier lies in `output_dir/classifier` afterwards."""
+    check_classifier_arguments(args)
+    root = resolve_data_dir(args)
+    make_dataset = partial(
+        PhotoSketchDataset,
+        root,
+        resolution=args.resolution,
+        seed=args.seed,
+        cache_dir=args.cache_dir,
+        contours="none",
+        color_jitter=args.color_jitter,
+    )
+    dataset = make_dataset(split="train", train=True)
+    validation_dataset = make_dataset(split="validation", train=False)
+    scheduler = make_scheduler(args)
+    trainer = Trainer(
+        args,
+        {"classifier": make_classifier(args, dataset.id2label)},
+        dataset,
+        transform=partial(add_noise_and_timestep, num_train_timesteps=scheduler.config["num_train_timesteps"]),
+        sample_weights=class_balanced_weights(dataset.class_labels, args.class_balance_power),
+    )
+    validation = ClassifierValidation(args, validation_dataset, scheduler)
+
+    def compute_loss(batch: dict[str, Any]) -> dict[str, Tensor]:
+        logits, _ = classify_noisy(trainer.modules["classifier"], scheduler, batch)
+        loss = F.cross_entropy(logits, batch["class_label"], label_smoothing=args.label_smoothing)
+        return {"loss": loss, "accuracy": (logits.argmax(dim=1) == batch["class_label"]).float().mean()}
+
+    trainer.train(compute_loss, lambda: validation(trainer.unwrap("classifier")))
+    if trainer.accelerator.is_main_process:
+        with write_folder(Path(args.output_dir) / "classifier") as folder:
+            trainer.ema_copy("classifier").save_pretrained(folder)
+        print(Path(args.output_dir) / "classifier")
+
+
+if __name__ == "__main__":
+    main(parse_args(ClassifierTrainingArguments, sys.argv[1:], description=__doc__))

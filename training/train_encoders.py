@@ -1,0 +1,353 @@
+# Copyright 2026 The DiffSketching Pipeline Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Trains the small encoders of DiffSketching on photos alone: no human drawing is needed.
+
+    python training/train_encoders.py training/configs/sketch_encoder_garments64.yaml --train_data_dir DIR
+
+`--task sketch`: F_s, a `ResNetForImageClassification` with one channel that names the class of a drawing. It learns on
+contours of photos, redrawn as an unskilled hand would. `--task image`: F_i, the same on photos. `--task evaluation`: a
+RegNet on photos, for `evaluate.py` and for no loss, trained on one half of the training photos (by the SHA-256 of
+their file names): no number may be computed by a network that a loss has used.
+
+The result is a folder in `output_dir` that `from_pretrained` loads: `sketch_encoder`, `image_encoder` or `evaluation`.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from data import DEFAULT_LINE_GAIN, PhotoSketchDataset, contour_to_sketch, free_hand_distortion
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+from trainer import (
+    Trainer,
+    TrainingArguments,
+    argument,
+    class_balanced_weights,
+    image_grid,
+    load_pretrained,
+    parse_args,
+    resolve_data_dir,
+    write_folder,
+)
+from transformers import RegNetConfig, RegNetForImageClassification, ResNetConfig, ResNetForImageClassification
+
+
+logger = logging.getLogger(__name__)
+
+COMPONENT_NAMES = {"sketch": "sketch_encoder", "image": "image_encoder", "evaluation": "evaluation"}
+# Users' drawings are mostly outlines with few lines inside.
+SKETCH_CONTOUR_PROBABILITIES = (0.08, 0.14, 0.2, 0.25, 0.33)
+
+
+@dataclass
+class EncoderArguments(TrainingArguments):
+    task: Literal["sketch", "image", "evaluation"] = argument("sketch", "which encoder to train")
+    embedding_size: int = argument(48, "channels of the stem")
+    hidden_sizes: list[int] = argument([48, 96, 192], "channels of the stages")
+    depths: list[int] = argument([2, 2, 2], "blocks of the stages")
+    groups_width: int = argument(16, "channels per group of the evaluation network's 3x3 convolutions")
+    label_smoothing: float = argument(0.1, "share of the target spread over all classes")
+    mixup_alpha: float = argument(0.0, "Beta(alpha, alpha) of mixup (Zhang et al., 2018); 0 = off")
+    random_erasing: float = argument(0.0, "probability of hiding a rectangle of a photo (Zhong et al., 2020)")
+    color_jitter: float = argument(0.3, "range of brightness, contrast and colour changes of photos")
+    class_balance_power: float = argument(0.5, "0 = classes as frequent as they are, 1 = all equally often")
+    free_hand_strength: float = argument(1.0, "largest strength of the free-hand distortion of drawings")
+    validation_drawings_dir: str | None = argument(
+        None, "folder with one folder of human drawings per class, to measure the sketch encoder on; never trained on"
+    )
+
+
+# ---- data -----------------------------------------------------------------------------------------------------------
+
+
+def in_first_half(name: str) -> bool:
+    """
+    Splits photos or drawings in two: the parity of the first eight hexadecimal digits of the SHA-256 of a file's stem.
+
+    The low digits are left alone because the split into train, validation and test is made with them.
+    """
+    return int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) % 2 == 0
+
+
+def half_size(contour: np.ndarray) -> np.ndarray:
+    """Half the resolution with every stroke kept: [H, W] bool -> [ceil(H / 2), ceil(W / 2)]."""
+    padded = np.pad(contour, [(0, side % 2) for side in contour.shape])
+    return padded[::2, ::2] | padded[1::2, ::2] | padded[::2, 1::2] | padded[1::2, 1::2]
+
+
+def fit_to_page(ink: np.ndarray, margin: float) -> np.ndarray:
+    """Cuts out the drawing, pads it to a square and leaves `margin` (a share of the page) free on each side."""
+    rows, columns = np.flatnonzero(ink.any(axis=1)), np.flatnonzero(ink.any(axis=0))
+    if len(rows) == 0:
+        return ink
+    ink = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    side = round(max(ink.shape) / (1 - 2 * margin))
+    before = [(side - length) // 2 for length in ink.shape]
+    return np.pad(ink, [(b, side - length - b) for b, length in zip(before, ink.shape, strict=True)])
+
+
+class FreeHandDataset:
+    """
+    Drawings made from the photos of a `PhotoSketchDataset`, as an unskilled hand would make them.
+
+    Two of three are recentred and scaled to a margin as `SketchProcessor` does with users' drawings; the others keep
+    the photo's frame as the output of P does. Everything is keyed by (seed, epoch, index) as in `PhotoSketchDataset`.
+    """
+
+    def __init__(self, photos: PhotoSketchDataset, strength: float, train: bool = True):
+        self.photos, self.strength, self.train = photos, strength, train
+
+    def __len__(self) -> int:
+        return len(self.photos)
+
+    def sample(self, index: int, epoch: int = 0) -> dict[str, Any]:
+        """`pixel_values` float32 [1, R, R], -1 = stroke, +1 = paper; `class_label` int; `id` str."""
+        rng = np.random.default_rng([self.photos.seed, epoch, index])
+        contours = self.photos.photo(index).contours
+        ink = half_size(contours[rng.choice(len(contours), p=SKETCH_CONTOUR_PROBABILITIES)])
+        if rng.random() < 0.5:
+            ink = ink[:, ::-1]
+        border = min(ink.shape) // 6
+        strength = self.strength * (rng.random() ** 0.5 if self.train else 0.5)
+        drawn = free_hand_distortion(np.pad(ink, border), rng, strength)
+        if rng.random() < 2 / 3:
+            drawn = fit_to_page(drawn, margin=rng.uniform(0.02, 0.14))
+        else:
+            drawn = drawn[border:-border, border:-border] if drawn[border:-border, border:-border].any() else drawn
+        gain = rng.uniform(1.2, 3.0) if self.train else DEFAULT_LINE_GAIN
+        sketch = contour_to_sketch(drawn, self.photos.resolution, line_gain=gain)
+        return {
+            "pixel_values": torch.from_numpy(sketch)[None],
+            "class_label": self.photos.class_labels[index],
+            "id": self.photos.ids[index],
+        }
+
+
+def erase_randomly(probability: float) -> Callable[[dict[str, Any], torch.Generator], dict[str, Any]]:
+    """A transform that fills a rectangle of `pixel_values` (4 to 20% of the area) with one random colour."""
+
+    def transform(sample: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
+        draw = torch.rand(9, generator=generator)
+        if draw[0] >= probability:
+            return sample
+        pixels = sample["pixel_values"].clone()
+        height, width = pixels.shape[-2:]
+        area, aspect = 0.04 + 0.16 * draw[1], torch.exp(1.4 * draw[2] - 0.7)
+        h, w = int(height * (area * aspect).sqrt()), int(width * (area / aspect).sqrt())
+        top, left = int(draw[3] * (height - h)), int(draw[4] * (width - w))
+        pixels[:, top : top + h, left : left + w] = (2 * draw[5 : 5 + len(pixels)] - 1).view(-1, 1, 1)
+        return {**sample, "pixel_values": pixels}
+
+    return transform
+
+
+def make_dataset(args: EncoderArguments, root: Path, split: str) -> PhotoSketchDataset | FreeHandDataset:
+    train = split == "train"
+    photos = PhotoSketchDataset(
+        root,
+        split,
+        args.resolution,
+        args.seed,
+        train,
+        args.cache_dir,
+        contours="none",
+        color_jitter=args.color_jitter,
+        keep=in_first_half if train and args.task == "evaluation" else None,
+    )
+    return FreeHandDataset(photos, args.free_hand_strength, train) if args.task == "sketch" else photos
+
+
+# ---- model ----------------------------------------------------------------------------------------------------------
+
+
+def make_model(args: EncoderArguments, id2label: dict[int, str]) -> nn.Module:
+    """
+    A ResNet or, for evaluation, a RegNet with squeeze-and-excitation: another family, so that both fail differently.
+
+    transformers' ResNet halves twice in its stem, and its configuration cannot lower that. So its first stage does not
+    halve again: at 64 pixels the stem and the first stage are at 16x16, the others at 8x8 and 4x4.
+
+    Raises:
+        ValueError: `pretrained_model_name_or_path` holds a model of other classes.
+    """
+    shape: dict[str, Any] = {
+        "embedding_size": args.embedding_size,
+        "hidden_sizes": args.hidden_sizes,
+        "depths": args.depths,
+        "num_labels": len(id2label),
+        "id2label": id2label,
+        "label2id": {label: index for index, label in id2label.items()},
+    }
+    torch.manual_seed(args.seed)
+    if args.pretrained_model_name_or_path is not None:
+        model_class = RegNetForImageClassification if args.task == "evaluation" else ResNetForImageClassification
+        model = load_pretrained(model_class, args.pretrained_model_name_or_path, COMPONENT_NAMES[args.task])
+        if model.config.id2label != id2label:
+            raise ValueError(
+                "`pretrained_model_name_or_path` must hold a model of the classes in `train_data_dir`, "
+                f"{list(id2label.values())}, but it has {list(model.config.id2label.values())}."
+            )
+        return model
+    if args.task == "evaluation":
+        return RegNetForImageClassification(RegNetConfig(**shape, layer_type="y", groups_width=args.groups_width))
+    num_channels = 1 if args.task == "sketch" else 3
+    return ResNetForImageClassification(
+        ResNetConfig(**shape, num_channels=num_channels, layer_type="basic", downsample_in_first_stage=False)
+    )
+
+
+def classification_loss(trainer: Trainer, args: EncoderArguments) -> Callable[[dict[str, Any]], dict[str, Tensor]]:
+    """Cross-entropy with label smoothing and, if asked, mixup."""
+    name = COMPONENT_NAMES[args.task]
+
+    def compute_loss(batch: dict[str, Any]) -> dict[str, Tensor]:
+        pixels, labels = batch["pixel_values"], batch["class_label"]
+        share, other = 1.0, torch.arange(len(labels), device=labels.device)
+        if args.mixup_alpha > 0:
+            share = float(torch.distributions.Beta(args.mixup_alpha, args.mixup_alpha).sample())
+            other = other.flip(0)
+        logits = trainer.modules[name](share * pixels + (1 - share) * pixels[other]).logits.float()
+        loss = share * F.cross_entropy(logits, labels, label_smoothing=args.label_smoothing)
+        loss = loss + (1 - share) * F.cross_entropy(logits, labels[other], label_smoothing=args.label_smoothing)
+        return {"loss": loss, "accuracy": (logits.argmax(-1) == labels).float().mean()}
+
+    return compute_loss
+
+
+@torch.no_grad()
+def recalibrate_batch_norm(model: nn.Module, batches: Iterator[dict[str, Any]], num_batches: int) -> None:
+    """Sets the running statistics to those of averaged weights: the EMA averages parameters, not buffers."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+    device = next(model.parameters()).device
+    model.train()
+    for _ in range(num_batches):
+        model(next(batches)["pixel_values"].to(device))
+    model.eval()
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+
+
+# ---- measuring ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def predict(model: nn.Module, pixel_values: Tensor, batch_size: int = 64) -> Tensor:
+    """Class probabilities [N, num_classes] on the CPU."""
+    device = next(model.parameters()).device
+    logits = [model(batch.to(device)).logits.float().cpu() for batch in pixel_values.split(batch_size)]
+    return torch.cat(logits).softmax(-1)
+
+
+def accuracies(probabilities: Tensor, labels: Tensor, id2label: dict[int, str]) -> dict[str, float]:
+    """Top-1, top-3, mean over classes, and each class's own share of right answers."""
+    ranked = probabilities.argsort(dim=-1, descending=True)
+    right = ranked[:, 0] == labels
+    result = {
+        "accuracy": right.float().mean().item(),
+        "top3_accuracy": (ranked[:, :3] == labels[:, None]).any(-1).float().mean().item(),
+    }
+    per_class = {i: right[labels == i].float().mean().item() for i in sorted(set(labels.tolist()))}
+    result["mean_class_accuracy"] = float(np.mean(list(per_class.values())))
+    return result | {f"class/{id2label[i]}": value for i, value in per_class.items()}
+
+
+def load_drawings(folder: Path, label2id: dict[str, int], resolution: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """
+    Human drawings as the pipeline sees them, in two halves (`in_first_half`): choices are made on "tune", numbers are
+    quoted from "report".
+
+    Returns:
+        `dict[str, tuple[Tensor, Tensor]]`: per half, drawings [N, 1, R, R] and their class indices [N].
+    """
+    from diffsketching_pipeline.image_processor import SketchProcessor
+
+    files = sorted(file for file in folder.glob("*/*.png") if file.parent.name in label2id)
+    if not files:
+        raise ValueError(f"`validation_drawings_dir` has no PNG in a folder named after a class: {folder}.")
+    sketches = SketchProcessor(resolution=resolution).preprocess([str(file) for file in files])
+    labels = torch.tensor([label2id[file.parent.name] for file in files])
+    is_tune = torch.tensor([in_first_half(file.stem) for file in files])
+    return {"tune": (sketches[is_tune], labels[is_tune]), "report": (sketches[~is_tune], labels[~is_tune])}
+
+
+def write_json(content: dict[str, Any], path: Path) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def main() -> None:
+    args = parse_args(EncoderArguments, description=__doc__)
+    root = resolve_data_dir(args)
+    name = COMPONENT_NAMES[args.task]
+
+    # 1. Data
+    dataset, validation_dataset = make_dataset(args, root, "train"), make_dataset(args, root, "validation")
+    photos = dataset.photos if isinstance(dataset, FreeHandDataset) else dataset
+    validation = default_collate([validation_dataset.sample(i) for i in range(len(validation_dataset))])
+    pixels, labels = validation["pixel_values"], validation["class_label"]
+    drawings = {}
+    if args.task == "sketch" and args.validation_drawings_dir is not None:
+        drawings = load_drawings(Path(args.validation_drawings_dir), photos.label2id, args.resolution)
+
+    # 2. Model and loop
+    trainer = Trainer(
+        args,
+        {name: make_model(args, photos.id2label)},
+        dataset,
+        transform=erase_randomly(args.random_erasing) if args.random_erasing > 0 else None,
+        sample_weights=class_balanced_weights(photos.class_labels, args.class_balance_power),
+    )
+
+    def validate() -> tuple[dict[str, float], dict[str, Tensor]]:
+        model = trainer.unwrap(name)
+        metrics = accuracies(predict(model, pixels), labels, photos.id2label)
+        metrics = {key: value for key, value in metrics.items() if not key.startswith("class/")}
+        for half, (sketches, truth) in drawings.items():
+            if half == "tune":
+                metrics["drawings_tune"] = accuracies(predict(model, sketches), truth, photos.id2label)["accuracy"]
+        rows = [pixels[:: max(1, len(pixels) // 12)][:12]]
+        rows += [sketches[:: max(1, len(sketches) // 12)][:12] for sketches, _ in drawings.values()]
+        return metrics, {"validation": image_grid([row for row in rows if len(row) == len(rows[0])], scale=2)}
+
+    # 3. Train, publish the averaged weights, measure them
+    trainer.train(classification_loss(trainer, args), validate)
+    if not trainer.accelerator.is_main_process:
+        return
+    model = trainer.ema_copy(name, dtype=torch.float32)
+    recalibrate_batch_norm(model, trainer.batches(), num_batches=min(100, -(-len(dataset) // args.train_batch_size)))
+    report = {"validation": accuracies(predict(model, pixels), labels, photos.id2label)}
+    for half, (sketches, truth) in drawings.items():
+        report[f"drawings_{half}"] = accuracies(predict(model, sketches), truth, photos.id2label)
+    with write_folder(Path(args.output_dir) / name) as folder:
+        model.to(getattr(torch, args.save_dtype)).save_pretrained(folder)
+    write_json(report, Path(args.output_dir) / "metrics.json")
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()

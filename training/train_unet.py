@@ -1,0 +1,332 @@
+# Copyright 2026 The DiffSketching Pipeline Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Trains the UNet of a DiffSketching pipeline: photos from noise, a drawing (4th input channel) and a class.
+
+    accelerate launch training/train_unet.py training/configs/unet_garments64.yaml --train_data_dir garments
+
+The drawings are contours made from the photos, so no drawing by a human is needed. Class and drawing are each withheld
+from part of the samples; sampling can then strengthen the drawing by classifier-free guidance. The result, with
+averaged weights, is a pipeline folder `output_dir/pipeline`. To save time at the start, train with `--resolution 32`
+first and go on with `--resolution 64 --pretrained_model_name_or_path OUTPUT_DIR/pipeline`.
+"""
+
+import os
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from data import PhotoSketchDataset
+from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DModel
+from diffusers.training_utils import compute_snr
+from torch import Tensor
+from trainer import (
+    Sample,
+    Trainer,
+    TrainingArguments,
+    add_noise_and_timestep,
+    argument,
+    class_balanced_weights,
+    image_grid,
+    keyed_generator,
+    load_pretrained,
+    parse_args,
+    resolve_data_dir,
+    write_folder,
+)
+
+from diffsketching_pipeline import DiffSketchingPipeline
+
+
+@dataclass
+class UNetTrainingArguments(TrainingArguments):
+    """What this script adds to [`TrainingArguments`]."""
+
+    output_dir: str = argument("diffsketching-unet", "where checkpoints, samples, logs and `pipeline` are written")
+
+    block_out_channels: list[int] = argument([48, 96, 192, 256], "UNet2DModel's `block_out_channels`")
+    down_block_types: list[str] = argument(
+        ["DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"], "UNet2DModel's `down_block_types`"
+    )
+    up_block_types: list[str] = argument(
+        ["AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"], "UNet2DModel's `up_block_types`"
+    )
+    layers_per_block: int = argument(1, "UNet2DModel's `layers_per_block`")
+    attention_head_dim: int = argument(32, "channels of one attention head")
+    norm_num_groups: int = argument(16, "UNet2DModel's `norm_num_groups`")
+    resnet_time_scale_shift: Literal["default", "scale_shift"] = argument("scale_shift", "how the timestep enters")
+    dropout: float = argument(0.0, "dropout inside the residual blocks")
+    gradient_checkpointing: bool = argument(False, "recompute activations in the backward pass to save memory")
+
+    ddpm_num_steps: int = argument(1000, "timesteps of the noise schedule")
+    ddpm_beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = argument(
+        "squaredcos_cap_v2", "noise schedule"
+    )
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] = argument("v_prediction", "what the UNet predicts")
+    snr_gamma: float | None = argument(
+        None, "gamma of Min-SNR weighting (Hang et al., 2023), usually 5; off when left out"
+    )
+
+    proportion_empty_class_labels: float = argument(0.1, "share of samples whose class is withheld")
+    proportion_empty_sketches: float = argument(0.15, "share of samples whose drawing is withheld")
+    class_balance_power: float = argument(0.5, "0 samples photos evenly, 1 classes, between them in proportion")
+
+    num_validation_samples: int = argument(64, "validation photos on which losses are measured")
+    num_validation_images: int = argument(12, "validation drawings in the picture")
+    ddpm_num_inference_steps: int = argument(25, "sampling steps for the picture")
+    validation_sketch_guidance_scale: float = argument(2.0, "`sketch_guidance_scale` for the picture")
+
+
+def check_unet_arguments(args: UNetTrainingArguments) -> None:
+    """Raises `ValueError` for a proportion outside [0, 1], a gamma that is not positive, or sizes that do not fit."""
+    for name in ("proportion_empty_class_labels", "proportion_empty_sketches"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise ValueError(f"`{name}` must be in [0, 1], but got {getattr(args, name)}.")
+    if args.snr_gamma is not None and args.snr_gamma <= 0:
+        raise ValueError(f"`snr_gamma` must be positive, but got {args.snr_gamma}.")
+    factor = 2 ** (len(args.block_out_channels) - 1)
+    if args.resolution % factor:
+        raise ValueError(f"`resolution` must be a multiple of {factor} for this UNet, but got {args.resolution}.")
+    for name in ("num_validation_samples", "num_validation_images"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"`{name}` must be at least 1, but got {getattr(args, name)}.")
+
+
+def make_scheduler(args: UNetTrainingArguments) -> DDIMScheduler:
+    """The noise schedule, with the sampling settings that a bundled checkpoint fixes."""
+    return DDIMScheduler(
+        num_train_timesteps=args.ddpm_num_steps,
+        beta_schedule=args.ddpm_beta_schedule,
+        prediction_type=args.prediction_type,
+        timestep_spacing="leading",
+        steps_offset=0,
+        set_alpha_to_one=True,
+        clip_sample=True,
+    )
+
+
+def make_unet(args: UNetTrainingArguments, id2label: dict[int, str]) -> UNet2DModel:
+    """A new UNet, or the one of `pretrained_model_name_or_path` at this resolution; class n is "no class"."""
+    if args.pretrained_model_name_or_path is not None:
+        return load_unet(args, id2label)
+    torch.manual_seed(args.seed)
+    return UNet2DModel(
+        sample_size=args.resolution,
+        in_channels=4,
+        out_channels=3,
+        block_out_channels=tuple(args.block_out_channels),
+        down_block_types=tuple(args.down_block_types),
+        up_block_types=tuple(args.up_block_types),
+        layers_per_block=args.layers_per_block,
+        attention_head_dim=args.attention_head_dim,
+        norm_num_groups=args.norm_num_groups,
+        resnet_time_scale_shift=args.resnet_time_scale_shift,
+        dropout=args.dropout,
+        num_class_embeds=len(id2label) + 1,
+    )
+
+
+def load_unet(args: UNetTrainingArguments, id2label: dict[int, str]) -> UNet2DModel:
+    """
+    Loads the UNet to go on from.
+
+    Raises:
+        ValueError: it has no sketch channel or another number of classes, or its pipeline has other classes or another
+            noise schedule than this run.
+    """
+    path = str(args.pretrained_model_name_or_path)
+    unet = load_pretrained(UNet2DModel, path, "unet")
+    if unet.config.in_channels != 4:
+        raise ValueError(
+            f"`pretrained_model_name_or_path` must have 4 input channels, but {path!r} has {unet.config.in_channels}: "
+            "add the sketch channel with `diffsketching_pipeline.expand_unet_for_sketch`."
+        )
+    if unet.config.num_class_embeds != len(id2label) + 1:
+        raise ValueError(
+            f"`pretrained_model_name_or_path` must have {len(id2label) + 1} class embeddings (the data's classes and "
+            f"one for none), but {path!r} has {unet.config.num_class_embeds}."
+        )
+    if not os.path.isfile(os.path.join(path, "config.json")):
+        labels = DiffusionPipeline.load_config(path).get("id2label")
+        if labels and {int(key): label for key, label in labels.items()} != id2label:
+            raise ValueError(f"`pretrained_model_name_or_path` {path!r} has the classes {list(labels.values())}.")
+        pretrained = DDIMScheduler.load_config(path, subfolder="scheduler")
+        for name in ("prediction_type", "beta_schedule", "num_train_timesteps"):
+            if pretrained[name] != make_scheduler(args).config[name]:
+                raise ValueError(f"`pretrained_model_name_or_path` {path!r} has the {name} {pretrained[name]!r}.")
+    unet.register_to_config(sample_size=args.resolution)
+    return unet
+
+
+def drop_conditions(
+    sample: Sample,
+    generator: torch.Generator,
+    num_train_timesteps: int,
+    null_class: int,
+    proportion_empty_class_labels: float,
+    proportion_empty_sketches: float,
+) -> Sample:
+    """Adds noise and timestep to a sample, and withholds its class (`null_class`) and its drawing (0) now and then."""
+    sample = add_noise_and_timestep(sample, generator, num_train_timesteps)
+    drop_class, drop_sketch = torch.rand(2, generator=generator).tolist()
+    if drop_class < proportion_empty_class_labels:
+        sample["class_label"] = null_class
+    if drop_sketch < proportion_empty_sketches:
+        sample["sketch"] = torch.zeros_like(sample["sketch"])
+    return sample
+
+
+def diffusion_loss(
+    unet: Any, scheduler: DDIMScheduler, batch: dict[str, Tensor], snr_gamma: float | None = None
+) -> Tensor:
+    """
+    Mean squared error of the UNet's prediction, per sample.
+
+    Args:
+        unet: called as a conditional `UNet2DModel`.
+        scheduler: owns the noise schedule and says what is predicted.
+        batch: `pixel_values` and `noise` `[B, 3, R, R]`, `sketch` `[B, 1, R, R]`, `timestep` and `class_label` `[B]`.
+        snr_gamma: if given, the error of x_0 at each timestep is weighted by min(SNR, gamma), clamped as in "Efficient
+            Diffusion Training via Min-SNR Weighting Strategy" (Hang et al., 2023), instead of the prediction's own.
+
+    Returns:
+        `Tensor`: `[B]`.
+    """
+    images, noise, timesteps = batch["pixel_values"], batch["noise"], batch["timestep"]
+    noisy_images = scheduler.add_noise(images, noise, timesteps)
+    inputs = torch.cat([noisy_images, batch["sketch"]], dim=1)
+    prediction = unet(inputs, timesteps, class_labels=batch["class_label"]).sample.float()
+    prediction_type = scheduler.config.prediction_type
+    if prediction_type == "epsilon":
+        target = noise
+    elif prediction_type == "v_prediction":
+        target = scheduler.get_velocity(images, noise, timesteps)
+    else:
+        target = images
+    loss = F.mse_loss(prediction, target, reduction="none").mean(dim=(1, 2, 3))
+    if snr_gamma is None:
+        return loss
+    snr = compute_snr(scheduler, timesteps)
+    # An error of 1 in the prediction is an error of this many in x_0, squared.
+    x0_error = {"epsilon": 1 / snr, "v_prediction": 1 / (snr + 1), "sample": torch.ones_like(snr)}[prediction_type]
+    return loss * snr.clamp(max=snr_gamma) * x0_error
+
+
+class UNetValidation:
+    """
+    Losses on fixed validation photos with fixed noise, and a picture: drawings, their photos, generated photos.
+
+    `loss_swapped_sketch` gives each photo the drawing of another one and `loss_no_sketch` none: a network that ignores
+    the drawing has three equal losses.
+    """
+
+    def __init__(self, args: UNetTrainingArguments, dataset: PhotoSketchDataset, scheduler: DDIMScheduler):
+        self.args, self.scheduler = args, scheduler
+        self.id2label = dataset.id2label
+        count = min(args.num_validation_samples, len(dataset))
+        samples = [dataset.sample(i * len(dataset) // count) for i in range(count)]
+        for i, sample in enumerate(samples):
+            noise = torch.randn(sample["pixel_values"].shape, generator=keyed_generator(args.seed, i))
+            # Evenly spread timesteps in an order that has nothing to do with the order of the classes.
+            timestep = int(args.ddpm_num_steps * ((i * 0.6180339887) % 1))
+            sample |= {"noise": noise, "timestep": timestep}
+        self.batch: dict[str, Tensor] = {
+            name: torch.stack([torch.as_tensor(sample[name]) for sample in samples])
+            for name in ("pixel_values", "sketch", "class_label", "noise", "timestep")
+        }
+        drawn = [i for i in range(count) if (samples[i]["sketch"] < 0).any()]
+        shown = min(args.num_validation_images, len(drawn))
+        self.shown = [drawn[i * len(drawn) // shown] for i in range(shown)]
+
+    def loss(self, unet: Any, sketch: Tensor) -> float:
+        """Mean loss with these drawings `[N, 1, R, R]` in the place of the photos' own."""
+        losses = []
+        batch = self.batch | {"sketch": sketch}
+        for first in range(0, len(sketch), self.args.train_batch_size):
+            part = slice(first, first + self.args.train_batch_size)
+            batch_part = {name: value[part].to(unet.device) for name, value in batch.items()}
+            losses.append(diffusion_loss(unet, self.scheduler, batch_part))
+        return float(torch.cat(losses).mean())
+
+    def picture(self, unet: Any) -> Tensor:
+        """Rows of drawings, photos and generated photos, `[3, H, W]` in [-1, 1]."""
+        pipeline = DiffSketchingPipeline(unet=unet, scheduler=self.scheduler, id2label=self.id2label)
+        pipeline.set_progress_bar_config(disable=True)
+        sketches = self.batch["sketch"][self.shown]
+        images = pipeline(
+            sketches,
+            class_labels=self.batch["class_label"][self.shown].tolist(),
+            num_images_per_sketch=1,
+            num_inference_steps=self.args.ddpm_num_inference_steps,
+            sketch_guidance_scale=self.args.validation_sketch_guidance_scale,
+            generator=[torch.Generator().manual_seed(i) for i in range(len(self.shown))],
+            output_type="pt",
+        ).images
+        return image_grid([sketches, self.batch["pixel_values"][self.shown], images * 2 - 1], scale=2)
+
+    def __call__(self, unet: Any) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """The losses and the picture of a UNet."""
+        sketch = self.batch["sketch"]
+        losses = {
+            "loss": self.loss(unet, sketch),
+            "loss_swapped_sketch": self.loss(unet, sketch.roll(1, dims=0)),
+            "loss_no_sketch": self.loss(unet, torch.zeros_like(sketch)),
+        }
+        return losses, {"sketch_photo_generated": self.picture(unet)} if self.shown else {}
+
+
+def main(args: UNetTrainingArguments) -> None:
+    """Trains as the arguments say; the pipeline lies in `output_dir/pipeline` afterwards."""
+    check_unet_arguments(args)
+    root = resolve_data_dir(args)
+    dataset = PhotoSketchDataset(root, "train", args.resolution, args.seed, train=True, cache_dir=args.cache_dir)
+    validation_dataset = PhotoSketchDataset(
+        root, "validation", args.resolution, args.seed, train=False, cache_dir=args.cache_dir
+    )
+    scheduler = make_scheduler(args)
+    unet = make_unet(args, dataset.id2label)
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+
+    trainer = Trainer(
+        args,
+        {"unet": unet},
+        dataset,
+        transform=partial(
+            drop_conditions,
+            num_train_timesteps=args.ddpm_num_steps,
+            null_class=len(dataset.id2label),
+            proportion_empty_class_labels=args.proportion_empty_class_labels,
+            proportion_empty_sketches=args.proportion_empty_sketches,
+        ),
+        sample_weights=class_balanced_weights(dataset.class_labels, args.class_balance_power),
+    )
+    validation = UNetValidation(args, validation_dataset, scheduler)
+
+    def compute_loss(batch: dict[str, Any]) -> dict[str, Tensor]:
+        return {"loss": diffusion_loss(trainer.modules["unet"], scheduler, batch, args.snr_gamma).mean()}
+
+    trainer.train(compute_loss, lambda: validation(trainer.unwrap("unet")))
+    if trainer.accelerator.is_main_process:
+        pipeline = DiffSketchingPipeline(unet=trainer.ema_copy("unet"), scheduler=scheduler, id2label=dataset.id2label)
+        with write_folder(Path(args.output_dir) / "pipeline") as folder:
+            pipeline.save_pretrained(folder)
+        print(Path(args.output_dir) / "pipeline")
+
+
+if __name__ == "__main__":
+    main(parse_args(UNetTrainingArguments, sys.argv[1:], description=__doc__))

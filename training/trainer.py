@@ -1,0 +1,898 @@
+# Copyright 2026 The DiffSketching Pipeline Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What the training scripts share: arguments, keyed randomness, and a loop that can be killed at any step.
+
+A script builds its modules, says how one sample is prepared and what the loss of one batch is, and hands both to
+[`Trainer`]:
+
+    args = parse_args(TrainingArguments, description=__doc__)
+    trainer = Trainer(args, {"unet": unet}, dataset, transform=add_noise)
+    finished = trainer.train(compute_loss, validate)
+    with write_folder(Path(args.output_dir) / "unet") as folder:
+        trainer.ema_copy("unet").save_pretrained(folder)
+
+Nothing random depends on the order in which things happen to run. The n-th draw of a run (n counts the samples of all
+processes from the first step on) decides which sample is taken, and (seed, n) decides its augmentation, noise and
+dropped conditions. So a run that was killed and resumed, or spread over several processes or data workers, sees
+exactly the samples of one that was not.
+"""
+
+import copy
+import dataclasses
+import difflib
+import itertools
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import yaml
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import ProjectConfiguration, send_to_device
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.utils import make_grid
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser
+
+
+logger = get_logger(__name__)
+
+Sample = dict[str, Any]
+SampleTransform = Callable[[Sample, torch.Generator], Sample]
+LossFunction = Callable[[dict[str, Any]], dict[str, Tensor]]
+ValidationFunction = Callable[[], tuple[dict[str, float], dict[str, Tensor]]]
+ArgumentsT = TypeVar("ArgumentsT", bound="TrainingArguments")
+
+ORDER_STREAM, SAMPLE_STREAM, LAYER_STREAM = range(3)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Arguments
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def argument(default: Any, help: str) -> Any:
+    """A dataclass field with a help text; lists are copied for each instance."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class TrainingArguments:
+    """Arguments every script has, named as in diffusers' `train_unconditional.py` and `train_controlnet.py`.
+
+    A script subclasses this to add its own and to change defaults.
+    """
+
+    train_data_dir: str | None = argument(
+        None, "an imagefolder with `train` and `validation`, each holding one folder of photos per class"
+    )
+    dataset_name: str | None = argument(
+        None, "instead of `train_data_dir`: the id of a dataset repository on the Hub with the same folders"
+    )
+    cache_dir: str | None = argument(None, "where the dataset and what is computed from it are cached")
+    output_dir: str = argument("output", "where checkpoints, samples, logs and the final weights are written")
+    overwrite_output_dir: bool = argument(False, "delete the checkpoints that `output_dir` already holds")
+    pretrained_model_name_or_path: str | None = argument(
+        None, "start from these weights (a pipeline folder, a model folder or a Hub id) with a fresh optimizer"
+    )
+    seed: int = argument(0, "the seed of everything random, at least 0")
+    resolution: int = argument(64, "side of the training images in pixels")
+
+    train_batch_size: int = argument(16, "samples per process and forward pass")
+    max_train_steps: int | None = argument(None, "optimizer steps; overrides `num_train_epochs`")
+    num_train_epochs: int = argument(100, "passes over the data")
+    max_train_minutes: float | None = argument(
+        None, "stop with a checkpoint after this much wall time; resume with `--resume_from_checkpoint latest`"
+    )
+    gradient_accumulation_steps: int = argument(1, "forward passes per optimizer step")
+    dataloader_num_workers: int = argument(0, "worker processes that prepare samples; 0 = the main process does")
+
+    learning_rate: float = argument(1e-4, "the learning rate after the warm-up")
+    scale_lr: bool = argument(False, "multiply it by processes x accumulation steps x batch size")
+    lr_scheduler: str = argument(
+        "constant_with_warmup", "linear, cosine, cosine_with_restarts, polynomial, constant or constant_with_warmup"
+    )
+    lr_warmup_steps: int = argument(500, "steps over which the learning rate rises from 0")
+    lr_num_cycles: int = argument(1, "hard restarts of `cosine_with_restarts`")
+    lr_power: float = argument(1.0, "power of `polynomial`")
+    lr_decay_steps: int | None = argument(
+        None, "keep the rate constant and apply `lr_scheduler` to this many last steps only"
+    )
+    adam_beta1: float = argument(0.9, "AdamW's beta 1")
+    adam_beta2: float = argument(0.999, "AdamW's beta 2")
+    adam_weight_decay: float = argument(1e-3, "AdamW's weight decay")
+    adam_epsilon: float = argument(1e-8, "AdamW's epsilon")
+    max_grad_norm: float = argument(1.0, "the gradient is scaled down to this norm")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = argument(
+        None, "autocast the forward passes; the weights stay float32. Left out: what `accelerate config` says"
+    )
+    allow_tf32: bool = argument(False, "let float32 matrix products use TensorFloat-32 where a GPU has it")
+
+    use_ema: bool = argument(True, "publish and validate an exponential moving average of the weights")
+    ema_inv_gamma: float = argument(1.0, "the decay at step n is 1 - (1 + n / inv_gamma) ** -power")
+    ema_power: float = argument(3 / 4, "see `ema_inv_gamma`")
+    ema_max_decay: float = argument(0.9999, "upper bound of the decay")
+
+    checkpointing_steps: int = argument(500, "steps between two checkpoints")
+    checkpoints_total_limit: int | None = argument(None, "checkpoints to keep, the oldest are deleted first")
+    resume_from_checkpoint: str | None = argument(
+        None, "a checkpoint folder, or `latest`: the newest in `output_dir`, from the start if there is none"
+    )
+    validation_steps: int = argument(500, "steps between two validations; 0 = only at the end")
+    logging_steps: int = argument(10, "steps over which the logged values are averaged")
+    logging_dir: str = argument("logs", "tracker directory inside `output_dir`")
+    report_to: str = argument("tensorboard", "`tensorboard`, any other tracker accelerate knows, `all` or `none`")
+    save_dtype: Literal["float32", "float16", "bfloat16"] = argument("float32", "type of the final weights")
+
+
+def parse_args(
+    arguments_class: type[ArgumentsT], args: Sequence[str] | None = None, description: str | None = None
+) -> ArgumentsT:
+    """Reads `[config.yaml | --config config.yaml] [--name value ...]`; the command line wins over the file.
+
+    Args:
+        arguments_class: dataclass that lists the arguments.
+        args: the command line without the program, `sys.argv[1:]` when left out.
+        description: text of `--help`.
+
+    Raises:
+        ValueError: an argument that does not exist (with the closest ones that do), a config that is no mapping, or a
+            value out of range.
+    """
+    remaining = list(sys.argv[1:] if args is None else args)
+    usage = "%(prog)s [CONFIG.yaml] [--ARGUMENT VALUE ...]"
+    parser = HfArgumentParser(cast(Any, arguments_class), description=description, usage=usage, allow_abbrev=False)
+    parser.add_argument("--config", help="YAML file of arguments; it may also be given first, without `--config`")
+    names = [f.name for f in dataclasses.fields(arguments_class)]
+
+    config = remaining.pop(0) if remaining and not remaining[0].startswith("-") else None
+    if "--config" in remaining:
+        position = remaining.index("--config")
+        config = remaining[position + 1] if len(remaining) > position + 1 else ""
+        del remaining[position : position + 2]
+    from_file = _config_to_args(config, names) if config is not None else []
+    *parsed, unknown = parser.parse_args_into_dataclasses(
+        from_file + remaining, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        raise ValueError(_unknown_argument(unknown[0].lstrip("-").split("=")[0], names, "the command line"))
+    arguments = parsed[0]
+    check_arguments(arguments)
+    return arguments
+
+
+def _unknown_argument(name: str, known: Sequence[str], where: str) -> str:
+    close = difflib.get_close_matches(name.replace("-", "_"), known)
+    hint = f"did you mean {' or '.join(f'`{c}`' for c in close)}?" if close else "`--help` lists the arguments."
+    return f"`{name}` on {where} is not an argument of this script: {hint}"
+
+
+def _config_to_args(path: str, names: Sequence[str]) -> list[str]:
+    """Turns a YAML mapping into command-line words, so that both go through one conversion and one set of checks."""
+    if not os.path.isfile(path):
+        raise ValueError(f"`config` must be a YAML file, but {path!r} is not a file.")
+    with open(path, encoding="utf-8") as file:
+        config = yaml.safe_load(file) or {}
+    if not isinstance(config, dict):
+        raise ValueError(f"`config` must hold `name: value` lines, but {path!r} holds a {type(config).__name__}.")
+    words: list[str] = []
+    for name, value in config.items():
+        if name not in names:
+            raise ValueError(_unknown_argument(str(name), names, path))
+        if isinstance(value, (list, tuple)):
+            words += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            words.append(f"--{name}={value}")
+    return words
+
+
+def check_arguments(args: TrainingArguments) -> None:
+    """Raises `ValueError` for a value that would only fail, or be silently wrong, after work has begun."""
+    at_least: dict[str, float] = {"seed": 0, "validation_steps": 0, "lr_warmup_steps": 0, "dataloader_num_workers": 0}
+    at_least |= dict.fromkeys(("train_batch_size", "gradient_accumulation_steps", "checkpointing_steps"), 1)
+    at_least |= dict.fromkeys(("checkpoints_total_limit", "logging_steps", "resolution", "num_train_epochs"), 1)
+    at_least |= {"max_train_steps": 1, "lr_decay_steps": 1}
+    for name, minimum in at_least.items():
+        value = getattr(args, name)
+        if value is not None and value < minimum:
+            raise ValueError(f"`{name}` must be at least {minimum}, but got {value}.")
+    for name in ("learning_rate", "max_grad_norm", "max_train_minutes"):
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"`{name}` must be positive, but got {value}.")
+
+
+def resolve_data_dir(args: TrainingArguments) -> Path:
+    """The imagefolder to train on: `train_data_dir`, or the downloaded snapshot of `dataset_name`.
+
+    Raises:
+        ValueError: neither or both are given, or the folder has no `train` folder.
+    """
+    if (args.train_data_dir is None) == (args.dataset_name is None):
+        raise ValueError("give either `train_data_dir` or `dataset_name`: exactly one says what to train on.")
+    if args.dataset_name is not None:
+        from huggingface_hub import snapshot_download
+
+        root = Path(snapshot_download(args.dataset_name, repo_type="dataset", cache_dir=args.cache_dir))
+    else:
+        root = Path(str(args.train_data_dir))
+    if not (root / "train").is_dir():
+        raise ValueError(f"`train_data_dir` must hold `train/<class>/<photos>`, but {root} has no `train` folder.")
+    return root
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Keyed randomness: what is drawn depends on a key, never on what was drawn before
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def keyed_seed(*key: int) -> int:
+    """A well-mixed 63-bit seed for a key of non-negative integers."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def keyed_generator(*key: int) -> torch.Generator:
+    """A CPU generator for a key of non-negative integers; the same key always gives the same numbers."""
+    return torch.Generator().manual_seed(keyed_seed(*key))
+
+
+def class_balanced_weights(labels: Sequence[int], power: float) -> np.ndarray:
+    """Sampling weights `n_c ** -power` of samples with these class labels, `n_c` being the size of their class.
+
+    Power 0 leaves the frequencies as they are, 1 shows every class equally often.
+    """
+    counts = np.bincount(np.asarray(labels))
+    return counts[np.asarray(labels)] ** -float(power)
+
+
+def add_noise_and_timestep(sample: Sample, generator: torch.Generator, num_train_timesteps: int) -> Sample:
+    """Completes a sample by `noise` ~ N(0, I), shaped as its `pixel_values`, and a uniform `timestep`."""
+    noise = torch.randn(sample["pixel_values"].shape, generator=generator)
+    timestep = int(torch.randint(num_train_timesteps, (), generator=generator))
+    return sample | {"noise": noise, "timestep": timestep}
+
+
+class KeyedBatchSampler:
+    """Endless batches of `(index, draw)` for one process.
+
+    Draw n belongs to epoch `n // num_samples`. Every epoch is a fresh permutation of the samples or, with
+    `sample_weights`, a systematic sample of the same length in which sample i appears `num_samples * w_i / sum(w)`
+    times, rounded up or down at random. Successive batches of `batch_size` go to the processes in turn, so that
+    P processes see together what one process with P times the batch size sees.
+
+    Args:
+        num_samples: size of the dataset.
+        batch_size: samples per process and batch.
+        seed: keys the order of every epoch.
+        start: the first draw, a resumed run goes on where the last one stopped.
+        process_index, num_processes: this process among all.
+        sample_weights: `[num_samples]`, positive, need not sum to 1.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        seed: int,
+        start: int = 0,
+        process_index: int = 0,
+        num_processes: int = 1,
+        sample_weights: np.ndarray | None = None,
+    ):
+        if num_samples < 1:
+            raise ValueError("`num_samples` must be at least 1, but the dataset is empty.")
+        if sample_weights is not None and len(sample_weights) != num_samples:
+            raise ValueError(f"`sample_weights` must have {num_samples} entries, but got {len(sample_weights)}.")
+        self.num_samples = num_samples
+        self.batch_size = batch_size
+        self.seed = seed
+        self.first = start + process_index * batch_size
+        self.stride = num_processes * batch_size
+        self.sample_weights = sample_weights
+
+    def epoch_order(self, epoch: int) -> np.ndarray:
+        """Indices of the samples of one epoch, `[num_samples]`."""
+        rng = np.random.default_rng(keyed_seed(self.seed, ORDER_STREAM, epoch))
+        if self.sample_weights is None:
+            return rng.permutation(self.num_samples)
+        cumulative = np.cumsum(self.sample_weights) / np.sum(self.sample_weights)
+        points = (np.arange(self.num_samples) + rng.random()) / self.num_samples
+        indices = np.searchsorted(cumulative, points, side="right").clip(max=self.num_samples - 1)
+        return rng.permutation(indices)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order, order_epoch = np.empty(0, int), -1
+        for first in itertools.count(self.first, self.stride):
+            batch = []
+            for draw in range(first, first + self.batch_size):
+                epoch, position = divmod(draw, self.num_samples)
+                if epoch != order_epoch:
+                    order, order_epoch = self.epoch_order(epoch), epoch
+                batch.append((int(order[position]), draw))
+            yield batch
+
+
+class KeyedDataset(Dataset):
+    """Maps `(index, draw)` to `dataset.sample(index, draw)`, completed by `transform(sample, generator)`.
+
+    The draw takes the place of the epoch number that keys the augmentation of the dataset, because a sample that is
+    drawn twice in one epoch should not look the same twice. The generator is keyed by (seed, draw).
+    """
+
+    def __init__(self, dataset: Any, seed: int, transform: SampleTransform | None = None):
+        self.dataset = dataset
+        self.seed = seed
+        self.transform = transform
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        index, draw = key
+        sample = self.dataset.sample(index, draw)
+        if self.transform is not None:
+            sample = self.transform(sample, keyed_generator(self.seed, SAMPLE_STREAM, draw))
+        return sample
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Files
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _commit_folder(temporary: Path, path: Path) -> None:
+    """Makes a written folder durable, then puts it in the place of `path`."""
+    for entry in temporary.rglob("*"):
+        _fsync(entry)
+    _fsync(temporary)
+    replaced = path.with_name(f".{path.name}.old")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if path.exists():
+        path.rename(replaced)
+    temporary.rename(path)
+    _fsync(path.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _remove_folder(path: Path) -> None:
+    """Deletes a folder so that a kill on the way never leaves half of it under its name."""
+    removed = path.with_name(f".{path.name}.old")
+    shutil.rmtree(removed, ignore_errors=True)
+    path.rename(removed)
+    shutil.rmtree(removed)
+
+
+@contextmanager
+def write_folder(path: Path) -> Iterator[Path]:
+    """Yields a temporary folder that becomes `path` when the block ends well and vanishes when it does not."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        _commit_folder(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def image_grid(rows: Sequence[Tensor], scale: int = 1) -> Tensor:
+    """Lays out rows of pictures `[N, 1 or 3, H, W]` in [-1, 1] (sketches or photos) as one `[3, H', W']`."""
+    pictures = torch.cat([row.detach().float().cpu().expand(-1, 3, -1, -1) for row in rows])
+    pictures = F.interpolate(pictures, scale_factor=float(scale))
+    return make_grid(pictures, nrow=rows[0].shape[0], padding=2, pad_value=1.0).clamp(-1, 1)
+
+
+def save_png(picture: Tensor, path: Path) -> None:
+    """Writes a picture `[3, H, W]` in [-1, 1]; the file appears complete or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    pixels = ((picture.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
+    Image.fromarray(pixels).save(temporary, format="PNG")
+    os.replace(temporary, path)
+
+
+def load_pretrained(model_class: Any, name_or_path: str, subfolder: str, **kwargs: Any) -> Any:
+    """Loads a component in float32 from a pipeline (folder or Hub id) or from a folder that holds just the model."""
+    is_model_folder = os.path.isfile(os.path.join(name_or_path, "config.json"))
+    location = {} if is_model_folder else {"subfolder": subfolder}
+    return model_class.from_pretrained(name_or_path, **location, **kwargs).float()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The loop
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def learning_rate_factor(args: TrainingArguments, max_train_steps: int) -> Callable[[int], float]:
+    """Factor of the learning rate at each optimizer step (counted from 0), from diffusers' `get_scheduler`.
+
+    A function of the step alone has no state to save, and a resumed run may change the schedule.
+
+    Raises:
+        ValueError: `lr_scheduler` is not a name that `get_scheduler` knows.
+    """
+    # get_scheduler wants an optimizer to schedule; only the factor it computes is used.
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
+
+    def factor(name: str, warmup_steps: int, steps: int) -> Callable[[int], float]:
+        schedule = get_scheduler(
+            name,
+            optimizer,
+            num_warmup_steps=warmup_steps,
+            num_training_steps=steps,
+            num_cycles=args.lr_num_cycles,
+            power=args.lr_power,
+        )
+        return schedule.lr_lambdas[0]
+
+    if args.lr_decay_steps is None:
+        return factor(args.lr_scheduler, args.lr_warmup_steps, max_train_steps)
+    warmup = factor("constant_with_warmup", args.lr_warmup_steps, max_train_steps)
+    decay = factor(args.lr_scheduler, 0, args.lr_decay_steps)
+    decay_start = max_train_steps - args.lr_decay_steps
+    return lambda step: warmup(step) * decay(max(0, step - decay_start))
+
+
+def _empty_clone(module: Any) -> Any:
+    """An untrained copy of a diffusers or transformers model."""
+    if hasattr(module, "register_to_config"):
+        return type(module).from_config(module.config)
+    return type(module)(copy.deepcopy(module.config))
+
+
+class Trainer:
+    """Trains one or several modules, with EMA, exact checkpoints, validation pictures and trackers.
+
+    Args:
+        args: see [`TrainingArguments`].
+        modules: what is trained, by name; models with `save_pretrained` (diffusers' or transformers'), in float32.
+            Each has its own AdamW. Frozen networks that the losses use are the script's business and stay untouched.
+        dataset: has `__len__` and `sample(index, epoch) -> dict` whose result depends on both numbers only. Tensors
+            are stacked to batches on the accelerator's device, strings become lists; `"id"` names samples in errors.
+        transform: `(sample, generator) -> sample`, run in the data workers: the place for noise, timesteps and dropped
+            conditions, drawn from the generator.
+        sample_weights: `[len(dataset)]`, see [`KeyedBatchSampler`].
+        ema_modules: names of the modules that get an EMA, all of them when left out. Buffers are not averaged.
+
+    Attributes:
+        accelerator: the `accelerate.Accelerator`; it owns the device and the precision.
+        modules: the prepared modules (wrapped for several processes), to be called in losses.
+        global_step: optimizer steps done.
+        samples_seen: draws of all processes so far.
+    """
+
+    def __init__(
+        self,
+        args: TrainingArguments,
+        modules: Mapping[str, nn.Module],
+        dataset: Any,
+        transform: SampleTransform | None = None,
+        sample_weights: np.ndarray | None = None,
+        ema_modules: Iterable[str] | None = None,
+    ):
+        check_arguments(args)
+        self.started = time.monotonic()
+        self.args = args
+        self.output_dir = Path(args.output_dir)
+        self.dataset, self.transform, self.sample_weights = dataset, transform, sample_weights
+        self.resume_folder = self._find_resume_folder()
+        self.accelerator = self._make_accelerator()
+
+        self.samples_per_step = (
+            args.train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
+        )
+        epochs_as_steps = -(-args.num_train_epochs * len(dataset) // self.samples_per_step)
+        self.max_train_steps = args.max_train_steps or epochs_as_steps
+        self.learning_rate = args.learning_rate * (self.samples_per_step if args.scale_lr else 1)
+        self.learning_rate_factor = learning_rate_factor(args, self.max_train_steps)
+
+        self.modules: dict[str, nn.Module] = {}
+        self.optimizers: dict[str, Any] = {}
+        for name, module in modules.items():
+            optimizer = self._make_optimizer(module)
+            self.modules[name], self.optimizers[name] = self.accelerator.prepare(module, optimizer)
+        self._trainable = {n: [p for p in m.parameters() if p.requires_grad] for n, m in self.modules.items()}
+        averaged = modules if ema_modules is None else ema_modules
+        self.ema = {name: self._make_ema(name) for name in averaged} if args.use_ema else {}
+
+        self.global_step = 0
+        self.samples_seen = 0
+        self.elapsed_seconds = 0.0
+        self._metrics: dict[str, list[float]] = {}
+        self._last_checkpoint_step = self._last_validation_step = -1
+
+    # -- set-up --
+
+    def _make_accelerator(self) -> Accelerator:
+        args = self.args
+        logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
+        logging.getLogger("accelerate").setLevel(logging.WARNING)
+        logging_dir = self.output_dir / args.logging_dir
+        accelerator = Accelerator(
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            mixed_precision=args.mixed_precision,
+            log_with=None if args.report_to == "none" else args.report_to,
+            project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=str(logging_dir)),
+        )
+        if args.mixed_precision == "fp16" and not accelerator.native_amp:
+            raise ValueError("`mixed_precision` fp16 needs an accelerator, but there is none: use bf16 or no.")
+        if args.allow_tf32:
+            torch.set_float32_matmul_precision("high")
+        accelerator.register_save_state_pre_hook(self._save_modules)
+        accelerator.register_load_state_pre_hook(self._load_modules)
+        return accelerator
+
+    def _make_optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
+        args = self.args
+        return torch.optim.AdamW(
+            [p for p in module.parameters() if p.requires_grad],
+            lr=self.learning_rate,
+            betas=(args.adam_beta1, args.adam_beta2),
+            weight_decay=args.adam_weight_decay,
+            eps=args.adam_epsilon,
+        )
+
+    def _make_ema(self, name: str) -> EMAModel:
+        return EMAModel(
+            self.unwrap(name).parameters(),
+            decay=self.args.ema_max_decay,
+            use_ema_warmup=True,
+            inv_gamma=self.args.ema_inv_gamma,
+            power=self.args.ema_power,
+            foreach=True,
+        )
+
+    def unwrap(self, name: str) -> Any:
+        """The module itself, without the wrapper for several processes; its forward still autocasts."""
+        return self.accelerator.unwrap_model(self.modules[name])
+
+    @contextmanager
+    def ema_weights(self) -> Iterator[None]:
+        """Within the block the modules hold their averaged weights."""
+        for name, ema in self.ema.items():
+            ema.store(self.unwrap(name).parameters())
+            ema.copy_to(self.unwrap(name).parameters())
+        try:
+            yield
+        finally:
+            for name, ema in self.ema.items():
+                ema.restore(self.unwrap(name).parameters())
+
+    def ema_copy(self, name: str, dtype: torch.dtype | None = None) -> Any:
+        """A plain copy of a module with the averaged weights, on the CPU, in eval mode, in `save_dtype` or `dtype`."""
+        module = self.unwrap(name)
+        clone = _empty_clone(module)
+        clone.load_state_dict(module.state_dict())
+        if name in self.ema:
+            self.ema[name].copy_to(clone.parameters())
+        dtype = dtype or getattr(torch, self.args.save_dtype)
+        return clone.eval() if dtype == clone.dtype else clone.to(dtype=dtype).eval()
+
+    # -- checkpoints --
+
+    def checkpoints(self) -> list[Path]:
+        """Complete checkpoints in `output_dir`, oldest first."""
+        folders = [path for path in self.output_dir.glob("checkpoint-*") if path.name[11:].isdigit()]
+        return sorted(folders, key=lambda path: int(path.name[11:]))
+
+    def _find_resume_folder(self) -> Path | None:
+        """The checkpoint to go on from; raises `ValueError` where going on would mix two runs in one folder."""
+        wanted, existing = self.args.resume_from_checkpoint, self.checkpoints()
+        if wanted == "latest":
+            return existing[-1] if existing else None
+        if wanted is None:
+            if existing and not self.args.overwrite_output_dir:
+                raise ValueError(
+                    f"`output_dir` already holds {existing[-1].name} of another run: go on from it with "
+                    "`--resume_from_checkpoint latest`, give another `--output_dir`, or `--overwrite_output_dir`."
+                )
+            return None
+        folder = Path(wanted) if Path(wanted).is_dir() else self.output_dir / wanted
+        if not (folder / "trainer_state.json").is_file():
+            raise ValueError(f"`resume_from_checkpoint` must be `latest` or a checkpoint folder, but got {wanted!r}.")
+        is_own = folder.resolve().parent == self.output_dir.resolve()
+        step = int(folder.name[11:]) if is_own else -1
+        later = [path for path in existing if int(path.name[11:]) > step]
+        if later:
+            raise ValueError(
+                f"`output_dir` holds {later[-1].name}, which is not part of the run resumed from {folder.name}: "
+                "delete it or give another `--output_dir`."
+            )
+        return folder
+
+    def _save_modules(self, models: list[nn.Module], weights: list[dict], output_dir: str) -> None:
+        """Writes the modules and their averages as `save_pretrained` folders in the place of accelerate's files."""
+        weights.clear()
+        if not self.accelerator.is_main_process:
+            return
+        for name in self.modules:
+            self.unwrap(name).save_pretrained(os.path.join(output_dir, name))
+        with self.ema_weights():
+            for name in self.ema:
+                self.unwrap(name).save_pretrained(os.path.join(output_dir, f"{name}_ema"))
+        state = {
+            "global_step": self.global_step,
+            "samples_seen": self.samples_seen,
+            "num_samples": len(self.dataset),
+            "elapsed_seconds": self.elapsed_seconds + time.monotonic() - self.started,
+            "ema_steps": {name: ema.optimization_step for name, ema in self.ema.items()},
+        }
+        Path(output_dir, "trainer_state.json").write_text(json.dumps(state, indent=2) + "\n")
+
+    def _load_modules(self, models: list[nn.Module], input_dir: str) -> None:
+        models.clear()
+        for name in self.modules:
+            module = self.unwrap(name)
+            module.load_state_dict(load_pretrained(type(module), os.path.join(input_dir, name), "").state_dict())
+        state = json.loads(Path(input_dir, "trainer_state.json").read_text())
+        for name, ema in self.ema.items():
+            folder = os.path.join(input_dir, f"{name}_ema")
+            if not os.path.isdir(folder):
+                raise ValueError(f"`use_ema` needs {name}_ema, which the checkpoint {input_dir} does not hold.")
+            averaged = load_pretrained(type(self.unwrap(name)), folder, "")
+            for shadow, parameter in zip(ema.shadow_params, averaged.parameters(), strict=True):
+                shadow.copy_(parameter.detach())
+            ema.optimization_step = state["ema_steps"][name]
+        self.global_step = self._last_checkpoint_step = state["global_step"]
+        self.samples_seen = state["samples_seen"]
+        self.elapsed_seconds = state["elapsed_seconds"]
+        if state["num_samples"] != len(self.dataset):
+            logger.warning(
+                f"the checkpoint was trained on {state['num_samples']} samples, the dataset now has "
+                f"{len(self.dataset)}: the order of the samples is no longer that of the uninterrupted run."
+            )
+
+    def save_checkpoint(self) -> None:
+        """Writes `checkpoint-{global_step}`; a kill at any moment leaves it complete or absent."""
+        folder = self.output_dir / f"checkpoint-{self.global_step}"
+        # accelerator.save_state writes in place from all processes, so the folder is only renamed when all are done.
+        temporary = self.output_dir / f".{folder.name}.tmp"
+        if self.accelerator.is_main_process:
+            shutil.rmtree(temporary, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(temporary))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            _commit_folder(temporary, folder)
+            limit = self.args.checkpoints_total_limit
+            for old in self.checkpoints()[:-limit] if limit else []:
+                _remove_folder(old)
+        self.accelerator.wait_for_everyone()
+        self._last_checkpoint_step = self.global_step
+
+    def _prepare_output_dir(self) -> None:
+        """Empties or resumes `output_dir`, and records the arguments in it as a config for the next call."""
+        if self.accelerator.is_main_process:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            for leftover in self.output_dir.glob(".checkpoint-*"):
+                shutil.rmtree(leftover)
+            if self.resume_folder is None:
+                for old in self.checkpoints():
+                    _remove_folder(old)
+            config = yaml.safe_dump(dataclasses.asdict(self.args), sort_keys=False)
+            (self.output_dir / "training_args.yaml").write_text(config)
+        self.accelerator.wait_for_everyone()
+        if self.resume_folder is not None:
+            self.accelerator.load_state(str(self.resume_folder))
+            # Checkpoints lie between two optimizer steps, also if the number of passes per step has changed since.
+            self.accelerator.step = 0
+            logger.info(f"resuming from {self.resume_folder} at step {self.global_step}")
+        scalars = {k: v for k, v in dataclasses.asdict(self.args).items() if isinstance(v, (bool, int, float, str))}
+        self.accelerator.init_trackers(Path(sys.argv[0]).stem or "training", config=scalars)
+
+    # -- one step --
+
+    def batches(self) -> Iterator[dict[str, Any]]:
+        """Batches of this process on its device, from the first draw that was not trained on yet, without end."""
+        sampler = KeyedBatchSampler(
+            len(self.dataset),
+            self.args.train_batch_size,
+            self.args.seed,
+            start=self.samples_seen,
+            process_index=self.accelerator.process_index,
+            num_processes=self.accelerator.num_processes,
+            sample_weights=self.sample_weights,
+        )
+        loader: DataLoader = DataLoader(
+            KeyedDataset(self.dataset, self.args.seed, self.transform),
+            batch_sampler=sampler,  # type: ignore[arg-type]
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.accelerator.device.type != "cpu",
+        )
+        for batch in loader:
+            yield send_to_device(batch, self.accelerator.device, non_blocking=True)
+
+    @contextmanager
+    def _only_trainable(self, name: str) -> Iterator[None]:
+        """Within the block gradients flow through the other modules but do not accumulate in them."""
+        others = [p for other, parameters in self._trainable.items() if other != name for p in parameters]
+        for parameter in others:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in others:
+                parameter.requires_grad_(True)
+
+    def _raise_if_not_finite(self, value: Tensor, what: str, batch: Mapping[str, Any]) -> None:
+        if torch.isfinite(value).all():
+            return
+        last = self.checkpoints()
+        kept = f"{last[-1]} is the last good checkpoint" if last else "no checkpoint was written yet"
+        raise FloatingPointError(
+            f"the {what} is {value.detach().float().mean().item()} at step {self.global_step + 1}, samples "
+            f"{', '.join(map(str, batch.get('id', ['(no ids)'])))}; {kept}. Look at these samples, lower "
+            "`--learning_rate`, or use `--mixed_precision no`."
+        )
+
+    def _update(self, name: str, compute_loss: LossFunction, batch: dict[str, Any]) -> None:
+        """One forward and backward pass for one module and, when enough of them are accumulated, one step of it."""
+        outputs = compute_loss(batch)
+        prefix = f"{name}/" if len(self.modules) > 1 else ""
+        self._raise_if_not_finite(outputs["loss"], f"{prefix}loss", batch)
+        self.accelerator.backward(outputs["loss"])
+        optimizer = self.optimizers[name]
+        if self.accelerator.sync_gradients:
+            grad_norm = self.accelerator.clip_grad_norm_(self._trainable[name], self.args.max_grad_norm)
+            # A float16 run skips the step and lowers its loss scale when the gradient overflows.
+            if self.accelerator.scaler is None and grad_norm is not None:
+                self._raise_if_not_finite(grad_norm, f"{prefix}gradient", batch)
+            outputs = outputs | {"grad_norm": grad_norm}
+        optimizer.step()
+        optimizer.zero_grad()
+        for key, value in outputs.items():
+            self._metrics.setdefault(prefix + key, []).append(float(value.detach()))
+
+    def training_step(self, batches: Iterator[dict[str, Any]], losses: Mapping[str, LossFunction]) -> None:
+        """One optimizer step of every module that has a loss, in the order of `losses`."""
+        learning_rate = self.learning_rate * self.learning_rate_factor(self.global_step)
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+        for pass_index in range(self.args.gradient_accumulation_steps):
+            batch = next(batches)
+            key = (self.global_step, pass_index, self.accelerator.process_index)
+            torch.manual_seed(keyed_seed(self.args.seed, LAYER_STREAM, *key))
+            with self.accelerator.accumulate(*self.modules.values()):
+                for name, compute_loss in losses.items():
+                    with self._only_trainable(name):
+                        self._update(name, compute_loss, batch)
+        for name, ema in self.ema.items():
+            ema.step(self.unwrap(name).parameters())
+        self.global_step += 1
+        self.samples_seen += self.samples_per_step
+        self._metrics.setdefault("lr", []).append(learning_rate)
+
+    # -- the run --
+
+    def train(
+        self, losses: LossFunction | Mapping[str, LossFunction], validate: ValidationFunction | None = None
+    ) -> bool:
+        """Trains to `max_train_steps`, or for `max_train_minutes`.
+
+        Args:
+            losses: `batch -> {"loss": scalar, ...}`; the other entries are logged. With several modules, one function
+                per module name: each step updates them in this order on one batch, and while one is updated the
+                parameters of the others are frozen (call those through [`Trainer.unwrap`]).
+            validate: `() -> ({name: value}, {name: picture [3, H, W] in [-1, 1]})`. Runs on the main process only,
+                without gradients, modules in eval mode with averaged weights; call them through [`Trainer.unwrap`].
+
+        Returns:
+            `True` if `max_train_steps` is reached, `False` if the time was up before.
+
+        Raises:
+            FloatingPointError: a loss or gradient is not finite; names the step and the samples. Checkpoints stay.
+        """
+        if not isinstance(losses, Mapping):
+            losses = dict.fromkeys(self.modules, losses)
+        self._prepare_output_dir()
+        for module in self.modules.values():
+            module.train()
+        batches = self.batches()
+        with self._progress_bar() as progress:
+            while self.global_step < self.max_train_steps and not self._time_is_up():
+                self.training_step(batches, losses)
+                progress.update()
+                if self.global_step % self.args.logging_steps == 0:
+                    self._log_metrics(progress)
+                if self.args.validation_steps and self.global_step % self.args.validation_steps == 0:
+                    self._validate(validate)
+                if self.global_step % self.args.checkpointing_steps == 0:
+                    self.save_checkpoint()
+        if self._last_checkpoint_step != self.global_step:
+            self.save_checkpoint()
+        if self._last_validation_step != self.global_step:
+            self._validate(validate)
+        self.accelerator.end_training()
+        finished = self.global_step >= self.max_train_steps
+        logger.info(f"{'finished' if finished else 'stopped'} at step {self.global_step} of {self.max_train_steps}")
+        return finished
+
+    def _time_is_up(self) -> bool:
+        if self.args.max_train_minutes is None:
+            return False
+        elapsed = torch.tensor(time.monotonic() - self.started, device=self.accelerator.device)
+        # The slowest process decides for all, or some would wait for gradients that never come.
+        slowest = self.accelerator.gather(elapsed).max()
+        return bool(slowest >= 60 * self.args.max_train_minutes)
+
+    def _progress_bar(self) -> tqdm:
+        self._window_start, self._window_samples = time.monotonic(), self.samples_seen
+        return tqdm(
+            total=self.max_train_steps,
+            initial=self.global_step,
+            unit="step",
+            disable=not self.accelerator.is_local_main_process,
+            mininterval=0.5 if sys.stderr.isatty() else 10,
+        )
+
+    def _log_metrics(self, progress: tqdm) -> None:
+        """Logs the mean over processes and over the steps since the last call, and the speed in between."""
+        means = torch.tensor([float(np.mean(v)) for v in self._metrics.values()], device=self.accelerator.device)
+        means = self.accelerator.reduce(means, reduction="mean")
+        metrics = dict(zip(self._metrics, means.tolist(), strict=True))
+        self._metrics = {}
+        now = time.monotonic()
+        speed = (self.samples_seen - self._window_samples) / (now - self._window_start)
+        self._window_start, self._window_samples = now, self.samples_seen
+        shown = {key: f"{value:.3g}" for key, value in metrics.items() if key.endswith("loss") or key == "lr"}
+        progress.set_postfix({**shown, "img/s": f"{speed:.1f}"}, refresh=False)
+        self.accelerator.log({**metrics, "images_per_second": speed}, step=self.global_step)
+
+    def _validate(self, validate: ValidationFunction | None) -> None:
+        self._last_validation_step = self.global_step
+        if validate is not None and self.accelerator.is_main_process:
+            modules = [self.unwrap(name) for name in self.modules]
+            with ExitStack() as stack:
+                stack.enter_context(torch.no_grad())
+                stack.enter_context(self.ema_weights())
+                for module in modules:
+                    module.eval()
+                    stack.callback(module.train)
+                metrics, pictures = validate()
+            metrics = {f"validation/{name}": value for name, value in metrics.items()}
+            self.accelerator.log(metrics, step=self.global_step)
+            logger.info(f"step {self.global_step}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
+            for name, picture in pictures.items():
+                save_png(picture, self.output_dir / "samples" / f"{name}-{self.global_step:06d}.png")
+                self._log_picture(name, picture)
+        self.accelerator.wait_for_everyone()
+        self._window_start, self._window_samples = time.monotonic(), self.samples_seen
+
+    def _log_picture(self, name: str, picture: Tensor) -> None:
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                tracker.writer.add_image(name, (picture + 1) / 2, global_step=self.global_step)
