@@ -35,7 +35,7 @@ from diffusers.callbacks import PipelineCallback
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-from diffsketching_pipeline.losses import SketchPerceptualLoss
+from diffsketching_pipeline.losses import SketchFeatureMaps, SketchPerceptualLoss
 
 
 @contextmanager
@@ -197,7 +197,11 @@ class SketchGuidanceCallback(GuidanceCallback):
 
     def _perceptual_gradient(self, pipeline: Any, callback_kwargs: dict[str, Any]) -> torch.Tensor:
         sketcher = pipeline.float32_call("sketcher")
-        perceptual_loss = SketchPerceptualLoss(pipeline.float32_call("sketch_encoder"))
+        feature_maps = pipeline.cached(
+            ("float32", "feature_maps"),
+            lambda: float32_call(SketchFeatureMaps(pipeline.sketch_encoder), callback_kwargs["latents"].device),
+        )
+        perceptual_loss = SketchPerceptualLoss(feature_maps)
         target = self._target_features(pipeline, perceptual_loss, callback_kwargs["sketch"])
         original = callback_kwargs["pred_original_sample"]
         with gradient_mode():

@@ -53,6 +53,8 @@ _NOISE_SIGMAS = 6.0
 _MIN_SEPARATION = 0.85
 # A background estimate never falls below this share of the paper, so that a black shape stays darker than it.
 _MIN_BACKGROUND = 0.2
+# Share of the page that paper of one brightness covers in a digital drawing.
+_MIN_EVEN_PAPER = 0.25
 # A mark with less area than a square of this share of the drawing's longer side is dust; at the page's border, where
 # shadows end, more is.
 _SPECK = 0.01
@@ -68,7 +70,7 @@ _DRAW_SCALE = 4
 # In pixels. Thinner lines than this do not survive area averaging.
 _MIN_LINE_WIDTH = 0.75
 # Area averaging leaves thin lines grey; this gives them a dark core.
-_LINE_GAIN = 1.75
+_LINE_GAIN = 1.6
 
 
 @dataclass(frozen=True)
@@ -117,9 +119,9 @@ class SketchProcessor(ConfigMixin):
             `"pad"` keeps the aspect ratio and fills up with paper; `"stretch"` takes on that of the output.
         margin (`float`, defaults to 0.08):
             Share of the output left free on each side by `fit="content"`, in [0, 0.4].
-        line_width (`float`, *optional*, defaults to 1/64):
-            Width of the lines as a share of the output's shorter side, in (0, 0.25]; never below 0.75 pixels. `None`
-            keeps widths and fills as they were drawn.
+        line_width (`float`, *optional*, defaults to 0.014):
+            Width of the lines as a share of the output's shorter side (0.9 pixels of 64), in (0, 0.25]; never below
+            0.75 pixels. `None` keeps widths and dark fills as they were drawn.
     """
 
     config_name = CONFIG_NAME  # type: ignore[assignment]
@@ -133,7 +135,7 @@ class SketchProcessor(ConfigMixin):
         fit: str = "content",
         resize_mode: str = "pad",
         margin: float = 0.08,
-        line_width: float | None = 1 / 64,
+        line_width: float | None = 0.014,
     ):
         super().__init__()
         _check_options(_Options((resolution, resolution), threshold, invert, fit, resize_mode, margin, line_width))
@@ -241,11 +243,11 @@ def _preprocess_item(item: _Item, options: _Options, inverted: list[str]) -> tor
 
     gray = _without_surround(255 - gray if invert else gray)
     mask, page, factor = _trace(gray, options, item.name)
+    width = max(_MIN_LINE_WIDTH, (options.line_width or 0.0) * min(options.size))
     scale, _ = _place_drawing(mask, page, factor, options)
-    lines = _centre_lines(mask, gap=1 / scale.max())
+    lines = _centre_lines(mask, gap=width / scale.max())
     placement = _place_drawing(lines, page, factor, options)
-    share = options.line_width or 0.0
-    coverage = _draw(lines, options.size, placement, max(_MIN_LINE_WIDTH, share * min(options.size)))
+    coverage = _draw(lines, options.size, placement, width)
     if options.line_width is None:
         coverage = np.maximum(coverage, _draw(mask, options.size, placement, 0.0))
     sketch = 1 - 2 * np.clip(_LINE_GAIN * coverage, 0, 1)
@@ -375,10 +377,10 @@ def _channels_last(item: _Item) -> np.ndarray | torch.Tensor:
             return value
         if shape[0] in (1, 3, 4):
             return value.permute(1, 2, 0) if is_tensor else value.transpose(1, 2, 0)
-    kind, layout = ("tensor", "[C, H, W] or [B, C, H, W]") if is_tensor else ("array", "[H, W, C] or [B, H, W, C]")
+    kind, one, batch = ("tensor", "[C, H, W]", "[B, C, H, W]") if is_tensor else ("array", "[H, W, C]", "[B, H, W, C]")
     raise ValueError(
-        f"{item.name} has shape {list(shape)}, but the {kind} of a sketch has to be [H, W], {layout} with C = 1, 3 or"
-        " 4; a batch of sketches has four axes."
+        f"{item.name} has shape {list(shape)}, but the {kind} of one sketch has to be [H, W] or {one} with C = 1, 3 or"
+        f" 4; several are {batch}."
     )
 
 
@@ -444,14 +446,16 @@ def _to_gray(item: _Item, invert: bool | None) -> np.ndarray:
     image = _array_to_pil(item) if _is_array(item.value) else _load_image(item.value, item.name)
     if image.mode.startswith("I") or image.mode == "F":
         return _scale_to_uint8(np.asarray(image), item.name)
-    try:
-        if image.has_transparency_data:
-            return _flatten_alpha(image.convert("RGBA"), invert, item.name)
-        if image.mode not in ("1", "L"):
-            image = image.convert("RGB").convert("L", _MEAN_OF_CHANNELS)
-        return np.asarray(image.convert("L"))
-    except OSError as error:
-        raise ValueError(f"{item.name} has mode {image.mode!r}; save it as RGB or greyscale. ({error})") from error
+    has_alpha = image.has_transparency_data
+    if image.mode not in ("1", "L") or has_alpha:
+        try:
+            image = image.convert("RGBA" if has_alpha else "RGB")
+        except ValueError as error:
+            raise ValueError(f"{item.name} has mode {image.mode!r}; convert it to RGB. ({error})") from error
+        if has_alpha:
+            return _flatten_alpha(image, invert, item.name)
+        image = image.convert("L", _MEAN_OF_CHANNELS)
+    return np.asarray(image.convert("L"))
 
 
 def _array_to_pil(item: _Item) -> Image.Image:
@@ -536,11 +540,12 @@ def _is_light_on_dark(gray: np.ndarray) -> bool:
 def _without_surround(gray: np.ndarray) -> np.ndarray:
     """A drawn frame, a scanner's edge or the table that a page lies on: dark all along the border, becomes paper."""
     part = _dark_part(gray)
-    if part is None or part[1] <= 0.5:
+    if part is None or part[1] <= 0.5 or part[2] > 0.25:
         return gray
-    dark = np.pad(part[0], 1, constant_values=True)
-    labels, _ = ndimage.label(dark, np.ones((3, 3)))
-    surround = (labels == labels[0, 0])[1:-1, 1:-1]
+    # Opening cuts off strokes that touch the surround.
+    dark = ndimage.binary_opening(np.pad(part[0], 7, constant_values=True), np.ones((7, 7)))
+    labels, _ = ndimage.label(dark)
+    surround = (labels == labels[0, 0])[7:-7, 7:-7]
     surround = ndimage.maximum_filter(surround, 1 + 2 * max(2, round(0.015 * max(surround.shape))))
     if surround.all():
         return gray
@@ -568,7 +573,7 @@ def _trace(gray: np.ndarray, options: _Options, name: str) -> tuple[np.ndarray, 
     if not mask.any():
         raise ValueError(
             f"{name} holds no drawing: nothing in it is darker than its paper and noise. Draw darker lines, or pass"
-            " another `threshold`."
+            " another `threshold` or `invert`."
         )
     rows, columns = _occupied(mask)
     extent = max(np.ptp(rows), np.ptp(columns)) + 1
@@ -590,33 +595,44 @@ def _occupied(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _ink(gray: np.ndarray, threshold: float | str, side: int) -> tuple[np.ndarray, float]:
     """Stroke mask on a grid of about `side` cells, and its cells per pixel of `gray`."""
-    gray, factor = _resample(gray, side)
+    is_photo = _is_photo(gray)
+    gray, factor = _resample(gray, side, is_photo)
     background = _background(gray)
     darkness = 1 - gray / background
-    level = np.median(darkness)
-    noise = 1.4826 * np.median(np.abs(darkness - level) * background)
-    darkness = np.maximum(darkness, 0)
     if isinstance(threshold, str):
-        # Noise of a constant size in grey levels weighs more where the paper is in shadow.
-        floor = np.maximum(_MIN_CONTRAST, level + _NOISE_SIGMAS * noise / background)
+        floor = _noise_floor(darkness, background) if is_photo else _MIN_CONTRAST
+        darkness = np.maximum(darkness, 0)
         high = threshold_otsu(darkness)
         mask = apply_hysteresis_threshold(darkness, np.maximum(floor, 0.6 * high), np.maximum(floor, high))
     else:
         mask = darkness > 1 - threshold
-    if noise < 1:
+    if not is_photo:
         # In a photo such edges are those of shadows.
         mask |= _swallowed_edges(gray, background, mask)
     return _remove_specks(mask), factor
 
 
-def _resample(gray: np.ndarray, side: int) -> tuple[np.ndarray, float]:
+def _noise_floor(darkness: np.ndarray, background: np.ndarray) -> np.ndarray:
+    """What noise of a constant size in grey levels explains, which in a shadow is a larger share of the paper."""
+    level = np.median(darkness)
+    # A quartile of the deviations, 0.3186 sigma of a normal distribution, is that of the paper even on a crowded page.
+    noise = np.quantile(np.abs(darkness - level) * background, 0.25) / 0.3186
+    return np.maximum(_MIN_CONTRAST, level + _NOISE_SIGMAS * noise / background)
+
+
+def _is_photo(gray: np.ndarray) -> bool:
+    """Whether no three neighbouring grey levels hold much of the page, as the paper of a digital drawing does."""
+    share = np.array(Image.fromarray(gray).histogram()) / gray.size
+    return bool(np.convolve(share, np.ones(3)).max() < _MIN_EVEN_PAPER)
+
+
+def _resample(gray: np.ndarray, side: int, is_photo: bool) -> tuple[np.ndarray, float]:
     """To at most `side` cells along the longer side, and at least half as many, without losing a dark line."""
     step = math.ceil(max(gray.shape) / side)
     if step > 1:
         # A photo's lines are many pixels wide, and the darkest pixel of a cell would be noise; in a clean image an
         # average would fade a one-pixel line into the paper.
-        noisy = np.median(np.abs(np.diff(gray[::step].astype(np.int16)))) > 0
-        average = max(1, step // 2) if noisy else 1
+        average = max(1, step // 2) if is_photo else 1
         gray = np.asarray(Image.fromarray(gray).reduce(average))
         step = math.ceil(max(gray.shape) / side)
         return _block_minimum(gray, step).astype(np.float32), 1 / (average * step)
@@ -637,15 +653,17 @@ def _background(gray: np.ndarray) -> np.ndarray:
     """Brightness of the paper at every pixel: dark structures narrower than a tenth of the page are closed."""
     small = _thumbnail(np.clip(gray, 0, 255).astype(np.uint8), 128).astype(np.float32)
     window = max(3, round(max(small.shape) / 10))
-    # Continued by point reflection, a page that darkens towards its border is not taken for a border to close; where that
-    # would brighten it, as across a shadow's edge, a mirror image does.
+    # Continued by point reflection, a page that darkens towards its border goes on darkening and is not closed there;
+    # where that would brighten it, as across a shadow's edge, a mirror image does.
     small = ndimage.grey_closing(small, 5)
     padded = np.minimum(
         np.pad(small, window, mode="reflect", reflect_type="odd"), np.pad(small, window, mode="reflect")
     )
     closed = ndimage.grey_closing(padded, (window, window), mode="nearest")
-    closed = np.maximum(closed, _MIN_BACKGROUND * np.percentile(small, 95))
-    closed = np.minimum(closed, ndimage.gaussian_filter(closed, window / 3, mode="nearest"))
+    closed = np.maximum(closed, _MIN_BACKGROUND * small.max())
+    # Enlarging blurs the edge of a fill or a shadow; the lower side of it must not come out brighter than it is.
+    lowest = ndimage.grey_erosion(closed, 3)
+    closed = np.minimum(lowest, ndimage.gaussian_filter(closed, window / 3, mode="nearest"))
     size = (gray.shape[1], gray.shape[0])
     closed = Image.fromarray(closed[window:-window, window:-window])
     return np.maximum(np.asarray(closed.resize(size, Image.Resampling.BILINEAR)), 1.0)
@@ -661,7 +679,7 @@ def _swallowed_edges(gray: np.ndarray, background: np.ndarray, mask: np.ndarray)
     if not edge.any():
         return edge
     sharp = ndimage.maximum_filter(gray, 5) - ndimage.minimum_filter(gray, 5) > 0.1 * paper
-    return edge & sharp & ~ndimage.maximum_filter(mask, 1 + 2 * round(0.02 * max(gray.shape)))
+    return edge & sharp & ~ndimage.maximum_filter(mask, 5)
 
 
 def _remove_specks(mask: np.ndarray) -> np.ndarray:

@@ -14,6 +14,7 @@
 """The cross-domain constraints of the paper as small callable modules."""
 
 import warnings
+from typing import Any
 
 import torch
 from torch import nn
@@ -44,23 +45,47 @@ def check_range(name: str, value: torch.Tensor, channels: int) -> None:
         )
 
 
+class SketchFeatureMaps(nn.Module):
+    """
+    The feature maps of F_s that eq. 5 compares, finest first: after the stem's convolution, the stem, and each stage.
+
+    Args:
+        sketch_encoder (`transformers.ResNetForImageClassification`): F_s, one input channel.
+    """
+
+    def __init__(self, sketch_encoder: nn.Module):
+        super().__init__()
+        self.sketch_encoder = sketch_encoder
+
+    def forward(self, sketch: torch.Tensor) -> list[torch.Tensor]:
+        """`[batch_size, channels_l, H_l, W_l]` for each l, of sketches `[batch_size, 1, height, width]` in [-1, 1]."""
+        resnet = self.sketch_encoder.resnet
+        # The stem's convolution halves the size and its pooling halves it again: without the map in between nothing of
+        # a stroke finer than four pixels would be seen.
+        fine = resnet.embedder.embedder(sketch)
+        stages = resnet.encoder(resnet.embedder.pooler(fine), output_hidden_states=True).hidden_states
+        return [fine, *stages]
+
+
 class SketchPerceptualLoss(nn.Module):
     """
     Perceptual distance of two sketches (eq. 5): L_p = Σ_l 1/(H_l W_l) Σ_{h,w} ‖ w_l ⊙ (F̂(ŝ)^l_{hw} - F̂(s)^l_{hw}) ‖².
 
-    F̂^l are the feature maps after the stem and each stage of `sketch_encoder`, each feature vector scaled to unit length over its
-    channels as LPIPS does (Zhang et al., 2018), and w_l are per-channel weights. Unlike a pixel distance it tolerates
-    the spatial distortion of free-hand strokes.
+    F̂^l are the feature maps of `sketch_encoder`, each feature vector scaled to unit length over its channels as LPIPS
+    does (Zhang et al., 2018), and w_l are per-channel weights. Unlike a pixel distance it tolerates the spatial
+    distortion of free-hand strokes.
 
     Args:
-        sketch_encoder (`transformers.ResNetForImageClassification`): F_s, one input channel; used as it is, frozen or not.
+        sketch_encoder (`transformers.ResNetForImageClassification`): F_s, one input channel; used as it is, frozen or
+            not. Its maps are those of [`SketchFeatureMaps`]; any other callable from a sketch to a list of feature maps
+            will do, too.
         weights (`list[torch.Tensor]`, *optional*): w_l, one `[channels_l]` tensor per feature map; 1 if not given.
         eps: keeps the gradient of the normalisation finite at a zero feature vector, which blank paper has.
     """
 
-    def __init__(self, sketch_encoder: nn.Module, weights: list[torch.Tensor] | None = None, eps: float = 1e-10):
+    def __init__(self, sketch_encoder: Any, weights: list[torch.Tensor] | None = None, eps: float = 1e-10):
         super().__init__()
-        self.sketch_encoder = sketch_encoder
+        self.feature_maps = SketchFeatureMaps(sketch_encoder) if hasattr(sketch_encoder, "resnet") else sketch_encoder
         self.eps = eps
         self.num_weights = 0 if weights is None else len(weights)
         for index, weight in enumerate(weights or []):
@@ -68,7 +93,7 @@ class SketchPerceptualLoss(nn.Module):
 
     def features(self, sketch: torch.Tensor) -> list[torch.Tensor]:
         """Unit-length feature maps `[batch_size, channels_l, H_l, W_l]` of a sketch batch, finest first."""
-        maps = self.sketch_encoder(sketch, output_hidden_states=True).hidden_states
+        maps = self.feature_maps(sketch)
         return [x / (x.square().sum(dim=1, keepdim=True) + self.eps).sqrt() for x in maps]
 
     def forward(self, pred_sketch: torch.Tensor, sketch: torch.Tensor) -> torch.Tensor:

@@ -67,6 +67,8 @@ _COMPONENT_CLASSES = {
     "sketch_encoder": "ResNetForImageClassification",
 }
 _DEFAULT_NUM_INFERENCE_STEPS = 50
+# Below this ᾱ_t (the last timestep of a cosine schedule) a change of ε moves x̂_0 by more than a thousand times itself.
+_MIN_GUIDED_ALPHA_PROD = 1e-6
 
 
 class DiffSketchingPipeline(DiffusionPipeline):
@@ -281,7 +283,8 @@ class DiffSketchingPipeline(DiffusionPipeline):
             raise ValueError(f"`num_images_per_sketch` has to be an integer but is {num_images_per_sketch!r}.")
         if num_images_per_sketch < 1:
             raise ValueError(f"`num_images_per_sketch` has to be at least 1 but is {num_images_per_sketch}.")
-        if _as_list(class_labels) == []:
+        labels = _as_list(class_labels)
+        if isinstance(labels, list) and not labels:
             raise ValueError("`class_labels` is empty: give at least one, or None.")
         if class_labels is not None and self.num_classes == 0:
             raise ValueError(
@@ -520,6 +523,15 @@ class DiffSketchingPipeline(DiffusionPipeline):
                 )
         return MultiPipelineCallbacks(callbacks)
 
+    def _check_guided_start(self, scheduler, timesteps: torch.Tensor, guidance: MultiPipelineCallbacks) -> None:
+        alpha_prod = float(scheduler.alphas_cumprod[int(timesteps[0])])
+        if alpha_prod < _MIN_GUIDED_ALPHA_PROD and _active_callbacks(guidance, 0, len(timesteps)):
+            raise ValueError(
+                f"`guidance_start=0.0` guides at timestep {int(timesteps[0])}, where x_t is pure noise (ᾱ ="
+                f" {alpha_prod:.1g}) and any gradient explodes: set `guidance_start={1 / len(timesteps):.3g}`, or load the"
+                f" {type(scheduler).__name__} with `timestep_spacing='leading'`."
+            )
+
     def _warn_if_sketch_is_unused(self, strength: float, guidance: MultiPipelineCallbacks) -> None:
         uses_sketch = any(not isinstance(callback, ClassifierGuidanceCallback) for callback in guidance.callbacks)
         if self.unet.config.in_channels == 4 or strength < 1.0 or uses_sketch:
@@ -541,11 +553,7 @@ class DiffSketchingPipeline(DiffusionPipeline):
         clip_sample: bool,
     ) -> NoisePrediction:
         """The base prediction of one network pass, with what each active guidance callback adds to its ε."""
-        active = [
-            callback
-            for callback in guidance.callbacks
-            if not hasattr(callback, "is_active") or callback.is_active(step_index, self.num_timesteps)
-        ]
+        active = _active_callbacks(guidance, step_index, self.num_timesteps)
         through_unet = any(getattr(callback, "through_unet", False) for callback in active)
 
         def predict(unet, latents, conditioning):
@@ -729,6 +737,7 @@ class DiffSketchingPipeline(DiffusionPipeline):
         scales = self._resolve_scales(given_scales, groups is not None, has_class)
         self._guidance_scales = scales
         guidance = self._build_guidance(scales, guidance_start, guidance_end, guidance_callbacks, has_class)
+        self._check_guided_start(scheduler, timesteps, guidance)
         if groups is not None:
             self._warn_if_sketch_is_unused(strength, guidance)
         conditioning = self._prepare_conditioning(groups, labels, num_images_per_sketch, device)
@@ -800,6 +809,14 @@ class DiffSketchingPipeline(DiffusionPipeline):
         if None not in filled:
             class_labels = torch.tensor(filled, device=device).repeat_interleave(num_images_per_sketch)
         return Conditioning(class_labels, sketch, owner)
+
+
+def _active_callbacks(guidance: MultiPipelineCallbacks, step_index: int, num_steps: int) -> list[PipelineCallback]:
+    return [
+        callback
+        for callback in guidance.callbacks
+        if not hasattr(callback, "is_active") or callback.is_active(step_index, num_steps)
+    ]
 
 
 def _fields(conditioning: Conditioning) -> tuple:

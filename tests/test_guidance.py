@@ -97,7 +97,8 @@ def perceptual_loss(pipe, photo, sketch):
     """Eq. 5 of P(clamp(photo)) and one drawing, in float64."""
 
     def features(x):
-        maps = pipe.sketch_encoder(x, output_hidden_states=True).hidden_states
+        stem = pipe.sketch_encoder.resnet.embedder.embedder(x)
+        maps = [stem, *pipe.sketch_encoder(x, output_hidden_states=True).hidden_states]
         return [m / (m.square().sum(dim=1, keepdim=True) + 1e-10).sqrt() for m in maps]
 
     pairs = zip(features(pipe.sketcher(photo.clamp(-1, 1))), features(sketch), strict=True)
@@ -420,7 +421,7 @@ def test_scale_0_is_exactly_unguided_and_a_small_scale_close_to_it(tiny_pipeline
 
 def test_the_drawing_is_encoded_once_per_call(tiny_pipeline, sketches, generators):
     sizes = []
-    tiny_pipeline.sketch_encoder.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    tiny_pipeline.sketch_encoder.resnet.encoder.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
     tiny_pipeline(
         [[sketches[0], sketches[1]], sketches[2]],
         class_labels="a",

@@ -181,6 +181,15 @@ def test_every_array_layout_gives_the_same(processor, reference):
         assert (processor.preprocess(value) - reference).abs().max() <= 0.02, (type(value), value.dtype, value.shape)
 
 
+def test_zero_is_mid_grey_in_floats_with_a_negative_value(processor):
+    page = np.asarray(draw()) / 127.5 - 1
+    page[236:240, 60:200] = 0.0
+    for value in (page, torch.from_numpy(page)):
+        below = processor.preprocess(value, threshold=0.45, fit="page")[0, 0]
+        above = processor.preprocess(value, threshold=0.55, fit="page")[0, 0]
+        assert (below[57:] == 1).all() and (above[57:].amin(0)[16:49] < 0).all()
+
+
 def test_a_batch_is_several_results_and_a_nested_list_several_drawings_of_one(processor, reference, tmp_path):
     other = draw(points=[(0.2, 0.2), (0.8, 0.8), (0.2, 0.8)])
     path = tmp_path / "zigzag.png"
@@ -229,6 +238,11 @@ def test_transparent_pages_with_white_strokes(processor, reference):
         assert (processor.preprocess(image) - reference).abs().max() <= 0.02
 
 
+def test_coloured_strokes_on_white(processor, reference):
+    for ink in ("yellow", "red", "blue", "cyan"):
+        assert farthest(processor.preprocess(draw(ink=ink, paper="white", mode="RGB")), reference) <= 1.5, ink
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_pencil_on_unevenly_lit_paper(processor, seed):
     drawing = draw((900, 1200), 6)
@@ -236,6 +250,16 @@ def test_pencil_on_unevenly_lit_paper(processor, seed):
     assert farthest(sketch, processor.preprocess(drawing)) <= 2
     dark_board = Image.eval(photograph(drawing, seed), lambda value: 255 - value)
     assert farthest(processor.preprocess(dark_board), processor.preprocess(drawing)) <= 2
+
+
+def test_a_large_noisy_photo_and_the_edge_of_a_shadow(processor):
+    drawing = draw((1600, 2000), 12, scale=0.8, shift=(0.1, 0.1))
+    noisy = photograph(drawing, contrast=0.3, noise=30.0, shade=0.3)
+    shadow = Image.new("L", drawing.size, 255)
+    ImageDraw.Draw(shadow).polygon([(0, 2000), (0, 1500), (1200, 2000)], fill=140)
+    shaded = np.asarray(photograph(drawing, shade=0.2)) * (np.asarray(shadow) / 255.0)
+    for image in (noisy, Image.fromarray(shaded.astype(np.uint8))):
+        assert farthest(processor.preprocess(image), processor.preprocess(drawing)) <= 2
 
 
 def test_grain_dust_and_jpeg_blocks_are_no_strokes(processor, reference, tmp_path):
@@ -274,7 +298,7 @@ def test_filled_shapes_become_outlines_unless_widths_are_kept(processor):
     shirt = [(0.3, 0.1), (0.7, 0.1), (0.95, 0.4), (0.75, 0.5), (0.75, 0.9), (0.25, 0.9), (0.25, 0.5), (0.05, 0.4)]
     outline = draw((512, 512), 4, points=[*shirt, shirt[0]])
     expected = processor.preprocess(outline)
-    for ink, paper in ((0, 255), (120, 255), (255, 0)):
+    for ink, paper in ((120, 255), (210, 255), (0, 255), (255, 0)):
         filled = Image.new("L", (512, 512), paper)
         ImageDraw.Draw(filled).polygon([(512 * x, 512 * y) for x, y in shirt], fill=ink)
         sketch = processor.preprocess(filled)

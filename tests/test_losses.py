@@ -34,7 +34,10 @@ def smooth_sketches(n, seed):
 def eq_5(encoder, first, second, weights=None):
     """Eq. 5 with LPIPS' normalisation, one feature vector at a time."""
     with torch.no_grad():
-        maps = [encoder(x, output_hidden_states=True).hidden_states for x in (first, second)]
+        maps = [
+            (encoder.resnet.embedder.embedder(x), *encoder(x, output_hidden_states=True).hidden_states)
+            for x in (first, second)
+        ]
     total = np.zeros(len(first))
     for level, (a, b) in enumerate(zip(*maps, strict=True)):
         weight = np.ones(a.shape[1]) if weights is None else weights[level].numpy()
@@ -42,7 +45,7 @@ def eq_5(encoder, first, second, weights=None):
             for h in range(a.shape[2]):
                 for w in range(a.shape[3]):
                     u, v = a[row, :, h, w].numpy(), b[row, :, h, w].numpy()
-                    difference = weight * (u / np.linalg.norm(u) - v / np.linalg.norm(v))
+                    difference = weight * (u / np.sqrt(u @ u + 1e-10) - v / np.sqrt(v @ v + 1e-10))
                     total[row] += difference @ difference / (a.shape[2] * a.shape[3])
     return torch.from_numpy(total)
 
@@ -57,12 +60,12 @@ def test_loss_is_eq_5(encoder):
 
 def test_weights_are_per_channel(encoder):
     first, second = smooth_sketches(2, seed=1), smooth_sketches(2, seed=2)
-    weights = [randn(channels, seed=channels).abs() for channels in (8, 8, 16)]
+    weights = [randn(channels, seed=channels).abs() for channels in (8, 8, 8, 16)]
     loss = SketchPerceptualLoss(encoder, weights)
     expected = eq_5(encoder, first, second, weights)
     torch.testing.assert_close(loss(first, second).double(), expected, rtol=1e-4, atol=1e-6)
-    assert {name for name in loss.state_dict() if name.startswith("weight")} == {"weight_0", "weight_1", "weight_2"}
-    with pytest.raises(ValueError, match="`weights` has 2 entries for 3 feature maps"):
+    assert {name for name in loss.state_dict() if name.startswith("weight")} == {f"weight_{k}" for k in range(4)}
+    with pytest.raises(ValueError, match="`weights` has 2 entries for 4 feature maps"):
         SketchPerceptualLoss(encoder, weights[:2])(first, second)
 
 

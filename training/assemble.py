@@ -14,7 +14,7 @@
 """Joins trained components into one pipeline folder, in float16, with the checkpoint's recommended settings.
 
     python training/assemble.py --unet unet-64/pipeline --classifier classifier/classifier --sketcher sketcher/sketcher \
-        --sketch_encoder sketch-encoder/model --image_encoder image-encoder/model --output_dir garments-64
+        --sketch_encoder sketch_encoder/sketch_encoder --image_encoder image_encoder/image_encoder --output_dir garments-64
 """
 
 import sys

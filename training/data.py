@@ -32,11 +32,12 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from scipy import ndimage
 from scipy.cluster.vq import kmeans2
 from skimage.color import rgb2lab
 from skimage.feature import canny
+from skimage.measure import approximate_polygon, find_contours
 from skimage.morphology import disk
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
@@ -332,6 +333,29 @@ def _elastic_field(shape: tuple[int, int], rng: np.random.Generator, strength: f
     wrong_shape = _smooth_noise(rng, shape, cells=int(rng.integers(2, 5))) * rng.uniform(0, 0.06)
     tremor = _smooth_noise(rng, shape, cells=int(rng.integers(7, 15))) * rng.uniform(0, 0.018)
     return (wrong_shape + tremor) * strength
+
+
+def straightened_outline(contour: np.ndarray, tolerance: float) -> np.ndarray | None:
+    """
+    The closed outlines of a drawing as polygons of few straight strokes, which is how people draw a garment.
+
+    Args:
+        contour (`np.ndarray`): bool [H, W], True = stroke.
+        tolerance (`float`): how far, in pixels, a stroke may run from the outline (Douglas and Peucker, 1973).
+
+    Returns:
+        `np.ndarray`: bool [H, W]; None where no outline is closed around a twentieth of the page.
+    """
+    filled = ndimage.binary_fill_holes(contour)
+    filled = _without_small_parts(ndimage.binary_opening(filled, iterations=2), min_share=0.25)
+    if filled.mean() < 0.05:
+        return None
+    page = Image.new("1", (contour.shape[1], contour.shape[0]))
+    for outline in find_contours(np.pad(filled, 1).astype(np.float32), 0.5):
+        corners = approximate_polygon(outline, tolerance) - 1
+        if len(corners) > 3:
+            ImageDraw.Draw(page).line([(x, y) for y, x in corners], fill=1, width=2)
+    return np.asarray(page)
 
 
 def free_hand_distortion(sketch: np.ndarray, rng: np.random.Generator, strength: float = 1.0) -> np.ndarray:

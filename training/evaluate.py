@@ -78,7 +78,10 @@ CHAMFER_CAP = 0.1
 """Distances are cut off at this share of the side, so that an edge of the background counts as one miss and no more."""
 
 MIN_DISTANCE_SAMPLES = 32
-"""Fewest images on either side of a Fréchet or kernel distance."""
+"""
+Fewest images on either side of a Fréchet or kernel distance: of 16 images of a weak model, Fréchet distances overlap with
+those of 16 real photos; of 32 they are three standard deviations apart.
+"""
 
 MIN_GROUPS = 10
 """A bootstrap over fewer drawings (or photos) than this says nothing about the spread."""
@@ -145,7 +148,7 @@ class EvaluationArguments:
         None, "side of the evaluation network's input; what its preprocessor says, else 64"
     )
     eval_batch_size: int = argument(32, "images per forward pass")
-    num_bootstrap_samples: int = argument(1000, "resamples of the 95% intervals; 0 = no intervals")
+    num_bootstrap_samples: int = argument(1000, "resamples of the 95%% intervals; 0 = no intervals")
     lpips_net: Literal["alex", "vgg", "squeeze"] = argument("alex", "backbone of LPIPS, used where its weights are")
     cache_dir: str | None = argument(None, "where the decoded training photos and their features are kept")
 
@@ -1234,7 +1237,8 @@ def make_table(scores: dict[str, Scores]) -> str:
                 names.append(f"- {name}: {cell.name}" + (f": none, {cell.reason}" if cell.value is None else ""))
     note = (
         "Values with 95% bootstrap intervals over drawings (over photos for real ones). A share of exactly 0 or 1 leaves"
-        " nothing to resample: its interval has no width."
+        " nothing to resample: its interval has no width. Fréchet distances grow as N falls: compare them at one N, and"
+        " with the training photos, which are as many as the first system's images and of the same classes."
     )
     return "\n".join(["# Evaluation", "", note, "", *lines, "", "## What each number is", "", *names, ""])
 
@@ -1271,7 +1275,7 @@ def parse_systems(images: list[str] | None) -> dict[str, Path]:
 
 @dataclass
 class Inputs:
-    """Everything that the user gave, checked."""
+    """Everything that the user gave, checked; `train` on the main process only."""
 
     evaluator: Evaluator
     drawings: list[Drawing]
@@ -1279,7 +1283,7 @@ class Inputs:
     sketches: Tensor
     systems: dict[str, ImageSet]
     reference: ImageSet
-    train_files: list[tuple[str, Path]]
+    train: ImageSet | None = None
     pipeline: Any = None
     jobs: list[Job] = field(default_factory=list)
 
@@ -1304,13 +1308,15 @@ def prepare(args: EvaluationArguments, accelerator: Accelerator) -> Inputs:
     sketches = SketchProcessor(CONTOUR_RESOLUTION).preprocess([str(drawing.path) for drawing in drawings])
     systems = {name: read_system(name, images, evaluator.resolution) for name, images in matched.items()}
     reference = read_photos(reference_files, f"{Path(args.reference).name} photos", evaluator.resolution)
-    inputs = Inputs(evaluator, drawings, selected, sketches, systems, reference, train_files)
+    inputs = Inputs(evaluator, drawings, selected, sketches, systems, reference)
     if args.model is not None:
         inputs.pipeline = load_model(args, evaluator, selected)
         inputs.jobs = plan_jobs(args, drawings, selected)
         if len(inputs.jobs) < 2:
             raise ValueError("`num_images_per_sketch` must be at least 2 for a single drawing.")
-        if accelerator.is_main_process:
+    if accelerator.is_main_process:
+        inputs.train = read_training_photos(train_files, evaluator, args.eval_batch_size, args.cache_dir)
+        if inputs.pipeline is not None:
             settings = generation_settings(args, inputs.pipeline, drawings)
             check_generation_settings(settings, Path(args.output_dir) / "images")
     return inputs
@@ -1345,7 +1351,7 @@ def score_all(args: EvaluationArguments, inputs: Inputs, train: ImageSet) -> dic
         images.conditions = {**scorer.drawn, **images.conditions}
         scores[images.name] = scorer.score_system(evaluator.look_at(images, batch_size))
 
-    # The evaluation network of `train_encoders.py` has learned the first half by heart.
+    # The evaluation network of `train_encoders.py` knows the first half by heart: its features lie farther away.
     unseen = np.array([not in_first_half(path.stem) for path in train.files])
     like = train.select(sample_like(train.labels, systems[0].labels, unseen, seed=0), "training photos")
     like.conditions = {"photos": "training photos of the second half by hash, classes as drawn"}
@@ -1374,12 +1380,11 @@ def evaluate(args: EvaluationArguments, inputs: Inputs, accelerator: Accelerator
     """Generates what is missing, scores everything and writes the results; returns them on the main process."""
     if inputs.pipeline is not None:
         generate(args, inputs.pipeline, inputs.jobs, accelerator)
-    if not accelerator.is_main_process:
+    if inputs.train is None:
         return {}
     if inputs.pipeline is not None:
         inputs.systems = {"generated": read_generated(args, inputs), **inputs.systems}
-    train = read_training_photos(inputs.train_files, inputs.evaluator, args.eval_batch_size, args.cache_dir)
-    scores = score_all(args, inputs, train)
+    scores = score_all(args, inputs, inputs.train)
     output_dir = Path(args.output_dir)
     content = {"settings": describe_run(args, inputs), "systems": scores_to_json(scores)}
     write_text(json.dumps(content, indent=2) + "\n", output_dir / "metrics.json")
@@ -1387,7 +1392,7 @@ def evaluate(args: EvaluationArguments, inputs: Inputs, accelerator: Accelerator
     for name, images in inputs.systems.items():
         folder = output_dir / "sheets" / name
         write_contact_sheets(images, inputs.drawings, inputs.sketches, inputs.evaluator.labels, folder)
-        write_nearest_sheet(images, train, folder / "nearest_training_photos.png")
+        write_nearest_sheet(images, inputs.train, folder / "nearest_training_photos.png")
     return scores
 
 
@@ -1397,23 +1402,25 @@ def main(args: EvaluationArguments) -> dict[str, Scores]:
     return evaluate(args, prepare(args, accelerator), accelerator)
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults and leaves the description's lines alone."""
+
+
 def run() -> None:
     """The command line: what is wrong with the input is one line on stderr and exit code 2."""
     parser = HfArgumentParser(
-        cast(Any, EvaluationArguments),
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        cast(Any, EvaluationArguments), description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False
     )
-    (args,) = parser.parse_args_into_dataclasses(look_for_args_file=False)
-    accelerator = Accelerator()
     try:
+        (args,) = parser.parse_args_into_dataclasses(look_for_args_file=False)
+        accelerator = Accelerator()
         inputs = prepare(args, accelerator)
     except ValueError as error:
         print(f"evaluate.py: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     evaluate(args, inputs, accelerator)
-    print(Path(args.output_dir) / "metrics.md")
+    if accelerator.is_main_process:
+        print(Path(args.output_dir) / "metrics.md")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from data import DEFAULT_LINE_GAIN, PhotoSketchDataset, contour_to_sketch, free_hand_distortion
+from data import (
+    DEFAULT_LINE_GAIN,
+    PhotoSketchDataset,
+    contour_to_sketch,
+    free_hand_distortion,
+    straightened_outline,
+)
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 from trainer import (
@@ -57,6 +63,7 @@ logger = logging.getLogger(__name__)
 COMPONENT_NAMES = {"sketch": "sketch_encoder", "image": "image_encoder", "evaluation": "evaluation"}
 # Users' drawings are mostly outlines with few lines inside.
 SKETCH_CONTOUR_PROBABILITIES = (0.08, 0.14, 0.2, 0.25, 0.33)
+STRAIGHTENED_SHARE = 0.5
 
 
 @dataclass
@@ -127,6 +134,9 @@ class FreeHandDataset:
         ink = half_size(contours[rng.choice(len(contours), p=SKETCH_CONTOUR_PROBABILITIES)])
         if rng.random() < 0.5:
             ink = ink[:, ::-1]
+        if rng.random() < STRAIGHTENED_SHARE:
+            straightened = straightened_outline(ink, tolerance=rng.uniform(1.5, 5.0) * min(ink.shape) / 128)
+            ink = ink if straightened is None else straightened
         border = min(ink.shape) // 6
         strength = self.strength * (rng.random() ** 0.5 if self.train else 0.5)
         drawn = free_hand_distortion(np.pad(ink, border), rng, strength)

@@ -146,6 +146,20 @@ def test_distortion_grows_with_strength():
     assert weak < 1 < medium < strong < 12
 
 
+def test_straightened_outline_has_few_corners_near_the_drawing():
+    disc = np.hypot(*np.mgrid[-64:64, -64:64]) < 40
+    ring = disc & ~ndimage.binary_erosion(disc, iterations=2)
+    polygon = data.straightened_outline(ring, tolerance=5.0)
+    distance = ndimage.distance_transform_edt(~ring)[polygon]
+    assert 2 < distance.max() < 8
+    # Lines of 2 pixels about as long as the circle: chords, but all the way round.
+    assert 0.8 * 40 * 2 * np.pi < polygon.sum() / 2 < 1.1 * 40 * 2 * np.pi
+    closer = ndimage.distance_transform_edt(~ring)[data.straightened_outline(ring, tolerance=1.0)]
+    assert closer.mean() < distance.mean()
+    ring[60:68] = False
+    assert data.straightened_outline(ring, tolerance=5.0) is None
+
+
 def test_dropped_parts_are_never_the_largest():
     ink, kept_small = two_part_drawing(), []
     for seed in range(60):
