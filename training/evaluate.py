@@ -13,7 +13,7 @@
 # limitations under the License.
 """Scores photos made from drawings: faithfulness to the drawing, realism, diversity, class control, memorisation.
 
-    python training/evaluate.py --model PIPELINE --sketches DRAWINGS --reference PHOTOS/validation --train PHOTOS/train \
+    python training/evaluate.py --model PIPELINE --sketches DRAWINGS --reference PHOTOS/validation --train PHOTOS/train \\
         --evaluator EVALUATION_NETWORK --output_dir evaluation
     python training/evaluate.py --images GAN_OUTPUT OTHER=FOLDER --sketches DRAWINGS ...
 
