@@ -206,13 +206,12 @@ class SketchGuidanceCallback(GuidanceCallback):
         original = callback_kwargs["pred_original_sample"]
         with gradient_mode():
             owner = callback_kwargs["sketch_owner"].clone()
-            # Several drawings of one image: the mean of their constraints.
-            per_image = torch.bincount(owner, minlength=len(original))[owner]
             if not self.through_unet:
                 original = original.detach().clone().requires_grad_(True)
             clamped = original + (original.clamp(-1, 1) - original).detach()
             features = [x[owner] for x in perceptual_loss.features(sketcher(clamped))]
-            loss = (perceptual_loss.distance(features, target) / per_image).sum()
+            # Several drawings of one image: the sum of their constraints has the direction of their mean.
+            loss = perceptual_loss.distance(features, target).sum()
             if self.through_unet:
                 return torch.autograd.grad(loss, callback_kwargs["latents"], retain_graph=True)[0]
             gradient = torch.autograd.grad(loss, original)[0]

@@ -53,6 +53,8 @@ class SketchFeatureMaps(nn.Module):
         sketch_encoder (`transformers.ResNetForImageClassification`): F_s, one input channel.
     """
 
+    sketch_encoder: Any
+
     def __init__(self, sketch_encoder: nn.Module):
         super().__init__()
         self.sketch_encoder = sketch_encoder

@@ -76,6 +76,13 @@ def test_distance_of_known_features_is_the_loss(encoder):
         torch.testing.assert_close(features.norm(dim=1), torch.ones(features.norm(dim=1).shape), atol=1e-4, rtol=0)
 
 
+def test_any_callable_gives_the_feature_maps():
+    first, second = smooth_sketches(2, seed=1), smooth_sketches(2, seed=2)
+    # A vector of one channel, scaled to unit length, is its sign.
+    expected = (first.sign() - second.sign()).square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(SketchPerceptualLoss(lambda x: [x])(first, second), expected, rtol=1e-3, atol=0)
+
+
 def test_gradient_matches_finite_differences(encoder):
     loss = SketchPerceptualLoss(encoder.double())
     first, second = smooth_sketches(2, seed=1).double() * 0.9, smooth_sketches(2, seed=2).double()

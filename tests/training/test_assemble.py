@@ -1,0 +1,63 @@
+# Copyright 2026 The DiffSketching Pipeline Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+import json
+
+import assemble
+import pytest
+import torch
+
+from diffsketching_pipeline import DiffSketchingPipeline
+
+
+@pytest.fixture
+def parts(tiny_pipeline_factory, tmp_path):
+    """Folders of a tiny UNet pipeline and of the components that go with it, as the training scripts write them."""
+    pipe = tiny_pipeline_factory()
+    pipe.sketch_encoder.config.id2label = dict(pipe.id2label)
+    tiny_pipeline_factory(components=()).save_pretrained(tmp_path / "unet")
+    for name in ("classifier", "sketcher", "sketch_encoder"):
+        getattr(pipe, name).save_pretrained(tmp_path / name)
+    return {name: str(tmp_path / name) for name in ("unet", "classifier", "sketcher", "sketch_encoder")}
+
+
+def test_assembled_pipeline_is_its_parts_in_float16(parts, tiny_pipeline_factory, tmp_path):
+    output_dir = tmp_path / "assembled"
+    assemble.main(
+        assemble.AssembleArguments(
+            **parts, output_dir=str(output_dir), num_inference_steps=7, sketch_guidance_scale=3.0
+        )
+    )
+    pipe, source = DiffSketchingPipeline.from_pretrained(output_dir), tiny_pipeline_factory()
+    assert pipe.recommended["num_inference_steps"] == 7 and pipe.recommended["sketch_guidance_scale"] == 3.0
+    assert pipe.image_encoder is None
+    for name in ("unet", "classifier", "sketcher", "sketch_encoder"):
+        expected = getattr(source, name).state_dict()
+        for key, value in getattr(pipe, name).state_dict().items():
+            if value.is_floating_point():
+                assert torch.equal(value, expected[key].half().float()), (name, key)
+    texts = [path.read_text() for path in output_dir.rglob("*.json")]
+    assert len(texts) == 6 and not any(str(tmp_path) in text for text in texts)
+
+
+def test_an_existing_folder_and_other_classes_are_refused(parts, tmp_path):
+    (tmp_path / "there").mkdir()
+    with pytest.raises(ValueError, match="`output_dir` .* exists"):
+        assemble.main(assemble.AssembleArguments(**parts, output_dir=str(tmp_path / "there")))
+    config = tmp_path / "sketch_encoder" / "config.json"
+    content = json.loads(config.read_text())
+    content["id2label"] = {"0": "x", "1": "y", "2": "z"}
+    config.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="`sketch_encoder` has the classes"):
+        assemble.main(assemble.AssembleArguments(**parts, output_dir=str(tmp_path / "new")))
+    assert not (tmp_path / "new").exists()
