@@ -12,7 +12,15 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "diffsketching_pipeline/_
     1
 )
 
-TRAIN = ["datasets>=3.0", "matplotlib>=3.7", "pyyaml>=6.0", "tensorboard>=2.14", "torchmetrics>=1.4", "tqdm>=4.65"]
+TRAIN = [
+    "datasets>=3.0",
+    "lpips>=0.1.4",
+    "matplotlib>=3.7",
+    "pyyaml>=6.0",
+    "tensorboard>=2.14",
+    "torchmetrics>=1.4",
+    "tqdm>=4.65",
+]
 TEST = [*TRAIN, "mypy>=1.11", "pytest>=8.0", "ruff>=0.6", "types-PyYAML"]
 
 setup(
