@@ -324,7 +324,7 @@ def denoise(
     latents: torch.Tensor,
     timesteps: Sequence[torch.Tensor] | torch.Tensor,
     step_kwargs: Mapping[str, Any] | None = None,
-    on_step_end: Callable[[int, torch.Tensor, torch.Tensor, NoisePrediction], torch.Tensor | None] | None = None,
+    on_step_end: Callable[[int, torch.Tensor, torch.Tensor, NoisePrediction], tuple[torch.Tensor, bool]] | None = None,
 ) -> torch.Tensor:
     """
     The sampling loop: predict, step, repeat.
@@ -336,7 +336,7 @@ def denoise(
         timesteps: the timesteps still to go, in descending order.
         step_kwargs: passed to the scheduler's `step`; see [`scheduler_step_kwargs`].
         on_step_end: `on_step_end(step_index, timestep, latents, prediction)` after each step; returns the latents to go
-            on with, or `None` to stop early.
+            on with, and whether to go on.
 
     Returns:
         `torch.Tensor`: x_0, unclipped.
@@ -347,8 +347,7 @@ def denoise(
             scheduler, prediction.noise_pred, timestep, latents, prediction.variance, **(step_kwargs or {})
         )
         if on_step_end is not None:
-            replaced = on_step_end(step_index, timestep, latents, prediction)
-            if replaced is None:
+            latents, proceed = on_step_end(step_index, timestep, latents, prediction)
+            if not proceed:
                 break
-            latents = replaced
     return latents

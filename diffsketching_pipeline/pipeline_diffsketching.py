@@ -781,7 +781,7 @@ class DiffSketchingPipeline(DiffusionPipeline):
                     kwargs = {name: values[name] for name in callback_on_step_end_tensor_inputs}
                     replaced = callback_on_step_end(self, step_index, timestep, kwargs) or {}
                     latents = replaced.get("latents", latents)
-                return None if self.interrupt else latents
+                return latents, not self.interrupt
 
             try:
                 latents = denoise(scheduler, predict, latents, timesteps, step_kwargs, on_step_end)

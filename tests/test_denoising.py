@@ -448,8 +448,8 @@ def test_the_loop_can_be_steered_and_stopped():
         return NoisePrediction(torch.zeros_like(latents), latents)
 
     def on_step_end(step_index, timestep, latents, prediction):
-        ended.append(latents)
-        return None if step_index == 2 else torch.full_like(latents, step_index + 10)
+        ended.append(torch.full_like(latents, step_index + 10))
+        return ended[-1], step_index < 2
 
     found = denoise(scheduler, predict, torch.ones(1, 3, 2, 2), scheduler.timesteps, None, on_step_end)
     assert seen == [(800, 0, 1.0), (600, 1, 10.0), (400, 2, 11.0)]

@@ -639,9 +639,9 @@ def test_a_call_can_be_interrupted(tiny_pipeline, sketches, generators):
     latents = []
 
     def stop(pipe, step_index, timestep, callback_kwargs):
-        latents.append(callback_kwargs["latents"])
+        latents.append(callback_kwargs["latents"] + step_index)
         pipe._interrupt = step_index == 1
-        return callback_kwargs
+        return {"latents": latents[-1]}
 
     out = tiny_pipeline(sketches, "a", 1, 6, generator=generators(3), callback_on_step_end=stop, output_type="latent")
     assert len(latents) == 2 and torch.equal(out.images, latents[-1])
