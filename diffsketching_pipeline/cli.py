@@ -235,12 +235,14 @@ def _load_pipeline(model: str | None, device: str) -> "DiffSketchingPipeline":
     import torch
     from accelerate import PartialState
     from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
 
     from diffsketching_pipeline import DiffSketchingPipeline, bundled_checkpoint
 
     with _user_errors((RuntimeError, ValueError)):
         target = PartialState().device if device == "auto" else torch.device(device)
     diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     with _user_errors((ValueError, OSError)):
         pipe = DiffSketchingPipeline.from_pretrained(model or bundled_checkpoint())
     with _user_errors((RuntimeError, AssertionError)):
