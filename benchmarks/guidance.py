@@ -40,6 +40,7 @@ CALLS: dict[str, dict[str, float]] = {
     "unguided": {},
     "sketch": {"sketch_guidance_scale": 2.0},
     "sketch + classifier": {"sketch_guidance_scale": 2.0, "classifier_guidance_scale": 1.0},
+    "sketch + perceptual": {"sketch_guidance_scale": 2.0, "perceptual_guidance_scale": 0.1},
     "sketch + classifier + perceptual": {
         "sketch_guidance_scale": 2.0,
         "classifier_guidance_scale": 1.0,
