@@ -67,11 +67,15 @@ class Conditioning:
         sketch_owner (`torch.LongTensor` of shape `[num_sketches]`, *optional*):
             Index of the image that each drawing belongs to, in any order; every image owns at least one. `None` when
             drawing `i` belongs to image `i`. The predictions for several drawings of one image are averaged.
+        null_class_labels (`torch.LongTensor` of shape `[batch_size]`, *optional*):
+            What classifier-free guidance puts in the place of `class_labels` where it withholds the drawing: the index
+            of "no class", so that it strengthens both. `None` for a network without it: the class then stays.
     """
 
     class_labels: torch.Tensor | None = None
     sketch: torch.Tensor | None = None
     sketch_owner: torch.Tensor | None = None
+    null_class_labels: torch.Tensor | None = None
 
 
 class NoisePrediction(NamedTuple):
@@ -127,9 +131,9 @@ def predict_noise(
     clip_sample_range: float = 1.0,
 ) -> NoisePrediction:
     """
-    One noise prediction, guided by the drawing without a classifier: ε = ε(∅) + w (ε(s) - ε(∅)) (Ho & Salimans, 2022).
+    One noise prediction, guided by the drawing without a classifier: ε = ε(∅) + w (ε(s, y) - ε(∅)) (Ho & Salimans, 2022).
 
-    Both predictions, and those for several drawings of one image, come from one batched forward. x̂_0 is clipped if
+    ∅ is no drawing and, where the network knows "no class", no class either. Both predictions, and those for several drawings of one image, come from one batched forward. x̂_0 is clipped if
     asked, and ε is always re-derived from the clipped x̂_0, as guided-diffusion does before it adds guidance.
 
     Args:
@@ -191,8 +195,11 @@ def _guided_model_output(
         return _average_by_owner(_call_unet(unet, sample, _pick(timestep, rows), _pick(labels, rows)), owner, latents)
 
     null = torch.cat([latents, torch.zeros_like(latents[:, :1])], dim=1)
+    if labels is not None:
+        null_labels = labels if conditioning.null_class_labels is None else conditioning.null_class_labels
+        labels = torch.cat([labels[rows], null_labels])
     rows = torch.cat([rows, torch.arange(len(latents), device=latents.device)])
-    output = _call_unet(unet, torch.cat([sample, null]), _pick(timestep, rows), _pick(labels, rows))
+    output = _call_unet(unet, torch.cat([sample, null]), _pick(timestep, rows), labels)
     conditional, unconditional = output.split([len(sample), len(null)])
     conditional = _average_by_owner(conditional, owner, latents)
     guided = unconditional + sketch_guidance_scale * (conditional - unconditional)

@@ -16,6 +16,7 @@ import inspect
 import math
 import numbers
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import Any, Optional
 
 import numpy as np
@@ -638,7 +639,8 @@ class DiffSketchingPipeline(DiffusionPipeline):
             num_inference_steps (`int`, *optional*):
                 Number of denoising steps. `None` for this and the scales is the checkpoint's recommendation.
             sketch_guidance_scale (`float`, *optional*):
-                Classifier-free guidance on the sketch channel; 1.0 is off, larger follows the drawing more closely.
+                Classifier-free guidance on the sketch channel, and on the class of a UNet that knows "no class"; 1.0 is
+                off, larger follows drawing and class more closely.
             classifier_guidance_scale (`float`, *optional*):
                 w_c of eq. 4; 0.0 is off, larger looks more like the class.
             perceptual_guidance_scale (`float`, *optional*):
@@ -800,7 +802,7 @@ class DiffSketchingPipeline(DiffusionPipeline):
         return DiffSketchingPipelineOutput(images=images, class_labels=used_labels, class_probabilities=probabilities)
 
     def _prepare_conditioning(self, groups, labels, num_images_per_sketch: int, device) -> Conditioning:
-        sketch = owner = class_labels = None
+        sketch = owner = class_labels = null_class_labels = None
         if groups is not None:
             images = [group for group in groups for _ in range(num_images_per_sketch)]
             sketch = torch.cat(images)
@@ -808,7 +810,9 @@ class DiffSketchingPipeline(DiffusionPipeline):
         filled = [self.null_class if index is None else index for index in labels]
         if None not in filled:
             class_labels = torch.tensor(filled, device=device).repeat_interleave(num_images_per_sketch)
-        return Conditioning(class_labels, sketch, owner)
+            if self.null_class is not None:
+                null_class_labels = torch.full_like(class_labels, self.null_class)
+        return Conditioning(class_labels, sketch, owner, null_class_labels)
 
 
 def _active_callbacks(guidance: MultiPipelineCallbacks, step_index: int, num_steps: int) -> list[PipelineCallback]:
@@ -820,7 +824,7 @@ def _active_callbacks(guidance: MultiPipelineCallbacks, step_index: int, num_ste
 
 
 def _fields(conditioning: Conditioning) -> tuple:
-    return conditioning.class_labels, conditioning.sketch, conditioning.sketch_owner
+    return tuple(getattr(conditioning, field.name) for field in fields(conditioning))
 
 
 def _as_list(class_labels: Any) -> Any:

@@ -151,6 +151,28 @@ def test_batched_guidance_equals_two_separate_passes(prediction_type, tiny_unet,
 
 
 @torch.no_grad()
+def test_guidance_withholds_drawing_and_class_together(tiny_unet, sketches):
+    scheduler, latents, timestep = make_scheduler(prediction_type="epsilon"), make_latents(), 600
+    labels, null = torch.tensor([0, 2]), torch.tensor([3, 3])
+    paper = torch.zeros(2, 1, SIZE, SIZE)
+    conditional = tiny_unet(torch.cat([latents, sketches[:2]], dim=1), timestep, labels).sample
+    expected = {
+        name: tiny_unet(torch.cat([latents, paper], dim=1), timestep, withheld).sample
+        for name, withheld in (("class stays", labels), ("class goes, too", null))
+    }
+    assert (expected["class stays"] - expected["class goes, too"]).abs().max() > 1e-2
+    for null_class_labels, unconditional in zip((None, null), expected.values(), strict=True):
+        found = predict_noise(
+            *(tiny_unet, tiny_unet.config, scheduler, latents, timestep),
+            Conditioning(labels, sketches[:2], null_class_labels=null_class_labels),
+            2.5,
+            clip_sample=False,
+        )
+        guided = unconditional + 2.5 * (conditional - unconditional)
+        torch.testing.assert_close(found.noise_pred, guided, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
 def test_learned_variance_is_dropped_from_the_noise_and_not_extrapolated(sketches):
     unet, scheduler, latents = make_unet(out_channels=6).eval(), make_scheduler(), make_latents()
     conditioning = Conditioning(torch.tensor([0, 1]), sketches[:2])

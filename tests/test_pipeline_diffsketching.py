@@ -60,13 +60,14 @@ def guided_ddim(pipe, sketch, labels, latents, steps, classifier_scale, sketch_s
     clipping. ᾱ, timesteps and the DDIM step (eq. 3) are written out.
     """
     unet, classifier = (copy.deepcopy(x).double() for x in (pipe.unet, pipe.classifier))
+    no_class = labels if pipe.null_class is None else torch.full_like(labels, pipe.null_class)
     alphas_cumprod = cosine_alphas_cumprod()
     x, stride = latents.double(), 1000 // steps
     for t in range((steps - 1) * stride, -1, -stride):
         alpha = alphas_cumprod[t]
         alpha_prev = alphas_cumprod[t - stride] if t >= stride else torch.tensor(1.0, dtype=torch.float64)
 
-        def noise(channel, x=x, t=t, alpha=alpha):
+        def noise(channel, labels=labels, x=x, t=t, alpha=alpha):
             with torch.no_grad():
                 sample = x if channel is None else torch.cat([x, channel], dim=1)
                 output = unet(sample, t, labels).sample[:, :3]
@@ -76,7 +77,7 @@ def guided_ddim(pipe, sketch, labels, latents, steps, classifier_scale, sketch_s
             return output if kind == "epsilon" else (x - alpha.sqrt() * output) / (1 - alpha).sqrt()
 
         if unet.config.in_channels == 4:
-            null = noise(torch.zeros_like(x[:, :1]))
+            null = noise(torch.zeros_like(x[:, :1]), no_class)
             eps = null + sketch_scale * (noise(sketch.double()) - null)
         else:
             eps = noise(None)
@@ -214,6 +215,9 @@ def test_no_class_is_the_null_class(tiny_pipeline_factory, sketches, generators)
     assert out.class_labels == [None, "c", None] and seen == [[3, 2, 3]] * STEPS
     assert out.class_probabilities.tolist() == [[0, 0, 0], [0, 0, 1], [0, 0, 0]]
     assert pipe(sketches[:1], out.class_labels[:1], generator=generators(1), **FAST).class_labels == [None]
+    seen.clear()
+    pipe(sketches[:2], ["b", None], sketch_guidance_scale=2.0, generator=generators(2), **FAST)
+    assert seen == [[1, 3, 3, 3]] * STEPS
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,10 @@
     python training/train_encoders.py training/configs/sketch_encoder_garments64.yaml --train_data_dir DIR
 
 `--task sketch`: F_s, a `ResNetForImageClassification` with one channel that names the class of a drawing. It learns on
-contours of photos, redrawn as an unskilled hand would. `--task image`: F_i, the same on photos. `--task evaluation`: a
-RegNet on photos, for `evaluate.py` and for no loss, trained on one half of the training photos (by the SHA-256 of
-their file names): no number may be computed by a network that a loss has used.
+contours of photos, and on doodles of the classes that `doodles.py` knows, redrawn as an unskilled hand would. `--task
+image`: F_i, the same on photos. `--task evaluation`: a RegNet on photos, for `evaluate.py` and for no loss, trained on one
+half of the training photos (by the SHA-256 of their file names): no number may be computed by a network that a loss has
+used.
 
 The result is a folder in `output_dir` that `from_pretrained` loads: `sketch_encoder`, `image_encoder` or `evaluation`.
 """
@@ -42,6 +43,7 @@ from data import (
     free_hand_distortion,
     straightened_outline,
 )
+from doodles import DOODLES, draw_doodle
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 from trainer import (
@@ -79,6 +81,9 @@ class EncoderArguments(TrainingArguments):
     color_jitter: float = argument(0.3, "range of brightness, contrast and colour changes of photos")
     class_balance_power: float = argument(0.5, "0 = classes as frequent as they are, 1 = all equally often")
     free_hand_strength: float = argument(1.0, "largest strength of the free-hand distortion of drawings")
+    doodle_share: float = argument(
+        0.4, "share of the training drawings of a class known to `doodles.py` that it makes, instead of from a photo"
+    )
     validation_drawings_dir: str | None = argument(
         None, "folder with one folder of human drawings per class, to measure the sketch encoder on; never trained on"
     )
@@ -118,25 +123,36 @@ class FreeHandDataset:
     Drawings made from the photos of a `PhotoSketchDataset`, as an unskilled hand would make them.
 
     Two of three are recentred and scaled to a margin as `SketchProcessor` does with users' drawings; the others keep
-    the photo's frame as the output of P does. Everything is keyed by (seed, epoch, index) as in `PhotoSketchDataset`.
+    the photo's frame as the output of P does. A share `doodle_share` of the training drawings are not of the photo but
+    doodles of its class. Everything is keyed by (seed, epoch, index) as in `PhotoSketchDataset`.
     """
 
-    def __init__(self, photos: PhotoSketchDataset, strength: float, train: bool = True):
+    def __init__(self, photos: PhotoSketchDataset, strength: float, train: bool = True, doodle_share: float = 0.0):
         self.photos, self.strength, self.train = photos, strength, train
+        self.doodle_share = doodle_share if train else 0.0
 
     def __len__(self) -> int:
         return len(self.photos)
 
-    def sample(self, index: int, epoch: int = 0) -> dict[str, Any]:
-        """`pixel_values` float32 [1, R, R], -1 = stroke, +1 = paper; `class_label` int; `id` str."""
-        rng = np.random.default_rng([self.photos.seed, epoch, index])
+    def contour(self, index: int, rng: np.random.Generator) -> np.ndarray:
+        """One of the contours of a photo, bool [H, W], as they are or straightened."""
         contours = self.photos.photo(index).contours
         ink = half_size(contours[rng.choice(len(contours), p=SKETCH_CONTOUR_PROBABILITIES)])
-        if rng.random() < 0.5:
-            ink = ink[:, ::-1]
         if rng.random() < STRAIGHTENED_SHARE:
             straightened = straightened_outline(ink, tolerance=rng.uniform(1.5, 5.0) * min(ink.shape) / 128)
             ink = ink if straightened is None else straightened
+        return ink
+
+    def sample(self, index: int, epoch: int = 0) -> dict[str, Any]:
+        """`pixel_values` float32 [1, R, R], -1 = stroke, +1 = paper; `class_label` int; `id` str."""
+        rng = np.random.default_rng([self.photos.seed, epoch, index])
+        label = self.photos.id2label[self.photos.class_labels[index]]
+        if label in DOODLES and rng.random() < self.doodle_share:
+            ink = draw_doodle(label, rng)
+        else:
+            ink = self.contour(index, rng)
+        if rng.random() < 0.5:
+            ink = ink[:, ::-1]
         border = min(ink.shape) // 6
         strength = self.strength * (rng.random() ** 0.5 if self.train else 0.5)
         drawn = free_hand_distortion(np.pad(ink, border), rng, strength)
@@ -184,7 +200,9 @@ def make_dataset(args: EncoderArguments, root: Path, split: str) -> PhotoSketchD
         color_jitter=args.color_jitter,
         keep=in_first_half if train and args.task == "evaluation" else None,
     )
-    return FreeHandDataset(photos, args.free_hand_strength, train) if args.task == "sketch" else photos
+    return (
+        FreeHandDataset(photos, args.free_hand_strength, train, args.doodle_share) if args.task == "sketch" else photos
+    )
 
 
 # ---- model ----------------------------------------------------------------------------------------------------------

@@ -15,8 +15,8 @@
 
     accelerate launch training/train_unet.py training/configs/unet_garments64.yaml --train_data_dir garments
 
-The drawings are contours made from the photos, so no drawing by a human is needed. Class and drawing are each withheld
-from part of the samples; sampling can then strengthen the drawing by classifier-free guidance. The result, with
+The drawings are contours made from the photos, so no drawing by a human is needed. Class, drawing and both together are
+withheld from part of the samples; sampling can then strengthen them by classifier-free guidance. The result, with
 averaged weights, is a pipeline folder `output_dir/pipeline`. To save time at the start, train with `--resolution 32`
 first and go on with `--resolution 64 --pretrained_model_name_or_path OUTPUT_DIR/pipeline`.
 """
@@ -83,6 +83,10 @@ class UNetTrainingArguments(TrainingArguments):
 
     proportion_empty_class_labels: float = argument(0.1, "share of samples whose class is withheld")
     proportion_empty_sketches: float = argument(0.15, "share of samples whose drawing is withheld")
+    proportion_empty_conditioning: float = argument(
+        0.1,
+        "share of samples whose class and drawing are withheld together: the other end of classifier-free guidance",
+    )
     class_balance_power: float = argument(0.5, "0 samples photos evenly, 1 classes, between them in proportion")
 
     num_validation_samples: int = argument(64, "validation photos on which losses are measured")
@@ -93,7 +97,7 @@ class UNetTrainingArguments(TrainingArguments):
 
 def check_unet_arguments(args: UNetTrainingArguments) -> None:
     """Raises `ValueError` for a proportion outside [0, 1], a gamma that is not positive, or sizes that do not fit."""
-    for name in ("proportion_empty_class_labels", "proportion_empty_sketches"):
+    for name in ("proportion_empty_class_labels", "proportion_empty_sketches", "proportion_empty_conditioning"):
         if not 0 <= getattr(args, name) <= 1:
             raise ValueError(f"`{name}` must be in [0, 1], but got {getattr(args, name)}.")
     if args.snr_gamma is not None and args.snr_gamma <= 0:
@@ -179,13 +183,14 @@ def drop_conditions(
     null_class: int,
     proportion_empty_class_labels: float,
     proportion_empty_sketches: float,
+    proportion_empty_conditioning: float,
 ) -> Sample:
     """Adds noise and timestep to a sample, and withholds its class (`null_class`) and its drawing (0) now and then."""
     sample = add_noise_and_timestep(sample, generator, num_train_timesteps)
-    drop_class, drop_sketch = torch.rand(2, generator=generator).tolist()
-    if drop_class < proportion_empty_class_labels:
+    drop_class, drop_sketch, drop_both = torch.rand(3, generator=generator).tolist()
+    if drop_class < proportion_empty_class_labels or drop_both < proportion_empty_conditioning:
         sample["class_label"] = null_class
-    if drop_sketch < proportion_empty_sketches:
+    if drop_sketch < proportion_empty_sketches or drop_both < proportion_empty_conditioning:
         sample["sketch"] = torch.zeros_like(sample["sketch"])
     return sample
 
@@ -312,6 +317,7 @@ def main(args: UNetTrainingArguments) -> None:
             null_class=len(dataset.id2label),
             proportion_empty_class_labels=args.proportion_empty_class_labels,
             proportion_empty_sketches=args.proportion_empty_sketches,
+            proportion_empty_conditioning=args.proportion_empty_conditioning,
         ),
         sample_weights=class_balanced_weights(dataset.class_labels, args.class_balance_power),
     )

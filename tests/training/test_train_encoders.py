@@ -21,6 +21,7 @@ import pytest
 import torch
 import train_encoders
 from data import PhotoSketchDataset
+from doodles import DOODLES
 from PIL import Image, ImageDraw
 from torch import nn
 from train_encoders import EncoderArguments, FreeHandDataset, fit_to_page, half_size, in_first_half, make_model
@@ -159,6 +160,33 @@ def test_free_hand_samples_are_keyed_and_drawn(shapes_dir, cache_dir):
         ink = ((1 - sample["pixel_values"]) / 2).mean()
         assert 0.005 < ink < 0.4
     assert not torch.equal(one.sample(0, 0)["pixel_values"], one.sample(0, 1)["pixel_values"])
+
+
+def test_doodles_take_the_place_of_contours_of_known_classes_in_training(shapes_dir, cache_dir, monkeypatch):
+    photos = PhotoSketchDataset(shapes_dir, resolution=64, cache_dir=cache_dir, contours="none")
+    drawn = []
+
+    def vertical_line(rng):
+        drawn.append("disc")
+        return [[(0.0, 0.0), (0.0, 1.0)]]
+
+    monkeypatch.setitem(DOODLES, "disc", vertical_line)
+    for train, share, expected in ((True, 1.0, 40), (True, 0.5, 20), (True, 0.0, 0), (False, 1.0, 0)):
+        drawn.clear()
+        dataset = FreeHandDataset(photos, 1.0, train, doodle_share=share)
+        discs = [i for i in range(len(photos)) if photos.class_labels[i] == photos.label2id["disc"]]
+        squares = [i for i in range(len(photos)) if i not in discs]
+        samples = [dataset.sample(discs[k % len(discs)], epoch=k) for k in range(40)]
+        assert abs(len(drawn) - expected) <= (12 if share == 0.5 else 0)
+        dataset.sample(squares[0])
+        assert abs(len(drawn) - expected) <= (12 if share == 0.5 else 0)
+        if share == 1.0 and train:  # a line, however badly drawn, is taller than wide
+            for sample in samples:
+                rows, columns = (
+                    (sample["pixel_values"][0] < 0).any(1).sum(),
+                    (sample["pixel_values"][0] < 0).any(0).sum(),
+                )
+                assert rows > columns
 
 
 def test_halves_do_not_follow_the_split():

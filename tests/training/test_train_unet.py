@@ -223,6 +223,10 @@ def test_pretrained_weights_that_do_not_fit_are_refused(tmp_path):
     "kwargs, message",
     [
         ({"proportion_empty_sketches": 1.5}, r"`proportion_empty_sketches` must be in \[0, 1\], but got 1.5"),
+        (
+            {"proportion_empty_conditioning": -0.1},
+            r"`proportion_empty_conditioning` must be in \[0, 1\], but got -0.1",
+        ),
         ({"snr_gamma": 0.0}, "`snr_gamma` must be positive, but got 0.0"),
         ({"resolution": 15}, "`resolution` must be a multiple of 2 for this UNet, but got 15"),
         ({"num_validation_images": 0}, "`num_validation_images` must be at least 1, but got 0"),
@@ -239,11 +243,11 @@ def test_unusable_arguments_are_refused(kwargs, message):
 def test_conditions_are_withheld_as_often_as_asked():
     sample = {"pixel_values": torch.zeros(3, 4, 4), "sketch": torch.ones(1, 4, 4), "class_label": 1}
     count = 3000
-    drawn = [drop_conditions(sample, keyed_generator(0, i), 1000, 2, 0.1, 0.3) for i in range(count)]
+    drawn = [drop_conditions(sample, keyed_generator(0, i), 1000, 2, 0.1, 0.3, 0.2) for i in range(count)]
     no_class = torch.tensor([s["class_label"] == 2 for s in drawn]).float()
     no_sketch = torch.tensor([bool((s["sketch"] == 0).all()) for s in drawn]).float()
-    # Within four standard deviations of the binomial mean; both withheld in 3 of 100 if they are independent.
-    for share, p in ((no_class, 0.1), (no_sketch, 0.3), (no_class * no_sketch, 0.03)):
+    # Within four standard deviations of the binomial mean; a fifth lose both, of the others 0.1, 0.3 and, by chance, 0.03.
+    for share, p in ((no_class, 0.2 + 0.08), (no_sketch, 0.2 + 0.24), (no_class * no_sketch, 0.2 + 0.024)):
         assert abs(share.mean() - p) < 4 * (p * (1 - p) / count) ** 0.5
     assert {s["class_label"] for s in drawn} == {1, 2} and (sample["sketch"] == 1).all()
     timesteps = torch.tensor([s["timestep"] for s in drawn]).float()

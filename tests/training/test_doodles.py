@@ -1,0 +1,68 @@
+# Copyright 2026 The DiffSketching Pipeline Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Doodles: every class draws, differently each time, on any page, and as it should look."""
+
+import numpy as np
+import pytest
+from doodles import DOODLES, _arc, _mirrored, _rounded, draw_doodle
+
+
+def doodles(class_name, count=40, side=96):
+    return [draw_doodle(class_name, np.random.default_rng([7, i]), side) for i in range(count)]
+
+
+@pytest.mark.parametrize("class_name", DOODLES)
+@pytest.mark.parametrize("side", [32, 200])
+def test_a_doodle_fills_its_page_and_is_keyed_by_its_generator(class_name, side):
+    pages = doodles(class_name, 6, side)
+    assert all(np.array_equal(*pair) for pair in zip(pages, doodles(class_name, 6, side), strict=True))
+    assert len({page.tobytes() for page in pages}) == 6
+    for page in pages:
+        assert page.shape == (side, side) and page.dtype == bool
+        extent = max(np.ptp(np.flatnonzero(page.any(axis))) + 1 for axis in (0, 1))
+        assert 0.85 * side <= extent <= 0.95 * side + 2
+        assert 0.01 < page.mean() < 0.45
+
+
+def aspect(page):
+    rows, columns = np.flatnonzero(page.any(1)), np.flatnonzero(page.any(0))
+    return (np.ptp(rows) + 1) / (np.ptp(columns) + 1)
+
+
+def test_classes_differ_as_the_garments_do():
+    mean_aspect = {name: np.mean([aspect(page) for page in doodles(name)]) for name in DOODLES}
+    assert mean_aspect["pants"] > mean_aspect["shorts"] + 0.3
+    assert mean_aspect["dress"] > mean_aspect["skirt"] + 0.3
+    assert mean_aspect["hat"] < 0.9 < mean_aspect["undershirt"]
+    # Long sleeves reach further out than short ones.
+    assert mean_aspect["longsleeve"] < mean_aspect["t-shirt"] - 0.1
+    # Buttons, collars and openings are ink inside the outline.
+    ink = {name: np.mean([page.mean() for page in doodles(name)]) for name in ("longsleeve", "shirt", "blazer")}
+    assert ink["shirt"] > 1.15 * ink["longsleeve"] and ink["blazer"] > 1.1 * ink["longsleeve"]
+
+
+def test_curves():
+    arc = np.array(_arc((0, 0), (1, 2), (2, 0)))
+    np.testing.assert_allclose(arc[[0, 4, 8]], [(0, 0), (1, 2), (2, 0)], atol=1e-12)
+    np.testing.assert_allclose(arc[:, 1], 2 - 2 * (arc[:, 0] - 1) ** 2, atol=1e-12)
+    assert _mirrored([(1, 0), (2, 3)]) == [(1, 0), (2, 3), (-2, 3), (-1, 0)]
+    corner = np.array([(0.0, 0.0), (1.0, 0.0), (1.0, 1.0)])
+    np.testing.assert_allclose(_rounded(corner, 1), [(0, 0), (0.75, 0), (1, 0.25), (1, 1)])
+    np.testing.assert_array_equal(_rounded(corner, 0), corner)
+    np.testing.assert_array_equal(_rounded(corner[:2], 2), corner[:2])
+
+
+def test_an_unknown_class_is_refused():
+    with pytest.raises(ValueError, match="`class_name` must be one of blazer, .*, but is 'sock'"):
+        draw_doodle("sock", np.random.default_rng(0))
