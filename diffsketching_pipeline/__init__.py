@@ -24,9 +24,11 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "ClassifierGuidanceCallback": "guidance",
+    "DiffSketchingLoss": "losses",
     "DiffSketchingPipeline": "pipeline_diffsketching",
     "DiffSketchingPipelineOutput": "pipeline_output",
     "GuidanceCallback": "guidance",
+    "ImageIdentityLoss": "losses",
     "NoisyImageClassifier": "modeling_noisy_classifier",
     "PhotoSketcher": "modeling_photo_sketcher",
     "SketchGuidanceCallback": "guidance",
@@ -44,6 +46,8 @@ if TYPE_CHECKING:
     from diffsketching_pipeline.guidance import SketchGuidanceCallback as SketchGuidanceCallback
     from diffsketching_pipeline.hub import bundled_checkpoint as bundled_checkpoint
     from diffsketching_pipeline.image_processor import SketchProcessor as SketchProcessor
+    from diffsketching_pipeline.losses import DiffSketchingLoss as DiffSketchingLoss
+    from diffsketching_pipeline.losses import ImageIdentityLoss as ImageIdentityLoss
     from diffsketching_pipeline.losses import SketchPerceptualLoss as SketchPerceptualLoss
     from diffsketching_pipeline.modeling_noisy_classifier import NoisyImageClassifier as NoisyImageClassifier
     from diffsketching_pipeline.modeling_photo_sketcher import PhotoSketcher as PhotoSketcher

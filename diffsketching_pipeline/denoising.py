@@ -358,3 +358,55 @@ def denoise(
             if not proceed:
                 break
     return latents
+
+
+def ddim_inverse_step(
+    scheduler: DDIMScheduler, noise_pred: torch.Tensor, timestep: torch.Tensor | int, latents: torch.Tensor
+) -> torch.Tensor:
+    """
+    x_t from x_{t-1} = `latents` and ε: the DDIM step (eq. 3) solved for its other end.
+
+    `timestep` is t, the noisier end, for a scheduler made by [`sampling_scheduler`].
+    """
+    timestep = int(timestep)
+    previous = timestep - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+    alpha_prod = scheduler.alphas_cumprod[timestep]
+    alpha_prod_prev = scheduler.alphas_cumprod[previous] if previous >= 0 else scheduler.final_alpha_cumprod
+    pred_original_sample = (latents - (1 - alpha_prod_prev).sqrt() * noise_pred) / alpha_prod_prev.sqrt()
+    return alpha_prod.sqrt() * pred_original_sample + (1 - alpha_prod).sqrt() * noise_pred
+
+
+def invert(
+    scheduler: DDIMScheduler,
+    predict: Callable[[torch.Tensor, torch.Tensor, int], NoisePrediction],
+    latents: torch.Tensor,
+    timesteps: Sequence[torch.Tensor] | torch.Tensor,
+    num_fixed_point_iterations: int = 0,
+    on_step_end: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None,
+) -> torch.Tensor:
+    """
+    DDIM inversion: the noise from which [`denoise`] makes `latents` with the same arguments.
+
+    The DDIM step that led to x_{t-1} used ε(x_t, t), which is not known before x_t is. Textbook inversion takes
+    ε(x_{t-1}, t) instead, and is off by the step's curvature. x_t is the fixed point of x = g(x_{t-1}, ε(x, t)), with g
+    the inverse step; each iteration evaluates ε at the last guess of x_t.
+
+    Args:
+        scheduler: a `DDIMScheduler` made by [`sampling_scheduler`].
+        predict: as for [`denoise`]; it must not clip x̂_0, or what it clips is lost.
+        latents (`torch.Tensor` of shape `[batch_size, 3, height, width]`): x_0.
+        timesteps: those of sampling, in descending order.
+        num_fixed_point_iterations: evaluations of ε per step beyond the first; 0 is the textbook method.
+        on_step_end: `on_step_end(step_index, timestep, latents)` after each step, from the last of sampling to the first.
+
+    Returns:
+        `torch.Tensor`: x at `timesteps[0]`.
+    """
+    for step_index in reversed(range(len(timesteps))):
+        timestep, guess = timesteps[step_index], latents
+        for _ in range(num_fixed_point_iterations + 1):
+            guess = ddim_inverse_step(scheduler, predict(guess, timestep, step_index).noise_pred, timestep, latents)
+        latents = guess
+        if on_step_end is not None:
+            on_step_end(step_index, timestep, latents)
+    return latents

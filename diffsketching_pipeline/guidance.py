@@ -35,7 +35,7 @@ from diffusers.callbacks import PipelineCallback
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-from diffsketching_pipeline.losses import SketchFeatureMaps, SketchPerceptualLoss
+from diffsketching_pipeline.losses import SketchFeatureMaps, SketchPerceptualLoss, clamp_straight_through
 
 
 @contextmanager
@@ -208,8 +208,7 @@ class SketchGuidanceCallback(GuidanceCallback):
             owner = callback_kwargs["sketch_owner"].clone()
             if not self.through_unet:
                 original = original.detach().clone().requires_grad_(True)
-            clamped = original + (original.clamp(-1, 1) - original).detach()
-            features = [x[owner] for x in perceptual_loss.features(sketcher(clamped))]
+            features = [x[owner] for x in perceptual_loss.features(sketcher(clamp_straight_through(original)))]
             # Several drawings of one image: the sum of their constraints has the direction of their mean.
             loss = perceptual_loss.distance(features, target).sum()
             if self.through_unet:

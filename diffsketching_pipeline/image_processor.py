@@ -254,6 +254,61 @@ def _preprocess_item(item: _Item, options: _Options, inverted: list[str]) -> tor
     return torch.from_numpy(sketch.astype(np.float32))[None]
 
 
+def preprocess_photos(images: Any, height: int, width: int) -> torch.Tensor:
+    """
+    Photos as the models take them.
+
+    Args:
+        images (path, `PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of these):
+            Arrays `[H, W, 3]` and tensors `[3, H, W]`, or batches of them: uint8, or floats in [-1, 1] if one is negative
+            and in [0, 1] otherwise. Files, images and uint8 arrays are scaled to cover the size and cropped around their
+            centre; floats are never resampled and have to have that size.
+        height, width (`int`): size of the result in pixels.
+
+    Returns:
+        `torch.Tensor`: float32 `[batch_size, 3, height, width]` in [-1, 1].
+
+    Raises:
+        ValueError: naming the photo that cannot be read, is empty or too large, is not finite or in range, or has
+            another shape.
+    """
+    entries = images if isinstance(images, (list, tuple)) else [images]
+    if len(entries) == 0:
+        raise ValueError("`images` is an empty list; pass at least one photo.")
+    items: list[_Item] = []
+    for i, entry in enumerate(entries):
+        if _is_array(entry) and entry.ndim == 4:
+            items += _split_batch(entry, "photo {}" if len(entries) == 1 else f"photo {i}, {{}}")
+        else:
+            items.append(_make_item(entry, f"photo {i}"))
+    return torch.stack([_preprocess_photo(item, (height, width)) for item in items])
+
+
+def _preprocess_photo(item: _Item, size: tuple[int, int]) -> torch.Tensor:
+    if item.signed is None:
+        if _is_array(item.value):
+            _check_array(item)
+            image = _array_to_pil(item)
+        else:
+            image = _load_image(item.value, item.name)
+        try:
+            image = image.convert("RGB")
+        except ValueError as error:
+            raise ValueError(f"{item.name} has mode {image.mode!r}; convert it to RGB. ({error})") from error
+        image = ImageOps.fit(image, size[::-1], Image.Resampling.LANCZOS)
+        return torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
+    pixels = torch.as_tensor(_channels_last(item)).detach().to("cpu", torch.float32).permute(2, 0, 1)
+    if tuple(pixels.shape) != (3, *size):
+        raise ValueError(
+            f"{item.name} has the shape {list(pixels.shape)}, but floats have to have {[3, *size]}: resize it first, or"
+            " pass an image."
+        )
+    low, high = (float(bound) for bound in pixels.aminmax())
+    if not (low >= -1.001 and high <= 1.001):
+        raise ValueError(f"{item.name} has floats in [{low:g}, {high:g}], but they have to be in [0, 1] or [-1, 1].")
+    return pixels if item.signed else pixels * 2 - 1
+
+
 # What was given: checks that need no decoding
 
 
@@ -379,8 +434,8 @@ def _channels_last(item: _Item) -> np.ndarray | torch.Tensor:
             return value.permute(1, 2, 0) if is_tensor else value.transpose(1, 2, 0)
     kind, one, batch = ("tensor", "[C, H, W]", "[B, C, H, W]") if is_tensor else ("array", "[H, W, C]", "[B, H, W, C]")
     raise ValueError(
-        f"{item.name} has shape {list(shape)}, but the {kind} of one sketch has to be [H, W] or {one} with C = 1, 3 or"
-        f" 4; several are {batch}."
+        f"{item.name} has shape {list(shape)}, but one {kind} has to be [H, W] or {one} with C = 1, 3 or 4; several are"
+        f" {batch}."
     )
 
 

@@ -14,9 +14,11 @@
 """The cross-domain constraints of the paper as small callable modules."""
 
 import warnings
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 
@@ -69,6 +71,25 @@ class SketchFeatureMaps(nn.Module):
         return [fine, *stages]
 
 
+class LPIPSFeatureMaps(nn.Module):
+    """
+    The feature maps that LPIPS compares (Zhang et al., 2018), of sketches instead of photos.
+
+    Args:
+        lpips (`lpips.LPIPS`): its backbone and its input scaling are used, with the sketch in all three channels.
+    """
+
+    lpips: Any
+
+    def __init__(self, lpips: nn.Module):
+        super().__init__()
+        self.lpips = lpips
+
+    def forward(self, sketch: torch.Tensor) -> list[torch.Tensor]:
+        """`[batch_size, channels_l, H_l, W_l]` for each l, of sketches `[batch_size, 1, height, width]` in [-1, 1]."""
+        return list(self.lpips.net(self.lpips.scaling_layer(sketch.expand(-1, 3, -1, -1))))
+
+
 class SketchPerceptualLoss(nn.Module):
     """
     Perceptual distance of two sketches (eq. 5): L_p = Σ_l 1/(H_l W_l) Σ_{h,w} ‖ w_l ⊙ (F̂(ŝ)^l_{hw} - F̂(s)^l_{hw}) ‖².
@@ -92,6 +113,28 @@ class SketchPerceptualLoss(nn.Module):
         self.num_weights = 0 if weights is None else len(weights)
         for index, weight in enumerate(weights or []):
             self.register_buffer(f"weight_{index}", weight.reshape(1, -1, 1, 1))
+
+    @classmethod
+    def from_lpips(
+        cls, net: Literal["alex", "vgg", "squeeze"] = "vgg", pretrained_backbone: bool = True
+    ) -> "SketchPerceptualLoss":
+        """
+        L_p on a public network with the weights w_l that LPIPS learned from human judgements: equal to `lpips.LPIPS`.
+
+        Args:
+            net: the backbone; its weights are downloaded by torchvision on first use.
+            pretrained_backbone: `False` leaves the backbone random, to try things out without a download. The value is
+                then no LPIPS.
+
+        Raises:
+            ImportError: `lpips` is not installed.
+        """
+        import lpips
+
+        model = lpips.LPIPS(net=net, pnet_rand=not pretrained_backbone, verbose=False).eval().requires_grad_(False)
+        # LPIPS weighs squared differences, eq. 5 squares weighted ones.
+        weights = [lin.model[-1].weight.detach().clamp(min=0).sqrt().flatten() for lin in model.lins]
+        return cls(LPIPSFeatureMaps(model), weights)
 
     def features(self, sketch: torch.Tensor) -> list[torch.Tensor]:
         """Unit-length feature maps `[batch_size, channels_l, H_l, W_l]` of a sketch batch, finest first."""
@@ -129,3 +172,153 @@ class SketchPerceptualLoss(nn.Module):
                 difference = difference * getattr(self, f"weight_{index}")
             loss = loss + difference.square().sum(dim=1).mean(dim=(1, 2))
         return loss
+
+
+def clamp_straight_through(images: torch.Tensor, limit: float = 1.0) -> torch.Tensor:
+    """`images` clamped to ± `limit`, with the gradient of the identity: a saturated pixel can still be pulled back."""
+    return images + (images.clamp(-limit, limit) - images).detach()
+
+
+class ImageIdentityLoss(nn.Module):
+    """
+    How much of a photo's identity is lost (eq. 6): L_i = 1 - cos(F_i(x̂_0), F_i(x_0)).
+
+    The paper prints the cosine and says that its distance is minimised; this is the distance, 0 for equal features and 2
+    for opposite ones.
+
+    Args:
+        image_encoder (`transformers.ResNetForImageClassification`): F_i, three input channels; its pooled features are
+            compared. Used as it is, frozen or not.
+        image_mean, image_std (`Sequence[float]`, *optional*): if given, photos are shifted from [-1, 1] to [0, 1] and then
+            normalised per channel, as a public ResNet-50 expects: 0.485, 0.456, 0.406 and 0.229, 0.224, 0.225.
+        image_size (`int`, *optional*): if given, photos are resized to that side first.
+    """
+
+    image_encoder: Any
+    image_mean: torch.Tensor | None
+    image_std: torch.Tensor | None
+
+    def __init__(
+        self,
+        image_encoder: nn.Module,
+        image_mean: Sequence[float] | None = None,
+        image_std: Sequence[float] | None = None,
+        image_size: int | None = None,
+    ):
+        super().__init__()
+        if (image_mean is None) != (image_std is None):
+            raise ValueError("`image_mean` and `image_std` have to be given together, or neither.")
+        self.image_encoder = image_encoder
+        self.image_size = image_size
+        for name, values in (("image_mean", image_mean), ("image_std", image_std)):
+            self.register_buffer(name, None if values is None else torch.tensor(values).reshape(1, -1, 1, 1))
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """Pooled features `[batch_size, dim]` of photos `[batch_size, 3, height, width]` in [-1, 1]."""
+        if self.image_mean is not None:
+            images = ((images + 1) / 2 - self.image_mean) / self.image_std
+        if self.image_size is not None:
+            size = (self.image_size, self.image_size)
+            images = F.interpolate(images, size=size, mode="bilinear", antialias=True, align_corners=False)
+        return self.image_encoder.resnet(images).pooler_output.flatten(1)
+
+    def forward(self, pred_images: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+        """
+        L_i of each pair, `[batch_size]`.
+
+        Args:
+            pred_images (`torch.Tensor` of shape `[batch_size, 3, height, width]`): x̂_0 in [-1, 1].
+            images (`torch.Tensor` of shape `[batch_size, 3, height, width]`): x_0 in [-1, 1].
+
+        Raises:
+            ValueError: for another dtype, shape or range.
+        """
+        check_range("pred_images", pred_images, channels=3)
+        check_range("images", images, channels=3)
+        if pred_images.shape != images.shape:
+            raise ValueError(
+                f"`pred_images` and `images` have to have one shape but have {tuple(pred_images.shape)} and"
+                f" {tuple(images.shape)}."
+            )
+        return 1 - F.cosine_similarity(self.features(pred_images), self.features(images), dim=1)
+
+
+class DiffSketchingLosses(NamedTuple):
+    """
+    The terms of eq. 7, each `[batch_size]`; a term whose weight is 0 is `None` where its networks are missing.
+
+    Attributes:
+        loss: L.
+        perceptual: L_p(P(x̂_0), s_0).
+        identity: L_i(x_0, x̂_0).
+    """
+
+    loss: torch.Tensor
+    perceptual: torch.Tensor | None
+    identity: torch.Tensor | None
+
+
+class DiffSketchingLoss(nn.Module):
+    """
+    What fine-tuning minimises (eq. 7): L = λ L_i(x_0, x̂_0) + (1-λ) L_p(P(x̂_0), s_0).
+
+    Args:
+        sketcher ([`PhotoSketcher`], *optional*): P; may be left out, with `perceptual_loss`, if λ is 1.
+        perceptual_loss ([`SketchPerceptualLoss`], *optional*): L_p.
+        identity_loss ([`ImageIdentityLoss`], *optional*): L_i; may be left out if λ is 0.
+        identity_weight (`float`): λ in [0, 1]: 1 keeps the photo, 0 follows the drawing.
+
+    Raises:
+        ValueError: λ is outside [0, 1], or a network that it needs is missing.
+    """
+
+    def __init__(
+        self,
+        sketcher: nn.Module | None,
+        perceptual_loss: SketchPerceptualLoss | None,
+        identity_loss: ImageIdentityLoss | None,
+        identity_weight: float = 0.5,
+    ):
+        super().__init__()
+        if not 0.0 <= identity_weight <= 1.0:
+            raise ValueError(f"`identity_weight` has to be in [0, 1] but is {identity_weight}.")
+        if identity_weight > 0.0 and identity_loss is None:
+            raise ValueError(
+                f"`identity_weight={identity_weight}` needs an `identity_loss`: give one, or set it to 0."
+            )
+        if identity_weight < 1.0 and (sketcher is None or perceptual_loss is None):
+            raise ValueError(
+                f"`identity_weight={identity_weight}` needs a `sketcher` and a `perceptual_loss`: give them, or set it to 1."
+            )
+        self.sketcher = sketcher
+        self.perceptual_loss = perceptual_loss
+        self.identity_loss = identity_loss
+        self.identity_weight = identity_weight
+
+    def forward(self, pred_images: torch.Tensor, images: torch.Tensor, sketch: torch.Tensor) -> DiffSketchingLosses:
+        """
+        L and its terms of each row.
+
+        Args:
+            pred_images (`torch.Tensor` of shape `[batch_size, 3, height, width]`): x̂_0 as the chain leaves it; what is
+                outside [-1, 1] is clamped, straight-through.
+            images (`torch.Tensor` of shape `[batch_size, 3, height, width]`): x_0 in [-1, 1].
+            sketch (`torch.Tensor` of shape `[batch_size, 1, height, width]`): s_0 in [-1, 1].
+
+        Raises:
+            ValueError: for another dtype or shape, a NaN, or photos and sketches outside [-1, 1].
+        """
+        if torch.is_tensor(pred_images):
+            pred_images = clamp_straight_through(pred_images)
+        check_range("pred_images", pred_images, channels=3)
+        perceptual = identity = None
+        if self.perceptual_loss is not None and self.sketcher is not None:
+            perceptual = self.perceptual_loss(self.sketcher(pred_images), sketch)
+        if self.identity_loss is not None:
+            identity = self.identity_loss(pred_images, images)
+        loss = torch.zeros(len(pred_images), device=pred_images.device)
+        if perceptual is not None and self.identity_weight < 1.0:
+            loss = loss + (1 - self.identity_weight) * perceptual
+        if identity is not None and self.identity_weight > 0.0:
+            loss = loss + self.identity_weight * identity
+        return DiffSketchingLosses(loss, perceptual, identity)

@@ -33,6 +33,7 @@ from diffsketching_pipeline.denoising import (
     check_scheduler,
     denoise,
     get_alpha_prod,
+    invert,
     predict_noise,
     sampling_scheduler,
     scheduler_step_kwargs,
@@ -495,3 +496,66 @@ def test_the_loop_is_differentiable(tiny_unet, sketches):
     with torch.no_grad():
         difference = (loss(latents + 0.01 * direction) - loss(latents - 0.01 * direction)) / 0.02
     torch.testing.assert_close((gradient * direction).sum(), difference, rtol=5e-3, atol=1e-6)
+
+
+# ---- inversion --------------------------------------------------------------------------------------------------------
+
+
+def unclipped(unet, scheduler, conditioning):
+    def predict(latents, timestep, step_index):
+        return predict_noise(unet, unet.config, scheduler, latents, timestep, conditioning, clip_sample=False)
+
+    return predict
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("set_alpha_to_one", [True, False])
+def test_textbook_inversion_equals_the_inverse_scheduler_of_diffusers(set_alpha_to_one, tiny_unet, sketches):
+    # Of ε alone: diffusers turns the v predicted at t into ε with the ᾱ of t - 1.
+    scheduler = make_scheduler(prediction_type="epsilon", set_alpha_to_one=set_alpha_to_one)
+    inverse = DDIMInverseScheduler.from_config(scheduler.config, clip_sample=False, set_alpha_to_one=set_alpha_to_one)
+    labels, steps = torch.tensor([2, 0]), 8
+    inverse.set_timesteps(steps)
+    expected = make_latents().tanh()
+    for timestep in inverse.timesteps:
+        output = tiny_unet(torch.cat([expected, sketches[:2]], dim=1), timestep, labels).sample
+        expected = inverse.step(output, timestep, expected).prev_sample
+
+    copied = sampling_scheduler(scheduler, steps)
+    predict = unclipped(tiny_unet, scheduler, Conditioning(labels, sketches[:2]))
+    found = invert(copied, predict, make_latents().tanh(), copied.timesteps)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_fixed_point_iterations_close_the_round_trip(tiny_unet, sketches):
+    scheduler, images = make_scheduler(), make_latents().tanh()
+    tiny_unet.conv_out.weight *= 0.2  # random weights are rougher than any trained network
+    copied = sampling_scheduler(scheduler, 10)
+    predict = unclipped(tiny_unet, scheduler, Conditioning(torch.tensor([2, 0]), sketches[:2]))
+    errors = []
+    for iterations in (0, 1, 3, 12):
+        sizes = count_calls(tiny_unet)
+        noise = invert(copied, predict, images, copied.timesteps, iterations)
+        assert len(sizes) == 10 * (iterations + 1)
+        errors.append((denoise(copied, predict, noise, copied.timesteps) - images).abs().max().item())
+    assert errors[0] > 0.01 and errors[0] > errors[1] > errors[2] > errors[3] and errors[3] < 1e-4
+
+
+@torch.no_grad()
+def test_inversion_of_gaussian_data_follows_its_exact_flow():
+    # Data N(0, v): x_t keeps its place in the distribution, so x_T = x_0 sqrt((ᾱ_T v + 1 - ᾱ_T) / v).
+    variance, scheduler = 0.25, make_scheduler(prediction_type="epsilon")
+    copied = sampling_scheduler(scheduler, 500)
+
+    def predict(latents, timestep, step_index):
+        alpha = scheduler.alphas_cumprod[timestep]
+        noise = (1 - alpha).sqrt() * latents / (alpha * variance + 1 - alpha)
+        return NoisePrediction(noise, (latents - (1 - alpha).sqrt() * noise) / alpha.sqrt())
+
+    images = 0.5 * make_latents()
+    seen = []
+    found = invert(copied, predict, images, copied.timesteps, 3, lambda *step: seen.append((step[0], int(step[1]))))
+    alpha = scheduler.alphas_cumprod[copied.timesteps[0]]
+    torch.testing.assert_close(found, images * ((alpha * variance + 1 - alpha) / variance).sqrt(), rtol=0.01, atol=0)
+    assert seen[0] == (499, 0) and seen[-1] == (0, 998) and len(seen) == 500

@@ -26,7 +26,7 @@ import torch
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from diffsketching_pipeline.image_processor import MAX_SKETCH_SIDE, SketchProcessor
+from diffsketching_pipeline.image_processor import MAX_SKETCH_SIDE, SketchProcessor, preprocess_photos
 
 
 DRAWINGS = Path(__file__).parents[1] / "examples" / "drawings"
@@ -492,3 +492,53 @@ def test_example_drawings_are_what_the_script_draws(processor, tmp_path):
         drawn, kept = (np.asarray(Image.open(folder / path.name), dtype=float) for folder in (tmp_path, DRAWINGS))
         assert np.abs(drawn - kept).mean() < 1
         assert max(dark_box(processor.preprocess(path))) <= 60
+
+
+# ---- photos -----------------------------------------------------------------------------------------------------------
+
+
+def test_photos_are_scaled_to_cover_and_cropped_in_the_middle():
+    page = np.zeros((40, 80, 3), np.uint8)
+    page[:, 20:60] = (255, 0, 0)  # the middle square
+    found = preprocess_photos(Image.fromarray(page), 16, 16)
+    assert found.shape == (1, 3, 16, 16) and found.dtype == torch.float32
+    middle = found[0, :, 2:-2, 2:-2]
+    assert middle[0].min() > 0.98 and middle[1:].max() < -0.98
+    tall = preprocess_photos(page.transpose(1, 0, 2), 16, 16)
+    torch.testing.assert_close(tall, found.transpose(2, 3), rtol=0, atol=0.02)
+    assert preprocess_photos([page, page], 8, 16).shape == (2, 3, 8, 16)
+
+
+def test_floats_are_taken_as_they_are():
+    signed = torch.linspace(-1, 1, 3 * 4 * 4).reshape(1, 3, 4, 4)
+    assert torch.equal(preprocess_photos(signed, 4, 4), signed)
+    torch.testing.assert_close(preprocess_photos((signed + 1) / 2, 4, 4), signed)
+    array = signed[0].permute(1, 2, 0).numpy()
+    assert torch.equal(preprocess_photos([array, signed], 4, 4), signed.repeat(2, 1, 1, 1))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1"])
+def test_photos_of_any_mode_become_rgb(mode):
+    image = Image.new("RGB", (8, 8), (200, 200, 200)).convert(mode)
+    expected = np.asarray(image.convert("RGB")).mean() / 127.5 - 1
+    found = preprocess_photos(image, 8, 8)
+    assert found.shape == (1, 3, 8, 8) and abs(found.mean() - expected) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (
+            np.zeros((4, 4, 3), np.int64),
+            "photo 0 has dtype int64, but has to be uint8, uint16, bool or floating point",
+        ),
+        (np.zeros((5, 5, 2), np.uint8), r"photo 0 has shape \[5, 5, 2\], but one array has to be"),
+        (torch.full((3, 4, 4), float("nan")), r"photo 0 has floats in \[nan, nan\]"),
+        ([None], "photo 0 has to be a path, PIL image, NumPy array or tensor"),
+        (Image.new("RGB", (0, 4)), "photo 0 has a side of 0 pixels: 0 x 4"),
+        (torch.zeros(0, 3, 4, 4), "photo 0 does not exist"),
+    ],
+)
+def test_what_is_no_photo_is_refused(images, message):
+    with pytest.raises(ValueError, match=message):
+        preprocess_photos(images, 4, 4)

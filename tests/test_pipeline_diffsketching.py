@@ -881,3 +881,76 @@ def test_a_second_call_is_the_same_and_the_pipeline_as_it_was(name, tiny_pipelin
     for (key, value, pointer), (now_key, now, now_pointer) in zip(before[2], after[2], strict=True):
         assert key == now_key and pointer == now_pointer and torch.equal(value, now)
     assert all(p.grad is None for x in (tiny_pipeline.unet, tiny_pipeline.classifier) for p in x.parameters())
+
+
+# ---- inversion --------------------------------------------------------------------------------------------------------
+
+
+def photos(n):
+    return torch.tanh(randn(n, 3, SIZE, SIZE, seed=11))
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("with_sketch", [False, True])
+def test_sampling_from_the_inverted_noise_returns_the_photo(
+    with_sketch, prediction_type, tiny_pipeline_factory, sketches
+):
+    pipe = tiny_pipeline_factory(prediction_type=prediction_type, recommended={"sketch_guidance_scale": 2.0})
+    with torch.no_grad():
+        pipe.unet.conv_out.weight *= 0.2  # random weights are rougher than any trained network
+    images, sketch, labels = photos(2), sketches[:2] if with_sketch else None, ["c", "a"]
+    noise = pipe.invert(images, labels, sketch, num_inference_steps=10, num_fixed_point_iterations=12)
+    assert noise.shape == images.shape and noise.dtype == torch.float32
+    assert (noise - images).abs().mean() > 0.05
+    scale = 1.0 if with_sketch else None
+    back = pipe(sketch, labels, 1, 10, scale, latents=noise, clip_sample=False, output_type="latent").images
+    torch.testing.assert_close(back, images, rtol=0, atol=1e-3)
+    if with_sketch:
+        null = pipe.invert(images, labels, num_inference_steps=10)
+        assert (null - noise).abs().max() > 1e-3
+
+
+def test_inversion_takes_photos_as_people_have_them(tiny_pipeline, tmp_path):
+    wide = Image.fromarray(randn(40, 64, 3).mul(60).add(128).clamp(0, 255).byte().numpy())
+    wide.save(tmp_path / "wide.png")
+    arguments = {"num_inference_steps": 2, "num_fixed_point_iterations": 0}
+    expected = tiny_pipeline.invert(wide, **arguments)
+    assert expected.shape == (1, 3, SIZE, SIZE)
+    for images in ([wide], tmp_path / "wide.png", [str(tmp_path / "wide.png")], np.asarray(wide)):
+        assert torch.equal(tiny_pipeline.invert(images, **arguments), expected)
+    assert tiny_pipeline.invert([wide, wide], [None, "a"], **arguments).shape[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        (
+            {"num_fixed_point_iterations": -1},
+            "`num_fixed_point_iterations` has to be an integer of at least 0 but is -1",
+        ),
+        ({"num_fixed_point_iterations": 1.5}, "but is 1.5"),
+        ({"num_inference_steps": 0}, "`num_inference_steps` has to be between 1 and 1000 but is 0"),
+        ({"class_labels": ["a"]}, "`class_labels` has to have one entry per sketch, 2, but has 1"),
+        ({"class_labels": ["a", "sock"]}, "unknown class 'sock'"),
+        (
+            {"images": torch.zeros(2, 3, 8, 8)},
+            r"photo 0 has the shape \[3, 8, 8\], but floats have to have \[3, 16, 16\]",
+        ),
+        ({"images": torch.full((1, 3, 16, 16), 255.0)}, r"photo 0 has floats in \[255, 255\]"),
+        ({"images": []}, "`images` is an empty list"),
+        ({"images": "missing.png"}, r"photo 0 \('missing.png'\) does not exist"),
+    ],
+)
+def test_inversion_refuses_bad_input(kwargs, message, tiny_pipeline):
+    with pytest.raises(ValueError, match=message):
+        tiny_pipeline.invert(**{"images": photos(2), "num_inference_steps": 2, **kwargs})
+
+
+def test_inversion_needs_one_drawing_per_photo_and_ddim(tiny_pipeline, sketches):
+    with pytest.raises(ValueError, match="`sketch` has to have one entry per photo, 2, but has 3"):
+        tiny_pipeline.invert(photos(2), ["a", "b"], sketches, num_inference_steps=2)
+    tiny_pipeline.scheduler = UniPCMultistepScheduler.from_config(tiny_pipeline.scheduler.config)
+    with pytest.raises(
+        ValueError, match="`invert` needs a DDIMScheduler, but `scheduler` is a UniPCMultistepScheduler"
+    ):
+        tiny_pipeline.invert(photos(2), ["a", "b"], num_inference_steps=2)
