@@ -36,6 +36,7 @@ _MODULES = {
     "SketchProcessor": "image_processor",
     "bundled_checkpoint": "hub",
     "expand_unet_for_sketch": "convert_guided_diffusion",
+    "interpolate_unets": "weights",
 }
 __all__ = ["__version__", *sorted(_MODULES)]
 
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from diffsketching_pipeline.modeling_photo_sketcher import PhotoSketcher as PhotoSketcher
     from diffsketching_pipeline.pipeline_diffsketching import DiffSketchingPipeline as DiffSketchingPipeline
     from diffsketching_pipeline.pipeline_output import DiffSketchingPipelineOutput as DiffSketchingPipelineOutput
+    from diffsketching_pipeline.weights import interpolate_unets as interpolate_unets
 
 
 def __getattr__(name: str) -> Any:

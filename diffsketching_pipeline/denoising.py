@@ -33,6 +33,7 @@ from diffusers import (
     PNDMScheduler,
     UniPCMultistepScheduler,
 )
+from torch.utils.checkpoint import checkpoint
 
 
 SUPPORTED_SCHEDULERS = (
@@ -332,9 +333,10 @@ def denoise(
     timesteps: Sequence[torch.Tensor] | torch.Tensor,
     step_kwargs: Mapping[str, Any] | None = None,
     on_step_end: Callable[[int, torch.Tensor, torch.Tensor, NoisePrediction], tuple[torch.Tensor, bool]] | None = None,
+    truncate_backprop_steps: int | None = None,
 ) -> torch.Tensor:
     """
-    The sampling loop: predict, step, repeat.
+    The sampling loop: predict, step, repeat. Differentiable as it stands, where gradients are recorded.
 
     Args:
         scheduler: made by [`sampling_scheduler`].
@@ -344,20 +346,36 @@ def denoise(
         step_kwargs: passed to the scheduler's `step`; see [`scheduler_step_kwargs`].
         on_step_end: `on_step_end(step_index, timestep, latents, prediction)` after each step; returns the latents to go
             on with, and whether to go on.
+        truncate_backprop_steps: if given, gradients are recorded in this many last steps only (DRaFT-K, Clark et al.,
+            2024); the steps before them cost no memory.
 
     Returns:
         `torch.Tensor`: x_0, unclipped.
     """
+    first_recorded = 0 if truncate_backprop_steps is None else len(timesteps) - truncate_backprop_steps
     for step_index, timestep in enumerate(timesteps):
-        prediction = predict(latents, timestep, step_index)
-        latents = scheduler_step(
-            scheduler, prediction.noise_pred, timestep, latents, prediction.variance, **(step_kwargs or {})
-        )
+        with torch.set_grad_enabled(torch.is_grad_enabled() and step_index >= first_recorded):
+            prediction = predict(latents, timestep, step_index)
+            latents = scheduler_step(
+                scheduler, prediction.noise_pred, timestep, latents, prediction.variance, **(step_kwargs or {})
+            )
         if on_step_end is not None:
             latents, proceed = on_step_end(step_index, timestep, latents, prediction)
             if not proceed:
                 break
     return latents
+
+
+def checkpointed(unet: Callable[..., Any]) -> Callable[..., Any]:
+    """
+    `unet` with its activations recomputed in the backward pass, so that the memory of a chain of any length is that of
+    one step and the x_t in between (Chen et al., 2016). Guidance gradients stay outside of what is recomputed.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(unet, *args, use_reentrant=False, **kwargs)
+
+    return call
 
 
 def ddim_inverse_step(

@@ -144,6 +144,33 @@ def is_guided_step(step_index: int, num_steps: int, guidance_start: float, guida
     return step_index / num_steps >= guidance_start and (step_index + 1) / num_steps <= guidance_end
 
 
+def classifier_noise_delta(
+    classifier: Callable[..., Any],
+    latents: torch.Tensor,
+    timestep: torch.Tensor | int,
+    class_labels: torch.Tensor,
+    alpha_prod: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """
+    What classifier guidance adds to ε: -w_c sqrt(1-ᾱ_t) ∇_{x_t} log p_φ(y | x_t, t) (eq. 4), detached.
+
+    Args:
+        classifier: p_φ, called as `classifier(sample, timestep, return_dict=False)`; returns a tuple of logits.
+        latents (`torch.Tensor` of shape `[batch_size, 3, height, width]`): x_t.
+        timestep: t.
+        class_labels (`torch.LongTensor` of shape `[batch_size]`): y.
+        alpha_prod (`torch.Tensor`): ᾱ_t, shaped to broadcast against `latents`.
+        scale: w_c.
+    """
+    with gradient_mode():
+        sample = latents.detach().clone().requires_grad_(True)
+        logits = classifier(sample, timestep, return_dict=False)[0]
+        log_prob = logits.log_softmax(dim=-1).gather(1, class_labels.clone()[:, None]).sum()
+        (gradient,) = torch.autograd.grad(log_prob, sample)
+    return -scale * (1 - alpha_prod).sqrt() * gradient
+
+
 class ClassifierGuidanceCallback(GuidanceCallback):
     """
     Classifier guidance (eq. 4): ε̂ = ε - w_c sqrt(1-ᾱ_t) ∇_{x_t} log p_φ(y | x_t, t) (Dhariwal & Nichol, 2021).
@@ -153,14 +180,14 @@ class ClassifierGuidanceCallback(GuidanceCallback):
     """
 
     def noise_delta(self, pipeline: Any, timestep: Any, callback_kwargs: dict[str, Any]) -> torch.Tensor:
-        latents, labels = callback_kwargs["latents"], callback_kwargs["class_labels"]
-        classifier = pipeline.float32_call("classifier")
-        with gradient_mode():
-            sample = latents.detach().clone().requires_grad_(True)
-            logits = classifier(sample, timestep, return_dict=False)[0]
-            log_prob = logits.log_softmax(dim=-1).gather(1, labels.clone()[:, None]).sum()
-            (gradient,) = torch.autograd.grad(log_prob, sample)
-        return -self.config.scale * (1 - callback_kwargs["alpha_prod"]).sqrt() * gradient
+        return classifier_noise_delta(
+            pipeline.float32_call("classifier"),
+            callback_kwargs["latents"],
+            timestep,
+            callback_kwargs["class_labels"],
+            callback_kwargs["alpha_prod"],
+            self.config.scale,
+        )
 
 
 class SketchGuidanceCallback(GuidanceCallback):

@@ -599,6 +599,21 @@ class PhotoSketchDataset(Dataset):
             sample = {name: value.flip(-1) for name, value in sample.items()}
         return {**sample, "class_label": self.class_labels[index], "id": self.ids[index]}
 
+    def view(self, index: int) -> tuple[torch.Tensor, np.ndarray, Box]:
+        """
+        A photo as it is without augmentation, and what can be drawn of it; the same at every call.
+
+        Returns:
+            `tuple`: float32 [3, R, R] in [-1, 1], all contours bool [N, H, W], and the box of the contours that the photo
+            shows, see `contour_to_sketch`.
+        """
+        if self.train:
+            raise ValueError("`view` needs a dataset with `train=False`.")
+        photo = self.photo(index)
+        rng = np.random.default_rng(0)
+        box = self._crop_box(photo, rng)
+        return self._pixel_values(photo.image, box, rng), photo.contours, box
+
     def _crop_box(self, photo: CachedPhoto, rng: np.random.Generator) -> Box:
         """
         A box whose sides differ by at most 4:3, between the whole photo and the object with a thin margin.

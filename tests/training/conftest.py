@@ -63,3 +63,9 @@ def shapes_dir(tmp_path_factory):
             path.parent.mkdir(parents=True, exist_ok=True)
             picture.save(path)
     return root
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory):
+    """Contours that several tests need; the tests of the cache itself make their own."""
+    return tmp_path_factory.mktemp("cache")

@@ -40,12 +40,6 @@ def rectangle_photo(size=(96, 128), box=(24, 30, 71, 97), color=(30, 60, 160)):
     return photo
 
 
-@pytest.fixture(scope="module")
-def cache_dir(tmp_path_factory):
-    """Contours that several tests need; the tests of the cache itself make their own."""
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture
 def dataset(shapes_dir, cache_dir):
     return PhotoSketchDataset(shapes_dir, "train", resolution=32, cache_dir=cache_dir)

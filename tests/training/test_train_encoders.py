@@ -42,11 +42,6 @@ def words(**arguments):
     return result
 
 
-@pytest.fixture(scope="module")
-def cache_dir(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
 def test_script_trains_resumes_and_measures_the_sketch_encoder(shapes_dir, cache_dir, tmp_path, script_env):
     for i, name in enumerate(["disc", "square"] * 2):
         drawing = Image.new("L", (100, 80), 255)

@@ -43,11 +43,6 @@ TINY = [
 TINY += ["--train_batch_size", "4", "--lr_warmup_steps", "1", "--checkpointing_steps", "2", "--report_to", "none"]
 
 
-@pytest.fixture(scope="module")
-def cache_dir(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
 def run_main(monkeypatch, *words):
     monkeypatch.setattr(sys, "argv", ["train_sketcher.py", *TINY, *map(str, words)])
     train_sketcher.main()

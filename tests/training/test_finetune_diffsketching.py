@@ -1,0 +1,459 @@
+# Copyright 2026 The DiffSketching Pipeline Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Fine-tuning: the chain and its gradients, the cache of inverted photos, and the script as it is launched."""
+
+import dataclasses
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import finetune_diffsketching
+import pytest
+import torch
+import yaml
+from data import PhotoSketchDataset
+from finetune_diffsketching import (
+    ChainDataset,
+    FinetuneArguments,
+    FinetuneValidation,
+    NoiseCache,
+    check_finetune_arguments,
+    check_pipeline,
+    fill_noise_cache,
+    in_groups,
+    main,
+    run_chain,
+    weights_fingerprint,
+)
+from safetensors.torch import load_file
+from testing_utils import SIZE, make_scheduler, make_unet, randn
+
+from diffsketching_pipeline import DiffSketchingPipeline
+from diffsketching_pipeline.denoising import sampling_scheduler
+
+
+SCRIPT = str(Path(finetune_diffsketching.__file__))
+ID2LABEL = {0: "disc", 1: "square"}
+TINY = {
+    "resolution": 16,
+    "train_batch_size": 2,
+    "num_train_inference_steps": 3,
+    "num_fixed_point_iterations": 1,
+    "learning_rate": 1e-3,
+    "lr_warmup_steps": 0,
+    "num_validation_samples": 4,
+    "num_validation_images": 2,
+    "ddpm_num_inference_steps": 2,
+    "validation_steps": 0,
+    "report_to": "none",
+}
+
+
+def tiny_args(**kwargs):
+    return FinetuneArguments(**(TINY | kwargs))
+
+
+@pytest.fixture(scope="session")
+def pretrained_dir(tmp_path_factory, tiny_pipeline_factory):
+    """The tiny pipeline with the two classes of the shapes."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    components = ("sketcher", "sketch_encoder", "image_encoder")
+    pipeline = tiny_pipeline_factory(components=components, id2label=ID2LABEL, num_class_embeds=3)
+    with torch.no_grad():
+        pipeline.unet.conv_out.weight *= 0.2  # random weights are rougher than any trained network
+    pipeline.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def chain_batch():
+    latents = randn(2, 3, SIZE, SIZE, seed=1)
+    sketch = torch.ones(2, 1, SIZE, SIZE)
+    sketch[0, :, 4:12, 5] = sketch[1, :, 8, 2:14] = -1
+    return {
+        "latents": latents,
+        "pixel_values": randn(2, 3, SIZE, SIZE, seed=2).tanh(),
+        "sketch": sketch,
+        "class_label": torch.tensor([1, 0]),
+        "chain_step": torch.tensor([2, 0]),
+    }
+
+
+@pytest.fixture
+def unet():
+    torch.manual_seed(0)
+    return make_unet(num_class_embeds=3).train()
+
+
+def gradients(unet, batch, args, **kwargs):
+    unet.zero_grad()
+    pred = run_chain(unet, unet.config, make_scheduler(prediction_type="v_prediction"), batch, args, **kwargs)
+    (pred - batch["pixel_values"]).square().mean().backward()
+    return pred.detach(), {name: p.grad.clone() for name, p in unet.named_parameters()}
+
+
+# ---- the chain --------------------------------------------------------------------------------------------------------
+
+
+def plain_chain(unet, batch, steps):
+    """DDIM (eq. 3) with v-prediction, written out."""
+    scheduler = make_scheduler()
+    x, stride = batch["latents"], 1000 // steps
+    states = []
+    for t in range((steps - 1) * stride, -1, -stride):
+        alpha = scheduler.alphas_cumprod[t]
+        alpha_prev = scheduler.alphas_cumprod[t - stride] if t >= stride else torch.tensor(1.0)
+        v = unet(torch.cat([x, batch["sketch"]], dim=1), t, batch["class_label"]).sample
+        eps = alpha.sqrt() * v + (1 - alpha).sqrt() * x
+        photo = alpha.sqrt() * x - (1 - alpha).sqrt() * v
+        states.append((x, photo))
+        x = alpha_prev.sqrt() * photo + (1 - alpha_prev).sqrt() * eps
+    return x, states
+
+
+def test_the_chain_is_ddim_and_its_gradient_that_of_the_written_out_chain(unet, chain_batch):
+    found, grads = gradients(unet, chain_batch, tiny_args())
+    unet.zero_grad()
+    expected, _ = plain_chain(unet, chain_batch, 3)
+    torch.testing.assert_close(found, expected.detach(), atol=1e-5, rtol=1e-4)
+    (expected - chain_batch["pixel_values"]).square().mean().backward()
+    for name, parameter in unet.named_parameters():
+        torch.testing.assert_close(grads[name], parameter.grad, atol=1e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize("truncate_backprop_steps", [None, 2])
+def test_checkpointing_changes_memory_and_not_the_gradient(truncate_backprop_steps, unet, chain_batch):
+    saved = {}
+
+    def count(args):
+        total = 0
+
+        def pack(tensor):
+            nonlocal total
+            total += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            result = gradients(unet, chain_batch, args)
+        saved[args.num_train_inference_steps, args.gradient_checkpointing] = total
+        return result
+
+    for steps in (3, 6):
+        options = {"num_train_inference_steps": steps, "truncate_backprop_steps": truncate_backprop_steps}
+        plain, expected = count(tiny_args(**options))
+        found, grads = count(tiny_args(**options, gradient_checkpointing=True))
+        torch.testing.assert_close(found, plain, atol=1e-6, rtol=1e-5)
+        for name in grads:
+            difference = (grads[name] - expected[name]).norm() / expected[name].norm().clamp(min=1e-12)
+            assert difference < 1e-5, name
+    if truncate_backprop_steps is None:
+        assert saved[6, False] > 1.9 * saved[3, False]
+    else:
+        assert saved[6, False] == saved[3, False]
+
+
+def test_truncation_keeps_the_value_and_the_last_steps_of_the_gradient(unet, chain_batch):
+    whole, grads = gradients(unet, chain_batch, tiny_args())
+    found, truncated = gradients(unet, chain_batch, tiny_args(truncate_backprop_steps=1))
+    assert torch.equal(found, whole)
+    unet.zero_grad()
+    with torch.no_grad():
+        _, states = plain_chain(unet, chain_batch, 3)
+    latents, _ = states[-1]
+    expected, _ = plain_chain(unet, {**chain_batch, "latents": latents}, 1)  # the step from t = 0
+    (expected - chain_batch["pixel_values"]).square().mean().backward()
+    name = "conv_out.weight"
+    torch.testing.assert_close(truncated[name], unet.conv_out.weight.grad, atol=1e-6, rtol=1e-3)
+    assert (truncated[name] - grads[name]).norm() > 0.1 * grads[name].norm()
+
+
+def test_per_step_is_x0_as_predicted_at_each_photos_own_step(unet, chain_batch):
+    found, grads = gradients(unet, chain_batch, tiny_args(backprop="per_step"))
+    unet.zero_grad()
+    with torch.no_grad():
+        _, states = plain_chain(unet, chain_batch, 3)
+    scheduler = make_scheduler()
+    steps, rows = chain_batch["chain_step"], torch.arange(2)
+    latents = torch.stack([x for x, _ in states])[steps, rows]
+    timesteps = sampling_scheduler(scheduler, 3).timesteps[steps]
+    v = unet(torch.cat([latents, chain_batch["sketch"]], 1), timesteps, chain_batch["class_label"]).sample
+    alpha = scheduler.alphas_cumprod[timesteps].reshape(-1, 1, 1, 1)
+    expected = alpha.sqrt() * latents - (1 - alpha).sqrt() * v
+    torch.testing.assert_close(found, expected.detach(), atol=1e-5, rtol=1e-4)
+    (expected - chain_batch["pixel_values"]).square().mean().backward()
+    torch.testing.assert_close(grads["conv_in.weight"], unet.conv_in.weight.grad, atol=1e-6, rtol=1e-3)
+
+
+def test_classifier_guidance_steers_the_chain_and_is_not_differentiated(unet, chain_batch, tiny_pipeline_factory):
+    classifier = tiny_pipeline_factory().classifier.requires_grad_(False)
+    args = tiny_args(classifier_guidance_scale=5.0)
+    plain, _ = gradients(unet, chain_batch, tiny_args())
+    guided, grads = gradients(unet, chain_batch, args, classifier=classifier)
+    off, _ = gradients(unet, chain_batch, tiny_args(), classifier=classifier)
+    assert torch.equal(off, plain) and (guided - plain).abs().max() > 1e-3
+    checked, rechecked = gradients(
+        unet, chain_batch, dataclasses.replace(args, gradient_checkpointing=True), classifier=classifier
+    )
+    torch.testing.assert_close(checked, guided, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(rechecked["conv_in.weight"], grads["conv_in.weight"], atol=1e-7, rtol=1e-4)
+
+
+# ---- the cache of inverted photos -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def photos(shapes_dir, cache_dir):
+    return PhotoSketchDataset(shapes_dir, "train", 16, train=False, cache_dir=cache_dir)
+
+
+def test_each_photo_is_inverted_once_and_sampling_returns_it(photos, pretrained_dir, tmp_path):
+    pipeline, args = DiffSketchingPipeline.from_pretrained(pretrained_dir), tiny_args(num_fixed_point_iterations=15)
+    cache = NoiseCache(tmp_path, pipeline.unet, pipeline.scheduler, args)
+    dataset = ChainDataset(photos, cache, args, max_samples=5)
+    fill = (pipeline.unet, pipeline.scheduler, args, torch.device("cpu"))
+    with pytest.raises(FileNotFoundError, match="is missing or damaged in .*: start again, and it is made anew"):
+        dataset.sample(0)
+    assert fill_noise_cache(cache, in_groups(dataset.views(), 4), *fill) == dataset.num_views() == 10
+    assert fill_noise_cache(cache, in_groups(dataset.views(), 4), *fill) == 0
+    seen = set()
+    for epoch in range(8):
+        sample = dataset.sample(1, epoch)
+        seen.add(sample["pixel_values"].numpy().tobytes())
+        label = [sample["class_label"]]
+        back = pipeline(
+            *(None, label, 1, 3), latents=sample["latents"][None], clip_sample=False, output_type="latent"
+        ).images[0]
+        torch.testing.assert_close(back, sample["pixel_values"], atol=2e-3, rtol=0)
+    assert len(seen) == 2  # as it is, and flipped
+
+    # A file cut short, as by a full disk, is made again.
+    file = cache.path(*next(dataset.views()))
+    file.write_bytes(file.read_bytes()[:100])
+    assert fill_noise_cache(cache, in_groups(dataset.views(), 4), *fill) == 1
+
+
+def test_the_cache_is_keyed_by_all_that_changes_the_noise(pretrained_dir, tmp_path):
+    pipeline, args = DiffSketchingPipeline.from_pretrained(pretrained_dir), tiny_args()
+    pixels = randn(3, 16, 16).tanh()
+
+    def name(pixels=pixels, label=0, scheduler=pipeline.scheduler, **changes):
+        return NoiseCache(tmp_path, pipeline.unet, scheduler, dataclasses.replace(args, **changes)).path(pixels, label)
+
+    other = type(pipeline.scheduler).from_config(pipeline.scheduler.config, beta_schedule="linear")
+    names = [name(), name(pixels.flip(-1)), name(label=1), name(scheduler=other), name(num_train_inference_steps=4)]
+    names.append(name(num_fixed_point_iterations=2))
+    before = weights_fingerprint(pipeline.unet)
+    assert name() == names[0] == name(learning_rate=1.0, identity_weight=0.1)
+    with torch.no_grad():
+        pipeline.unet.conv_in.bias[0] += 1e-6
+    assert weights_fingerprint(pipeline.unet) != before
+    names.append(name())
+    assert len(set(names)) == len(names)
+
+
+def test_samples_are_keyed_and_drawn_by_hand(photos, pretrained_dir, tmp_path):
+    pipeline, args = DiffSketchingPipeline.from_pretrained(pretrained_dir), tiny_args(free_hand_strength=1.0)
+    cache = NoiseCache(tmp_path, pipeline.unet, pipeline.scheduler, args)
+    one, other = ChainDataset(photos, cache, args), ChainDataset(photos, cache, args)
+    fill_noise_cache(cache, in_groups(one.views(), 8), pipeline.unet, pipeline.scheduler, args, torch.device("cpu"))
+    for epoch in range(6):
+        samples = [dataset.sample(3, epoch) for dataset in (one, other)]
+        assert torch.equal(samples[0]["sketch"], samples[1]["sketch"])
+        assert samples[0]["sketch"].min() < 0.5 and samples[0]["id"] == photos.ids[3]
+        assert 0 <= samples[0]["chain_step"] < 3
+    drawings = torch.stack([one.sample(3, epoch)["sketch"] for epoch in range(6)])
+    assert len({drawing.numpy().tobytes() for drawing in drawings}) == 6
+    fixed = ChainDataset(photos, cache, args, train=False)
+    assert torch.equal(fixed.sample(0)["pixel_values"], photos.view(0)[0])
+    chosen = ChainDataset(photos, cache, args, max_samples=4)
+    assert len(chosen) == 4 and set(chosen.indices) < set(ChainDataset(photos, cache, args, max_samples=8).indices)
+
+
+# ---- the script -------------------------------------------------------------------------------------------------------
+
+
+def write_config(path, **kwargs):
+    path.write_text(yaml.safe_dump(TINY | {key: str(v) if isinstance(v, Path) else v for key, v in kwargs.items()}))
+    return str(path)
+
+
+def weights(folder):
+    return load_file(folder / "diffusion_pytorch_model.safetensors")
+
+
+def test_accelerate_launch_fine_tunes_a_pipeline(shapes_dir, cache_dir, pretrained_dir, tmp_path, script_env):
+    config = write_config(
+        tmp_path / "config.yaml",
+        train_data_dir=shapes_dir,
+        cache_dir=cache_dir,
+        pretrained_model_name_or_path=pretrained_dir,
+        max_train_steps=3,
+        gradient_checkpointing=True,
+    )
+    out = tmp_path / "out"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--cpu", SCRIPT, config]
+    run = subprocess.run(
+        [*launch, "--output_dir", str(out), "--mixed_precision", "bf16"],
+        env=script_env,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == str(out / "pipeline") and "Inverting photos" in run.stderr
+    for term in ("loss", "identity_loss", "perceptual_loss", "perceptual_loss_swapped"):
+        assert f"validation/{term} " in run.stderr
+    assert (out / "samples" / "sketch_before_after-000003.png").is_file()
+
+    before, after = (DiffSketchingPipeline.from_pretrained(folder) for folder in (pretrained_dir, out / "pipeline"))
+    assert after.id2label == ID2LABEL
+    moved = {n: (p - after.unet.get_parameter(n)).abs().max().item() for n, p in before.unet.named_parameters()}
+    assert sum(value > 0 for value in moved.values()) > 0.8 * len(moved)
+    for name in ("sketcher", "sketch_encoder", "image_encoder"):
+        frozen = getattr(after, name).state_dict()
+        assert all(torch.equal(value, frozen[key]) for key, value in getattr(before, name).state_dict().items())
+
+
+def test_a_run_killed_while_inverting_and_while_training_resumes_to_the_bit(
+    shapes_dir, pretrained_dir, tmp_path, script_env
+):
+    options = {
+        "max_train_steps": 12,
+        "checkpointing_steps": 2,
+        "inversion_batch_size": 3,
+        "lr_scheduler": "cosine",
+        "max_train_samples": 6,
+    }
+    options |= {"train_data_dir": str(shapes_dir), "pretrained_model_name_or_path": pretrained_dir}
+    config = write_config(tmp_path / "config.yaml", **options)
+    cut = tmp_path / "cut"
+    command = [sys.executable, SCRIPT, config, "--output_dir", str(cut), "--resume_from_checkpoint", "latest"]
+    for waits_for in (lambda: list(cut.glob("inverted/*/*.safetensors")), lambda: list(cut.glob("checkpoint-[2-9]"))):
+        process = subprocess.Popen(command, env=script_env, stderr=subprocess.DEVNULL, start_new_session=True)
+        try:
+            deadline = time.monotonic() + 120
+            while not waits_for():
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.002)
+        finally:
+            process.send_signal(signal.SIGKILL)
+            assert process.wait() == -signal.SIGKILL
+        assert not (cut / "pipeline").exists()
+    main(tiny_args(**options, output_dir=str(cut), resume_from_checkpoint="latest"))
+    main(tiny_args(**options, output_dir=str(tmp_path / "whole")))
+    for name in ("unet", "unet_ema"):
+        one, other = (weights(root / "checkpoint-12" / name) for root in (cut, tmp_path / "whole"))
+        assert all(torch.equal(one[key], other[key]) for key in one)
+    files = [sorted(p.name for p in (root / "inverted").rglob("*.safetensors")) for root in (cut, tmp_path / "whole")]
+    assert files[0] == files[1] and len(files[0]) == 2 * 6 + 4
+
+
+def test_two_processes_equal_one_with_twice_the_batch(shapes_dir, cache_dir, pretrained_dir, tmp_path, script_env):
+    options = {"max_train_steps": 5, "train_data_dir": str(shapes_dir), "cache_dir": str(cache_dir)}
+    options |= {"pretrained_model_name_or_path": pretrained_dir, "mixed_precision": "no", "learning_rate": 1e-3}
+    # Adam divides by the gradient's size, so that where the true gradient is zero it magnifies rounding errors to steps.
+    options |= {"gradient_checkpointing": True, "num_validation_samples": 2, "adam_epsilon": 1e-3}
+    config = write_config(tmp_path / "config.yaml", **options)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    two = tmp_path / "two"
+    run = subprocess.run(
+        [*launch, SCRIPT, config, "--output_dir", str(two)],
+        env={**script_env, "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    main(tiny_args(**options | {"train_batch_size": 4}, output_dir=str(tmp_path / "one")))
+    one, other = (weights(tmp_path / name / "checkpoint-5" / "unet") for name in ("one", "two"))
+    start = DiffSketchingPipeline.from_pretrained(pretrained_dir).unet.state_dict()
+    assert max((one[key] - start[key]).abs().max() for key in one) > 1e-3
+    for key in one:
+        torch.testing.assert_close(one[key], other[key], atol=1e-5, rtol=0)
+
+
+def test_fine_tuning_lowers_the_loss_it_is_given(shapes_dir, cache_dir, pretrained_dir, tmp_path, monkeypatch):
+    options = {"train_data_dir": str(shapes_dir), "cache_dir": str(cache_dir), "identity_weight": 0.0}
+    options |= {"pretrained_model_name_or_path": pretrained_dir, "max_train_steps": 30, "ema_max_decay": 0.5}
+    found = []
+
+    class Recorded(FinetuneValidation):
+        def __init__(self, args, dataset, pipeline, loss):
+            super().__init__(args, dataset, pipeline, loss)
+            self(pipeline.unet)
+
+        def __call__(self, unet):
+            with torch.no_grad():
+                metrics, pictures = super().__call__(unet)
+            found.append(metrics)
+            return metrics, pictures
+
+    monkeypatch.setattr(finetune_diffsketching, "FinetuneValidation", Recorded)
+    main(tiny_args(**options, output_dir=str(tmp_path)))
+    before, after = found
+    assert after["loss"] == pytest.approx(after["perceptual_loss"], rel=1e-5)
+    assert after["loss"] < 0.985 * before["loss"]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"pretrained_model_name_or_path": None}, "`pretrained_model_name_or_path` is needed"),
+        ({"identity_weight": 1.2}, r"`identity_weight` must be in \[0, 1\], but got 1.2"),
+        ({"free_hand_strength": -1.0}, "`free_hand_strength` must not be negative, but got -1.0"),
+        ({"num_train_inference_steps": 0}, "`num_train_inference_steps` must be at least 1, but got 0"),
+        ({"num_fixed_point_iterations": -1}, "`num_fixed_point_iterations` must be at least 0, but got -1"),
+        ({"truncate_backprop_steps": 4}, "`truncate_backprop_steps` must be between 1 and .*, 3, but got 4"),
+        ({"truncate_backprop_steps": 1, "backprop": "per_step"}, "is for `--backprop chain`"),
+    ],
+)
+def test_unusable_arguments_are_refused(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        check_finetune_arguments(tiny_args(**{"pretrained_model_name_or_path": "somewhere", **kwargs}))
+
+
+@pytest.mark.parametrize(
+    ("components", "kwargs", "message"),
+    [
+        ((), {}, r"`identity_weight` below 1 \(it is 0.5\) needs the component `sketcher`, which 'x' does not have"),
+        (("sketcher",), {}, "needs the component `sketch_encoder`"),
+        (("sketcher", "sketch_encoder"), {}, "`identity_weight` above 0 .* needs the component `image_encoder`"),
+        (("image_encoder",), {"identity_weight": 1.0, "classifier_guidance_scale": 2.0}, "component `classifier`"),
+        (
+            ("image_encoder",),
+            {"identity_weight": 1.0, "resolution": 32},
+            "`resolution` must be the pipeline's, 16 x 16",
+        ),
+    ],
+)
+def test_a_pipeline_without_what_is_needed_is_refused(components, kwargs, message, tiny_pipeline_factory):
+    pipeline = tiny_pipeline_factory(components=components)
+    with pytest.raises(ValueError, match=message):
+        check_pipeline(pipeline, tiny_args(pretrained_model_name_or_path="x", **kwargs))
+
+
+def test_other_classes_are_refused(shapes_dir, tmp_path, tiny_pipeline_factory):
+    tiny_pipeline_factory().save_pretrained(tmp_path / "abc")
+    with pytest.raises(
+        ValueError, match=r"has the classes \['disc', 'square'\], but the pipeline has \['a', 'b', 'c'\]"
+    ):
+        main(
+            tiny_args(
+                pretrained_model_name_or_path=str(tmp_path / "abc"),
+                train_data_dir=str(shapes_dir),
+                output_dir=str(tmp_path / "out"),
+            )
+        )
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,562 @@
+# Copyright 2026 The DiffSketching Pipeline Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Fine-tunes the reverse process of a DiffSketching pipeline with the paper's constraints (eqs. 5-7, section 4).
+
+    accelerate launch training/finetune_diffsketching.py training/configs/finetune_garments64.yaml \
+        --pretrained_model_name_or_path garments-64 --train_data_dir garments
+
+For each photo x_0 and a drawing s_0 of it: x_0 is inverted to x_T with the frozen network (once: it is kept on disk), the
+network that learns makes x̂_0 from x_T with s_0 as its drawing, and the gradient of
+L = λ L_i(x_0, x̂_0) + (1-λ) L_p(P(x̂_0), s_0) runs back through the chain of sampling steps. The drawings are contours of
+the photos, redrawn as an unskilled hand would, so no drawing by a human is needed. The result is `output_dir/pipeline`:
+the pipeline that was given, with the fine-tuned UNet in it.
+
+Memory: `--gradient_checkpointing` keeps one step's activations however long the chain is, `--truncate_backprop_steps K`
+goes back through the last K steps only, and `--backprop per_step` through one step, drawn at random.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from data import CONTOUR_NAMES, DEFAULT_LINE_GAIN, PhotoSketchDataset, contour_to_sketch, free_hand_distortion
+from diffusers import DDIMScheduler
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from train_encoders import half_size
+from trainer import (
+    Sample,
+    Trainer,
+    TrainingArguments,
+    argument,
+    class_balanced_weights,
+    image_grid,
+    parse_args,
+    resolve_data_dir,
+    write_folder,
+)
+
+from diffsketching_pipeline import DiffSketchingLoss, DiffSketchingPipeline, ImageIdentityLoss, SketchPerceptualLoss
+from diffsketching_pipeline.denoising import (
+    Conditioning,
+    NoisePrediction,
+    checkpointed,
+    denoise,
+    get_alpha_prod,
+    invert,
+    predict_noise,
+    sampling_scheduler,
+)
+from diffsketching_pipeline.guidance import classifier_noise_delta
+
+
+@dataclass
+class FinetuneArguments(TrainingArguments):
+    """What this script adds to [`TrainingArguments`]."""
+
+    output_dir: str = argument(
+        "diffsketching-finetuned", "where checkpoints, samples, logs and `pipeline` are written"
+    )
+    learning_rate: float = argument(1e-5, "the learning rate after the warm-up; 2e-6 to 5e-5 is a useful range")
+    lr_warmup_steps: int = argument(20, "steps over which the learning rate rises from 0")
+    adam_weight_decay: float = argument(0.0, "AdamW's weight decay")
+    train_batch_size: int = argument(4, "photos per process and chain")
+
+    identity_weight: float = argument(0.5, "lambda of eq. 7 in [0, 1]: 1 keeps the photo, 0 follows the drawing")
+    num_train_inference_steps: int = argument(10, "sampling steps of the chain, and of the inversion that starts it")
+    num_fixed_point_iterations: int = argument(3, "network evaluations per inversion step beyond the first")
+    sketch_guidance_scale: float = argument(1.0, "classifier-free guidance on the drawing inside the chain; 1 = off")
+    classifier_guidance_scale: float = argument(0.0, "eq. 4 inside the chain, not differentiated; 0 = off")
+
+    backprop: Literal["chain", "per_step"] = argument(
+        "chain", "differentiate the chain, or only x_0 as predicted at one random step of it"
+    )
+    truncate_backprop_steps: int | None = argument(None, "differentiate this many last steps of the chain only")
+    gradient_checkpointing: bool = argument(False, "recompute each step's activations in the backward pass")
+
+    free_hand_strength: float = argument(
+        0.5, "largest strength of the distortion of drawings; 0 = contours as they are"
+    )
+    class_balance_power: float = argument(0.5, "0 samples photos evenly, 1 classes, between them in proportion")
+    max_train_samples: int | None = argument(None, "train on this many photos only, chosen by the hash of their names")
+    inversion_batch_size: int = argument(16, "photos inverted at once")
+
+    num_validation_samples: int = argument(16, "validation photos on which the constraints are measured")
+    num_validation_images: int = argument(8, "validation drawings in the picture")
+    ddpm_num_inference_steps: int = argument(25, "sampling steps for the picture")
+
+
+def check_finetune_arguments(args: FinetuneArguments) -> None:
+    """Raises `ValueError` for a value out of range, or two that exclude each other."""
+    if args.pretrained_model_name_or_path is None:
+        raise ValueError("`pretrained_model_name_or_path` is needed: the pipeline (folder or Hub id) to fine-tune.")
+    if not 0 <= args.identity_weight <= 1:
+        raise ValueError(f"`identity_weight` must be in [0, 1], but got {args.identity_weight}.")
+    if args.free_hand_strength < 0:
+        raise ValueError(f"`free_hand_strength` must not be negative, but got {args.free_hand_strength}.")
+    at_least = {"num_train_inference_steps": 1, "num_fixed_point_iterations": 0, "inversion_batch_size": 1}
+    at_least |= {"max_train_samples": 1, "num_validation_samples": 1, "num_validation_images": 1}
+    for name, minimum in at_least.items():
+        value = getattr(args, name)
+        if value is not None and value < minimum:
+            raise ValueError(f"`{name}` must be at least {minimum}, but got {value}.")
+    kept = args.truncate_backprop_steps
+    if kept is not None and not 1 <= kept <= args.num_train_inference_steps:
+        raise ValueError(
+            "`truncate_backprop_steps` must be between 1 and `num_train_inference_steps`, "
+            f"{args.num_train_inference_steps}, but got {kept}."
+        )
+    if kept is not None and args.backprop == "per_step":
+        raise ValueError("`truncate_backprop_steps` is for `--backprop chain`: per_step goes back through one step.")
+
+
+def check_pipeline(pipeline: DiffSketchingPipeline, args: FinetuneArguments) -> None:
+    """Raises `ValueError` for a component that the constraints need and the pipeline lacks, or another resolution."""
+    weight, scale = args.identity_weight, args.classifier_guidance_scale
+    needs = [
+        ("sketcher", weight < 1, f"`identity_weight` below 1 (it is {weight})"),
+        ("sketch_encoder", weight < 1, f"`identity_weight` below 1 (it is {weight})"),
+        ("image_encoder", weight > 0, f"`identity_weight` above 0 (it is {weight})"),
+        ("classifier", scale != 0, f"`classifier_guidance_scale` other than 0 (it is {scale})"),
+    ]
+    for name, is_needed, reason in needs:
+        if is_needed and getattr(pipeline, name) is None:
+            raise ValueError(
+                f"{reason} needs the component `{name}`, which {args.pretrained_model_name_or_path!r} does not have: "
+                "train it and join it with assemble.py."
+            )
+    if not isinstance(pipeline.scheduler, DDIMScheduler):
+        raise ValueError(f"the chain is DDIM's, but the pipeline has a {type(pipeline.scheduler).__name__}.")
+    if (args.resolution, args.resolution) != (pipeline.height, pipeline.width):
+        raise ValueError(
+            f"`resolution` must be the pipeline's, {pipeline.height} x {pipeline.width}, but got {args.resolution}."
+        )
+
+
+# ---- the noise that each photo comes from ---------------------------------------------------------------------------
+
+
+def weights_fingerprint(module: Any) -> str:
+    """SHA-256 of a model's settings and weights: equal if and only if they are."""
+    settings = {key: value for key, value in dict(module.config).items() if not key.startswith("_")}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+class NoiseCache:
+    """
+    x_T of photos on disk, one file each, named by all that it depends on: the pixels (after crop and flip), the class,
+    the network's weights, the noise schedule, the steps and the iterations.
+
+    Several runs may share a folder, and a kill at any moment leaves a file complete or absent.
+    """
+
+    def __init__(self, folder: Path, unet: Any, scheduler: DDIMScheduler, args: FinetuneArguments):
+        self.folder = folder
+        schedule = {key: value for key, value in dict(scheduler.config).items() if not key.startswith("_")}
+        chain = [args.num_train_inference_steps, args.num_fixed_point_iterations]
+        self.prefix = json.dumps([weights_fingerprint(unet), schedule, chain], sort_keys=True, default=str).encode()
+
+    def path(self, pixel_values: Tensor, class_label: int) -> Path:
+        """Where x_T of a photo [3, R, R] lies, whether it is there or not."""
+        content = self.prefix + f"{class_label} {tuple(pixel_values.shape)}".encode() + pixel_values.numpy().tobytes()
+        name = hashlib.sha256(content).hexdigest()[:40]
+        return self.folder / name[:2] / f"{name}.safetensors"
+
+    def load(self, pixel_values: Tensor, class_label: int) -> Tensor | None:
+        """x_T [3, R, R], or None where the file is missing or damaged."""
+        try:
+            latents = load_file(self.path(pixel_values, class_label))["latents"]
+        except Exception:  # whatever is wrong with the file, it is made again
+            return None
+        return latents if latents.shape == pixel_values.shape else None
+
+    def save(self, pixel_values: Tensor, class_label: int, latents: Tensor) -> None:
+        """Writes aside and renames."""
+        path = self.path(pixel_values, class_label)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".tmp")
+        os.close(descriptor)
+        try:
+            save_file({"latents": latents.float().cpu().contiguous()}, temporary)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+
+def in_groups(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Lists of `size` successive items, the last one maybe shorter."""
+    iterator = iter(items)
+    while group := list(itertools.islice(iterator, size)):
+        yield group
+
+
+@torch.no_grad()
+def fill_noise_cache(
+    cache: NoiseCache,
+    groups: Iterable[list[tuple[Tensor, int]]],
+    unet: Any,
+    scheduler: DDIMScheduler,
+    args: FinetuneArguments,
+    device: torch.device,
+) -> int:
+    """
+    Inverts the photos (pixels [3, R, R] and class) whose x_T is not there yet; returns their number.
+
+    A group is one batch, whole even if parts of it are there: the last bits of a result depend on its batch, and a run
+    that was killed on the way has to find what an uninterrupted one would have written.
+    """
+    sampler = sampling_scheduler(scheduler, args.num_train_inference_steps, device)
+    count = 0
+    for group in groups:
+        missing = [cache.load(*photo) is None for photo in group]
+        if not any(missing):
+            continue
+        # The null sketch: one x_T serves every drawing of a photo.
+        conditioning = Conditioning(torch.tensor([label for _, label in group], device=device))
+
+        def predict(latents: Tensor, timestep: Tensor, step_index: int, told: Conditioning = conditioning) -> Any:
+            return predict_noise(unet, unet.config, scheduler, latents, timestep, told, clip_sample=False)
+
+        images = torch.stack([pixels for pixels, _ in group]).to(device)
+        noise = invert(sampler, predict, images, sampler.timesteps, args.num_fixed_point_iterations)
+        for (pixels, label), latents, is_missing in zip(group, noise, missing, strict=True):
+            if is_missing:
+                cache.save(pixels, label, latents)
+                count += 1
+    return count
+
+
+# ---- data -----------------------------------------------------------------------------------------------------------
+
+
+class ChainDataset:
+    """
+    Photos, the noise they come from, and drawings of them by an unskilled hand.
+
+    A photo is cropped in one way, so that its x_T can be kept; both come flipped or not. Which contour is drawn, and how
+    badly, is keyed by (seed, epoch, index).
+
+    Args:
+        photos: with `train=False`: the crops have to be the same at every epoch.
+        cache: where x_T of `views()` lies once [`fill_noise_cache`] is done.
+        args: see [`FinetuneArguments`].
+        train: flip, and vary how badly is drawn.
+        max_samples: keep this many photos only, chosen by the hash of their names.
+    """
+
+    def __init__(
+        self,
+        photos: PhotoSketchDataset,
+        cache: NoiseCache,
+        args: FinetuneArguments,
+        train: bool = True,
+        max_samples: int | None = None,
+    ):
+        self.photos, self.cache, self.train = photos, cache, train
+        self.strength, self.num_steps = args.free_hand_strength, args.num_train_inference_steps
+        hashes = [hashlib.sha256(name.encode()).hexdigest() for name in photos.ids]
+        self.indices = sorted(sorted(range(len(hashes)), key=hashes.__getitem__)[:max_samples])
+        self.class_labels = [photos.class_labels[index] for index in self.indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def views(self) -> Iterator[tuple[Tensor, int]]:
+        """Every photo [3, R, R] that a sample may hold, with its class: what has to be inverted."""
+        for index, label in zip(self.indices, self.class_labels, strict=True):
+            pixels = self.photos.view(index)[0]
+            yield pixels, label
+            if self.train:
+                yield pixels.flip(-1).contiguous(), label
+
+    def num_views(self) -> int:
+        return len(self) * (2 if self.train else 1)
+
+    def sample(self, index: int, epoch: int = 0) -> Sample:
+        """
+        `pixel_values` and `latents` (x_T) [3, R, R], `sketch` [1, R, R], `class_label` int, `chain_step` int (the step
+        that `--backprop per_step` goes through), `id` str.
+
+        Raises:
+            FileNotFoundError: x_T of the photo is not in the cache.
+        """
+        photo_index, label = self.indices[index], self.class_labels[index]
+        rng = np.random.default_rng([self.photos.seed, epoch, index])
+        pixels, contours, box = self.photos.view(photo_index)
+        ink = half_size(contours[rng.integers(len(CONTOUR_NAMES))])
+        drawn = free_hand_distortion(ink, rng, self.strength * (rng.random() if self.train else 0.5))
+        gain = rng.uniform(1.2, 2.6) if self.train else DEFAULT_LINE_GAIN
+        sketch = torch.from_numpy(contour_to_sketch(drawn, self.photos.resolution, box, gain))[None]
+        if self.train and rng.random() < 0.5:
+            pixels, sketch = pixels.flip(-1).contiguous(), sketch.flip(-1)
+        latents = self.cache.load(pixels, label)
+        if latents is None:
+            raise FileNotFoundError(
+                f"x_T of the photo {self.photos.ids[photo_index]} is missing or damaged in {self.cache.folder}: start "
+                "again, and it is made anew."
+            )
+        return {
+            "pixel_values": pixels,
+            "latents": latents,
+            "sketch": sketch,
+            "class_label": label,
+            "chain_step": int(rng.integers(self.num_steps)),
+            "id": self.photos.ids[photo_index],
+        }
+
+
+# ---- the chain ------------------------------------------------------------------------------------------------------
+
+
+def run_chain(
+    unet: Callable[..., Any],
+    unet_config: Any,
+    scheduler: DDIMScheduler,
+    batch: dict[str, Tensor],
+    args: FinetuneArguments,
+    classifier: nn.Module | None = None,
+) -> Tensor:
+    """
+    x̂_0 of each photo's x_T and drawing, differentiable with respect to the parameters of `unet`.
+
+    Args:
+        unet: called as a conditional `UNet2DModel`; a wrapped one is called through its wrapper.
+        unet_config: its config.
+        scheduler: owns the noise schedule.
+        batch: `latents` [B, 3, R, R], `sketch` [B, 1, R, R], `class_label` and `chain_step` [B].
+        args: says how many steps there are, which of them are differentiated, and how they are guided.
+        classifier: for eq. 4, if `classifier_guidance_scale` is not 0.
+
+    Returns:
+        `Tensor`: [B, 3, R, R], unclipped.
+    """
+    sampler = sampling_scheduler(scheduler, args.num_train_inference_steps, batch["latents"].device)
+    conditioning = Conditioning(batch["class_label"], batch["sketch"])
+    called = checkpointed(unet) if args.gradient_checkpointing else unet
+
+    def predict_plainly(latents: Tensor, timestep: Tensor) -> NoisePrediction:
+        return predict_noise(
+            *(called, unet_config, scheduler, latents, timestep, conditioning, args.sketch_guidance_scale),
+            clip_sample=False,
+        )
+
+    def predict(latents: Tensor, timestep: Tensor, step_index: int) -> NoisePrediction:
+        prediction = predict_plainly(latents, timestep)
+        if classifier is None or args.classifier_guidance_scale == 0:
+            return prediction
+        delta = classifier_noise_delta(
+            *(classifier, latents, timestep, batch["class_label"], get_alpha_prod(scheduler, timestep, latents)),
+            args.classifier_guidance_scale,
+        )
+        return prediction._replace(noise_pred=prediction.noise_pred + delta)
+
+    if args.backprop == "chain":
+        return denoise(
+            *(sampler, predict, batch["latents"], sampler.timesteps),
+            truncate_backprop_steps=args.truncate_backprop_steps,
+        )
+
+    visited: list[Tensor] = []
+
+    def predict_and_remember(latents: Tensor, timestep: Tensor, step_index: int) -> NoisePrediction:
+        visited.append(latents)
+        return predict(latents, timestep, step_index)
+
+    steps = batch["chain_step"]
+    with torch.no_grad():
+        denoise(sampler, predict_and_remember, batch["latents"], sampler.timesteps[: int(steps.max()) + 1])
+    latents = torch.stack(visited)[steps, torch.arange(len(steps), device=steps.device)]
+    return predict_plainly(latents, sampler.timesteps[steps]).pred_original_sample
+
+
+def make_loss(pipeline: DiffSketchingPipeline, args: FinetuneArguments) -> DiffSketchingLoss:
+    """Eq. 7 on the frozen networks of the pipeline."""
+    perceptual = None if pipeline.sketch_encoder is None else SketchPerceptualLoss(pipeline.sketch_encoder)
+    identity = None if pipeline.image_encoder is None else ImageIdentityLoss(pipeline.image_encoder)
+    return DiffSketchingLoss(pipeline.sketcher, perceptual, identity, args.identity_weight)
+
+
+class FinetuneValidation:
+    """
+    The constraints on fixed validation photos and drawings, and a picture: drawings, photos before, photos after.
+
+    `perceptual_loss_swapped` holds each result against the drawing of another photo: what a network that ignores the
+    drawing would reach.
+    """
+
+    def __init__(
+        self, args: FinetuneArguments, dataset: ChainDataset, pipeline: DiffSketchingPipeline, loss: DiffSketchingLoss
+    ):
+        self.args = dataclasses.replace(args, backprop="chain", truncate_backprop_steps=None)
+        self.pipeline, self.loss = pipeline, loss
+        samples = [dataset.sample(i) for i in range(len(dataset))]
+        self.batch: dict[str, Tensor] = {
+            name: torch.stack([torch.as_tensor(sample[name]) for sample in samples])
+            for name in ("pixel_values", "latents", "sketch", "class_label", "chain_step")
+        }
+        drawn = [i for i, sample in enumerate(samples) if (sample["sketch"] < 0).any()]
+        shown = min(args.num_validation_images, len(drawn))
+        self.shown = [drawn[i * len(drawn) // shown] for i in range(shown)]
+        self.before = self.pictures(pipeline.unet) if self.shown else None
+
+    @torch.no_grad()
+    def pictures(self, unet: Any) -> Tensor:
+        """Photos of the shown drawings with fixed seeds, [N, 3, R, R] in [-1, 1]."""
+        pretrained = self.pipeline.unet
+        self.pipeline.register_modules(unet=unet)
+        try:
+            images = self.pipeline(
+                self.batch["sketch"][self.shown],
+                class_labels=self.batch["class_label"][self.shown].tolist(),
+                num_images_per_sketch=1,
+                num_inference_steps=self.args.ddpm_num_inference_steps,
+                generator=[torch.Generator().manual_seed(i) for i in range(len(self.shown))],
+                output_type="pt",
+            ).images
+        finally:
+            self.pipeline.register_modules(unet=pretrained)
+        return images.cpu() * 2 - 1
+
+    def __call__(self, unet: Any) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """The mean constraints and the picture of a UNet."""
+        values: dict[str, list[Tensor]] = {}
+        size, pipeline = self.args.train_batch_size, self.pipeline
+        swapped = self.batch["sketch"].roll(1, dims=0)
+        for first in range(0, len(swapped), size):
+            part = slice(first, first + size)
+            batch = {name: value[part].to(unet.device) for name, value in self.batch.items()}
+            pred = run_chain(unet, unet.config, pipeline.scheduler, batch, self.args, pipeline.classifier)
+            losses = self.loss(pred, batch["pixel_values"], batch["sketch"])
+            found = {"loss": losses.loss, "identity_loss": losses.identity, "perceptual_loss": losses.perceptual}
+            if losses.perceptual is not None and len(swapped) > 1:
+                other = self.loss(pred, batch["pixel_values"], swapped[part].to(unet.device))
+                found["perceptual_loss_swapped"] = other.perceptual
+            for name, value in found.items():
+                if value is not None:
+                    values.setdefault(name, []).append(value)
+        metrics = {name: float(torch.cat(parts).mean()) for name, parts in values.items()}
+        if self.before is None:
+            return metrics, {}
+        rows = [self.batch["sketch"][self.shown], self.before, self.pictures(unet)]
+        return metrics, {"sketch_before_after": image_grid(rows, scale=2)}
+
+
+# ---- the script -----------------------------------------------------------------------------------------------------
+
+
+def load_frozen_pipeline(args: FinetuneArguments) -> DiffSketchingPipeline:
+    """The pretrained pipeline in float32, none of whose parameters learns."""
+    pipeline = DiffSketchingPipeline.from_pretrained(str(args.pretrained_model_name_or_path))
+    check_pipeline(pipeline, args)
+    pipeline.set_progress_bar_config(disable=True)
+    for component in pipeline.components.values():
+        if isinstance(component, nn.Module):
+            component.eval().requires_grad_(False)
+    return pipeline
+
+
+def load_photos(args: FinetuneArguments, id2label: dict[int, str]) -> dict[str, PhotoSketchDataset]:
+    """
+    Photos of both splits, never augmented.
+
+    Raises:
+        ValueError: their classes are not those of the pipeline.
+    """
+    root = resolve_data_dir(args)
+    photos = {}
+    for split in ("train", "validation"):
+        photos[split] = PhotoSketchDataset(
+            root, split, args.resolution, args.seed, train=False, cache_dir=args.cache_dir
+        )
+        if photos[split].id2label != id2label:
+            raise ValueError(
+                f"`train_data_dir` has the classes {list(photos[split].id2label.values())}, but the pipeline has "
+                f"{list(id2label.values())}."
+            )
+    return photos
+
+
+def main(args: FinetuneArguments) -> None:
+    """Fine-tunes as the arguments say; the pipeline lies in `output_dir/pipeline` afterwards."""
+    check_finetune_arguments(args)
+    pipeline = load_frozen_pipeline(args)
+    photos = load_photos(args, pipeline.id2label)
+    cache_folder = Path(args.cache_dir if args.cache_dir is not None else args.output_dir) / "inverted"
+    cache = NoiseCache(cache_folder, pipeline.unet, pipeline.scheduler, args)
+    dataset = ChainDataset(photos["train"], cache, args, max_samples=args.max_train_samples)
+    validation_dataset = ChainDataset(photos["validation"], cache, args, False, args.num_validation_samples)
+
+    unet = type(pipeline.unet).from_config(pipeline.unet.config)
+    unet.load_state_dict(pipeline.unet.state_dict())
+    weights = class_balanced_weights(dataset.class_labels, args.class_balance_power)
+    trainer = Trainer(args, {"unet": unet}, dataset, sample_weights=weights)
+    accelerator = trainer.accelerator
+    pipeline.to(accelerator.device)
+
+    views = itertools.chain(dataset.views(), validation_dataset.views())
+    progress = tqdm(
+        views,
+        desc="Inverting photos",
+        total=dataset.num_views() + validation_dataset.num_views(),
+        unit="photo",
+        disable=not accelerator.is_local_main_process,
+        mininterval=0.5 if sys.stderr.isatty() else 10,
+        leave=False,
+    )
+    groups = in_groups(progress, args.inversion_batch_size)
+    mine = itertools.islice(groups, accelerator.process_index, None, accelerator.num_processes)
+    fill_noise_cache(cache, mine, pipeline.unet, pipeline.scheduler, args, accelerator.device)
+    accelerator.wait_for_everyone()
+
+    loss = make_loss(pipeline, args)
+    validation = None
+    if accelerator.is_main_process:
+        validation = FinetuneValidation(args, validation_dataset, pipeline, loss)
+
+    def compute_loss(batch: dict[str, Any]) -> dict[str, Tensor]:
+        pred = run_chain(
+            trainer.modules["unet"], unet.config, pipeline.scheduler, batch, args, classifier=pipeline.classifier
+        )
+        losses = loss(pred, batch["pixel_values"], batch["sketch"])
+        terms = {"perceptual_loss": losses.perceptual, "identity_loss": losses.identity}
+        logged = {name: term.detach().mean() for name, term in terms.items() if term is not None}
+        return {"loss": losses.loss.mean(), **logged}
+
+    trainer.train(compute_loss, validation and (lambda: validation(trainer.unwrap("unet"))))
+    if accelerator.is_main_process:
+        pipeline.to("cpu")
+        pipeline.register_modules(unet=trainer.ema_copy("unet"))
+        with write_folder(Path(args.output_dir) / "pipeline") as folder:
+            pipeline.save_pretrained(folder)
+        print(Path(args.output_dir) / "pipeline")
+
+
+if __name__ == "__main__":
+    main(parse_args(FinetuneArguments, sys.argv[1:], description=__doc__))
