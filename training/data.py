@@ -74,7 +74,7 @@ class CachedPhoto(NamedTuple):
 # ---- from a photo to drawings of it ---------------------------------------------------------------------------------
 
 
-def _resized_to_short_side(image: Image.Image, short_side: int, longest_side: int) -> Image.Image:
+def resized_to_short_side(image: Image.Image, short_side: int, longest_side: int) -> Image.Image:
     scale = min(short_side / min(image.size), longest_side / max(image.size))
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     return image.resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC)
@@ -118,7 +118,7 @@ def object_mask(image: Image.Image, num_colors: int = 32, num_iterations: int = 
     Returns:
         `np.ndarray`: bool [h, w] at a short side of `side` pixels; empty or full where the photo has no clear object.
     """
-    image = _resized_to_short_side(image.convert("RGB"), side, 4 * side)
+    image = resized_to_short_side(image.convert("RGB"), side, 4 * side)
     lab = ndimage.gaussian_filter(rgb2lab(np.asarray(image)), sigma=(1.0, 1.0, 0.0))
     lab[..., 0] *= 0.7  # a shadow changes lightness more than hue
     height, width = lab.shape[:2]
@@ -165,7 +165,7 @@ def _object_parts(edges: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 def _find_contours(image: Image.Image) -> tuple[list[np.ndarray], Box]:
     image = image.convert("RGB")
-    scaled = _resized_to_short_side(image, CONTOUR_SIZE, _LONGEST_SIDE)
+    scaled = resized_to_short_side(image, CONTOUR_SIZE, _LONGEST_SIDE)
     grey = np.asarray(scaled.convert("L"), dtype=np.float32) / 255
     low, high = np.percentile(grey, [2, 98])
     grey = np.clip((grey - low) / max(high - low, 0.1), 0, 1)
@@ -178,7 +178,7 @@ def _find_contours(image: Image.Image) -> tuple[list[np.ndarray], Box]:
     else:
         object_parts = silhouette = content = _without_small_parts(medium, min_share=0.25)
     edges = [fine, medium, coarse, object_parts, silhouette]
-    return [ndimage.binary_dilation(e, disk(1)) for e in edges], _bounding_box(content)
+    return [ndimage.binary_dilation(e, disk(1)) for e in edges], bounding_box(content)
 
 
 def photo_to_contours(image: Image.Image) -> list[np.ndarray]:
@@ -197,7 +197,7 @@ def photo_to_contours(image: Image.Image) -> list[np.ndarray]:
     return _find_contours(image)[0]
 
 
-def _bounding_box(ink: np.ndarray) -> Box:
+def bounding_box(ink: np.ndarray) -> Box:
     """The box around the True pixels as fractions of the sides; the whole page when there are none."""
     rows, columns = np.flatnonzero(ink.any(axis=1)), np.flatnonzero(ink.any(axis=0))
     if len(rows) == 0:
@@ -379,7 +379,7 @@ def free_hand_distortion(sketch: np.ndarray, rng: np.random.Generator, strength:
     if strength == 0 or not ink.any():
         return ink
     parts = _drop_parts(ink, rng, strength)
-    left, top, right, bottom = _bounding_box(parts)
+    left, top, right, bottom = bounding_box(parts)
     centre = torch.tensor([left + right - 1, top + bottom - 1], dtype=torch.float32)
     matrix = torch.from_numpy(_random_affine(rng, strength).astype(np.float32))
     grid = (_page_grid(ink.shape) - centre) @ matrix.T + centre
@@ -402,7 +402,7 @@ def prepare_photo(content: bytes, image_size: int) -> CachedPhoto:
     with Image.open(io.BytesIO(content)) as opened:
         image = ImageOps.exif_transpose(opened).convert("RGB")
     contours, content_box = _find_contours(image)
-    small = _resized_to_short_side(image, image_size, 4 * image_size)
+    small = resized_to_short_side(image, image_size, 4 * image_size)
     return CachedPhoto(np.asarray(small), np.stack(contours), content_box)
 
 
@@ -520,18 +520,36 @@ class PhotoSketchDataset(Dataset):
         self.cache_dir = Path(cache_dir) if cache_dir is not None else None
         self.image_size = 2 * resolution
 
-        files, class_names = _list_images(Path(root), split)
+        files, class_names = self._list(root, split)
         self.id2label = dict(enumerate(class_names))
         self.label2id = {label: index for index, label in self.id2label.items()}
         files = [file for file in files if keep is None or keep(file.stem)]
-        self.files: list[Path] = []
-        self.corrupt_files: list[Path] = []
+        self.files: list[Any] = []
+        self.corrupt_files: list[Any] = []
         self._cached: list[Path | dict[str, np.ndarray]] = []
         self._prepare(files, split)
-        self.class_labels = [self.label2id[file.parent.name] for file in self.files]
+        self.class_labels = [self._class_label(file) for file in self.files]
         self.ids = [file.stem for file in self.files]
 
-    def _prepare(self, files: list[Path], split: str) -> None:
+    # What a dataset of other files changes: which there are, their classes, how they are read and drawn.
+
+    def _list(self, root: Any, split: str) -> tuple[list[Any], list[str]]:
+        return _list_images(Path(root), split)
+
+    def _class_label(self, file: Any) -> int:
+        return self.label2id[file.parent.name]
+
+    def _read(self, file: Any) -> bytes:
+        """Everything that the photo and its drawings are made of."""
+        return file.read_bytes()
+
+    def _make(self, content: bytes) -> CachedPhoto:
+        return prepare_photo(content, self.image_size)
+
+    def _choose_contour(self, contours: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        return contours[rng.choice(len(contours), p=self.contour_probabilities)]
+
+    def _prepare(self, files: list[Any], split: str) -> None:
         interval = 0.5 if sys.stderr.isatty() else 10
         for file in tqdm(files, desc=f"Drawing {split} photos", unit="photo", mininterval=interval, leave=False):
             try:
@@ -548,14 +566,14 @@ class PhotoSketchDataset(Dataset):
         if not self.files:
             raise ValueError(f"`split` {split!r} has no readable photo left of {len(files)} files.")
 
-    def _cache_entry(self, file: Path) -> Path | dict[str, np.ndarray]:
-        content = file.read_bytes()
+    def _cache_entry(self, file: Any) -> Path | dict[str, np.ndarray]:
+        content = self._read(file)
         if self.cache_dir is None:
-            return _pack(prepare_photo(content, self.image_size))
+            return _pack(self._make(content))
         key = hashlib.sha256(f"{_CACHE_VERSION}:{self.image_size}:{CONTOUR_SIZE}:".encode() + content).hexdigest()[:40]
         path = self.cache_dir / key[:2] / f"{key}.npz"
         if not path.exists():
-            _save_cached(path, prepare_photo(content, self.image_size))
+            _save_cached(path, self._make(content))
         return path
 
     def __len__(self) -> int:
@@ -573,7 +591,7 @@ class PhotoSketchDataset(Dataset):
             return _unpack(entry)
         photo = _load_cached(entry)
         if photo is None:
-            photo = prepare_photo(self.files[index].read_bytes(), self.image_size)
+            photo = self._make(self._read(self.files[index]))
             _save_cached(entry, photo)
         return photo
 
@@ -655,7 +673,7 @@ class PhotoSketchDataset(Dataset):
     def _sketch(self, contours: np.ndarray, index: int, box: Box, rng: np.random.Generator) -> np.ndarray:
         if not self.train:
             return contour_to_sketch(contours[index % len(contours)], self.resolution, box, sum(self.line_gain) / 2)
-        contour = contours[rng.choice(len(contours), p=self.contour_probabilities)]
+        contour = self._choose_contour(contours, rng)
         gain = rng.uniform(*self.line_gain)
         if self.jitter == 0:
             return contour_to_sketch(contour, self.resolution, box, gain)

@@ -18,9 +18,12 @@
 
 For each photo x_0 and a drawing s_0 of it: x_0 is inverted to x_T with the frozen network (once: it is kept on disk), the
 network that learns makes x̂_0 from x_T with s_0 as its drawing, and the gradient of
-L = λ L_i(x_0, x̂_0) + (1-λ) L_p(P(x̂_0), s_0) runs back through the chain of sampling steps. The drawings are contours of
-the photos, redrawn as an unskilled hand would, so no drawing by a human is needed. The result is `output_dir/pipeline`:
-the pipeline that was given, with the fine-tuned UNet in it.
+L = λ L_i(x_0, x̂_0) + (1-λ) L_p(P(x̂_0), s_0) runs back through the chain of sampling steps. The result is
+`output_dir/pipeline`: the pipeline that was given, with the fine-tuned UNet in it.
+
+The data is one of: a folder with `train` and `validation`, each with photos in class folders (the drawings are then contours
+of the photos, redrawn as an unskilled hand would); a folder with `photo` and `sketch`, matched by name; a dataset with a
+column of photos and one of drawings (`--conditioning_image_column`). See `pairs.py` for the last two.
 
 Memory: `--gradient_checkpointing` keeps one step's activations however long the chain is, `--truncate_backprop_steps K`
 goes back through the last K steps only, and `--backprop per_step` through one step, drawn at random.
@@ -40,8 +43,9 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from data import CONTOUR_NAMES, DEFAULT_LINE_GAIN, PhotoSketchDataset, contour_to_sketch, free_hand_distortion
+from data import DEFAULT_LINE_GAIN, PhotoSketchDataset, contour_to_sketch, free_hand_distortion
 from diffusers import DDIMScheduler
+from pairs import PairedPhotoDataset, find_pairs, load_dataset_pairs, split_pairs
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -96,8 +100,15 @@ class FinetuneArguments(TrainingArguments):
     truncate_backprop_steps: int | None = argument(None, "differentiate this many last steps of the chain only")
     gradient_checkpointing: bool = argument(False, "recompute each step's activations in the backward pass")
 
-    free_hand_strength: float = argument(
-        0.5, "largest strength of the distortion of drawings; 0 = contours as they are"
+    conditioning_image_column: str | None = argument(
+        None, "`dataset_name` has this column of drawings, one or a list per photo; left out: it is a folder of photos"
+    )
+    image_column: str = argument("image", "its column of photos")
+    label_column: str = argument("label", "its column of classes, if it has one")
+    free_hand_strength: float | None = argument(
+        None,
+        "largest strength of the distortion of drawings, 0 = as they are; left out: 0.5 for contours, 0 for drawings that "
+        "people made",
     )
     class_balance_power: float = argument(0.5, "0 samples photos evenly, 1 classes, between them in proportion")
     max_train_samples: int | None = argument(None, "train on this many photos only, chosen by the hash of their names")
@@ -114,7 +125,7 @@ def check_finetune_arguments(args: FinetuneArguments) -> None:
         raise ValueError("`pretrained_model_name_or_path` is needed: the pipeline (folder or Hub id) to fine-tune.")
     if not 0 <= args.identity_weight <= 1:
         raise ValueError(f"`identity_weight` must be in [0, 1], but got {args.identity_weight}.")
-    if args.free_hand_strength < 0:
+    if args.free_hand_strength is not None and args.free_hand_strength < 0:
         raise ValueError(f"`free_hand_strength` must not be negative, but got {args.free_hand_strength}.")
     at_least = {"num_train_inference_steps": 1, "num_fixed_point_iterations": 0, "inversion_batch_size": 1}
     at_least |= {"max_train_samples": 1, "num_validation_samples": 1, "num_validation_images": 1}
@@ -280,7 +291,11 @@ class ChainDataset:
         max_samples: int | None = None,
     ):
         self.photos, self.cache, self.train = photos, cache, train
-        self.strength, self.num_steps = args.free_hand_strength, args.num_train_inference_steps
+        self.num_steps = args.num_train_inference_steps
+        by_people = isinstance(photos, PairedPhotoDataset)
+        self.strength = args.free_hand_strength
+        if self.strength is None:
+            self.strength = 0.0 if by_people else 0.5
         hashes = [hashlib.sha256(name.encode()).hexdigest() for name in photos.ids]
         self.indices = sorted(sorted(range(len(hashes)), key=hashes.__getitem__)[:max_samples])
         self.class_labels = [photos.class_labels[index] for index in self.indices]
@@ -310,7 +325,7 @@ class ChainDataset:
         photo_index, label = self.indices[index], self.class_labels[index]
         rng = np.random.default_rng([self.photos.seed, epoch, index])
         pixels, contours, box = self.photos.view(photo_index)
-        ink = half_size(contours[rng.integers(len(CONTOUR_NAMES))])
+        ink = half_size(contours[rng.integers(len(contours))])
         drawn = free_hand_distortion(ink, rng, self.strength * (rng.random() if self.train else 0.5))
         gain = rng.uniform(1.2, 2.6) if self.train else DEFAULT_LINE_GAIN
         sketch = torch.from_numpy(contour_to_sketch(drawn, self.photos.resolution, box, gain))[None]
@@ -482,24 +497,42 @@ def load_frozen_pipeline(args: FinetuneArguments) -> DiffSketchingPipeline:
     return pipeline
 
 
-def load_photos(args: FinetuneArguments, id2label: dict[int, str]) -> dict[str, PhotoSketchDataset]:
+def load_photos(args: FinetuneArguments, pipeline: DiffSketchingPipeline) -> dict[str, PhotoSketchDataset]:
     """
-    Photos of both splits, never augmented.
+    Photos of both splits, never augmented, with what can be drawn of them; see the head of this file for the layouts.
 
     Raises:
-        ValueError: their classes are not those of the pipeline.
+        ValueError: there are none, or their classes are not those of the pipeline.
     """
+    id2label = pipeline.id2label
+    if args.conditioning_image_column is not None and args.dataset_name is None:
+        raise ValueError("`conditioning_image_column` is a column of `dataset_name`: give that, too.")
+    pairs = None
+    if args.dataset_name is not None and args.conditioning_image_column is not None:
+        columns = (args.image_column, args.conditioning_image_column, args.label_column)
+        pairs = load_dataset_pairs(args.dataset_name, *columns, cache_dir=args.cache_dir)
+    elif args.train_data_dir is not None and (Path(args.train_data_dir) / "sketch").is_dir():
+        pairs = find_pairs(Path(args.train_data_dir) / "photo", Path(args.train_data_dir) / "sketch")
+    shared: dict[str, Any] = {
+        "resolution": args.resolution,
+        "seed": args.seed,
+        "train": False,
+        "cache_dir": args.cache_dir,
+    }
+    if pairs is not None:
+        names = [id2label[index] for index in range(len(id2label))]
+        shared["null_class"] = pipeline.null_class
+        return {
+            split: PairedPhotoDataset(members, names, split=split, **shared)
+            for split, members in split_pairs(pairs).items()
+        }
     root = resolve_data_dir(args)
-    photos = {}
-    for split in ("train", "validation"):
-        photos[split] = PhotoSketchDataset(
-            root, split, args.resolution, args.seed, train=False, cache_dir=args.cache_dir
+    photos = {split: PhotoSketchDataset(root, split, **shared) for split in ("train", "validation")}
+    if photos["train"].id2label != id2label:
+        raise ValueError(
+            f"`train_data_dir` has the classes {list(photos['train'].id2label.values())}, but the pipeline has "
+            f"{list(id2label.values())}."
         )
-        if photos[split].id2label != id2label:
-            raise ValueError(
-                f"`train_data_dir` has the classes {list(photos[split].id2label.values())}, but the pipeline has "
-                f"{list(id2label.values())}."
-            )
     return photos
 
 
@@ -507,7 +540,7 @@ def main(args: FinetuneArguments) -> None:
     """Fine-tunes as the arguments say; the pipeline lies in `output_dir/pipeline` afterwards."""
     check_finetune_arguments(args)
     pipeline = load_frozen_pipeline(args)
-    photos = load_photos(args, pipeline.id2label)
+    photos = load_photos(args, pipeline)
     cache_folder = Path(args.cache_dir if args.cache_dir is not None else args.output_dir) / "inverted"
     cache = NoiseCache(cache_folder, pipeline.unet, pipeline.scheduler, args)
     dataset = ChainDataset(photos["train"], cache, args, max_samples=args.max_train_samples)

@@ -14,12 +14,14 @@
 """Fine-tuning: the chain and its gradients, the cache of inverted photos, and the script as it is launched."""
 
 import dataclasses
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import datasets
 import finetune_diffsketching
 import pytest
 import torch
@@ -38,6 +40,7 @@ from finetune_diffsketching import (
     run_chain,
     weights_fingerprint,
 )
+from PIL import Image
 from safetensors.torch import load_file
 from testing_utils import SIZE, make_scheduler, make_unet, randn
 
@@ -359,6 +362,41 @@ def test_a_run_killed_while_inverting_and_while_training_resumes_to_the_bit(
         assert all(torch.equal(one[key], other[key]) for key in one)
     files = [sorted(p.name for p in (root / "inverted").rglob("*.safetensors")) for root in (cut, tmp_path / "whole")]
     assert files[0] == files[1] and len(files[0]) == 2 * 6 + 4
+
+
+@pytest.mark.parametrize("layout", ["folders", "dataset"])
+def test_drawings_by_people_are_used_as_they_are(layout, shapes_dir, pretrained_dir, tmp_path):
+    root, table = tmp_path / "pairs", {"image": [], "sketch": [], "label": []}
+    for photo in sorted((shapes_dir / "train").rglob("*.png")):
+        label = photo.parent.name
+        for folder in ("photo", "sketch"):
+            (root / folder / label).mkdir(parents=True, exist_ok=True)
+        shutil.copy(photo, root / "photo" / label)
+        sketch = root / "sketch" / label / f"{photo.stem}-1.png"
+        Image.open(photo).convert("L").point(lambda value: 0 if value < 150 else 255).save(sketch)
+        for column, value in zip(table, (str(photo), str(sketch), label), strict=True):
+            table[column].append(value)
+    options = {"train_data_dir": str(root)}
+    if layout == "dataset":
+        features = datasets.Features(image=datasets.Image(), sketch=datasets.Image(), label=datasets.Value("string"))
+        (tmp_path / "set").mkdir()
+        datasets.Dataset.from_dict(table, features=features).to_parquet(tmp_path / "set" / "train.parquet")
+        options = {"dataset_name": str(tmp_path / "set"), "conditioning_image_column": "sketch"}
+    args = tiny_args(
+        **options,
+        pretrained_model_name_or_path=pretrained_dir,
+        output_dir=str(tmp_path / "out"),
+        cache_dir=str(tmp_path / "cache"),
+        max_train_steps=1,
+    )
+    pipeline = finetune_diffsketching.load_frozen_pipeline(args)
+    photos = finetune_diffsketching.load_photos(args, pipeline)
+    assert {split: len(dataset) for split, dataset in photos.items()}.keys() == {"train", "validation"}
+    assert len(photos["train"]) + len(photos["validation"]) == 16
+    cache = NoiseCache(tmp_path, pipeline.unet, pipeline.scheduler, args)
+    assert ChainDataset(photos["train"], cache, args).strength == 0.0
+    main(args)
+    assert (tmp_path / "out" / "pipeline" / "model_index.json").is_file()
 
 
 def test_two_processes_equal_one_with_twice_the_batch(shapes_dir, cache_dir, pretrained_dir, tmp_path, script_env):
