@@ -134,8 +134,9 @@ def predict_noise(
     """
     One noise prediction, guided by the drawing without a classifier: ε = ε(∅) + w (ε(s, y) - ε(∅)) (Ho & Salimans, 2022).
 
-    ∅ is no drawing and, where the network knows "no class", no class either. Both predictions, and those for several drawings of one image, come from one batched forward. x̂_0 is clipped if
-    asked, and ε is always re-derived from the clipped x̂_0, as guided-diffusion does before it adds guidance.
+    ∅ is no drawing and, where the network knows "no class", no class either. Both predictions, and those for several
+    drawings of one image, come from one batched forward. x̂_0 is clipped if asked, and ε is always re-derived from the
+    clipped x̂_0, as guided-diffusion does before it adds guidance.
 
     Args:
         unet: called as `unet(sample, timestep, class_labels, return_dict=False)`; returns a tuple.

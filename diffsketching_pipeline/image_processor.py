@@ -262,7 +262,7 @@ def preprocess_photos(images: Any, height: int, width: int) -> torch.Tensor:
         images (path, `PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of these):
             Arrays `[H, W, 3]` and tensors `[3, H, W]`, or batches of them: uint8, or floats in [-1, 1] if one is negative
             and in [0, 1] otherwise. Files, images and uint8 arrays are scaled to cover the size and cropped around their
-            centre; floats are never resampled and have to have that size.
+            centre, what is transparent is white; floats are never resampled and have to have that size.
         height, width (`int`): size of the result in pixels.
 
     Returns:
@@ -291,11 +291,7 @@ def _preprocess_photo(item: _Item, size: tuple[int, int]) -> torch.Tensor:
             image = _array_to_pil(item)
         else:
             image = _load_image(item.value, item.name)
-        try:
-            image = image.convert("RGB")
-        except ValueError as error:
-            raise ValueError(f"{item.name} has mode {image.mode!r}; convert it to RGB. ({error})") from error
-        image = ImageOps.fit(image, size[::-1], Image.Resampling.LANCZOS)
+        image = ImageOps.fit(_to_rgb(image, item.name), size[::-1], Image.Resampling.LANCZOS)
         return torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
     pixels = torch.as_tensor(_channels_last(item)).detach().to("cpu", torch.float32).permute(2, 0, 1)
     if tuple(pixels.shape) != (3, *size):
@@ -307,6 +303,20 @@ def _preprocess_photo(item: _Item, size: tuple[int, int]) -> torch.Tensor:
     if not (low >= -1.001 and high <= 1.001):
         raise ValueError(f"{item.name} has floats in [{low:g}, {high:g}], but they have to be in [0, 1] or [-1, 1].")
     return pixels if item.signed else pixels * 2 - 1
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    """8-bit RGB, what is transparent laid on white."""
+    if image.mode.startswith("I") or image.mode == "F":
+        image = Image.fromarray(_scale_to_uint8(np.asarray(image), name))
+    try:
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            page = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(page, image)
+        return image.convert("RGB")
+    except ValueError as error:
+        raise ValueError(f"{name} has mode {image.mode!r}; convert it to RGB. ({error})") from error
 
 
 # What was given: checks that need no decoding

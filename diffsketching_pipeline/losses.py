@@ -311,14 +311,23 @@ class DiffSketchingLoss(nn.Module):
         if torch.is_tensor(pred_images):
             pred_images = clamp_straight_through(pred_images)
         check_range("pred_images", pred_images, channels=3)
+        check_range("images", images, channels=3)
+        check_range("sketch", sketch, channels=1)
         perceptual = identity = None
-        if self.perceptual_loss is not None and self.sketcher is not None:
-            perceptual = self.perceptual_loss(self.sketcher(pred_images), sketch)
-        if self.identity_loss is not None:
-            identity = self.identity_loss(pred_images, images)
         loss = torch.zeros(len(pred_images), device=pred_images.device)
-        if perceptual is not None and self.identity_weight < 1.0:
-            loss = loss + (1 - self.identity_weight) * perceptual
-        if identity is not None and self.identity_weight > 0.0:
-            loss = loss + self.identity_weight * identity
+        if self.perceptual_loss is not None and self.sketcher is not None:
+            weight = 1 - self.identity_weight
+            with _recording(weight != 0):
+                perceptual = self.perceptual_loss(self.sketcher(pred_images), sketch)
+            loss = loss + weight * perceptual
+        if self.identity_loss is not None:
+            weight = self.identity_weight
+            with _recording(weight != 0):
+                identity = self.identity_loss(pred_images, images)
+            loss = loss + weight * identity
         return DiffSketchingLosses(loss, perceptual, identity)
+
+
+def _recording(wanted: bool) -> Any:
+    """Gradients are recorded inside if they are outside and it is wanted: a term without weight needs no memory."""
+    return torch.set_grad_enabled(torch.is_grad_enabled() and wanted)

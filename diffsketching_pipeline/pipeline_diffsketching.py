@@ -285,13 +285,7 @@ class DiffSketchingPipeline(DiffusionPipeline):
             raise ValueError(f"`num_images_per_sketch` has to be an integer but is {num_images_per_sketch!r}.")
         if num_images_per_sketch < 1:
             raise ValueError(f"`num_images_per_sketch` has to be at least 1 but is {num_images_per_sketch}.")
-        labels = _as_list(class_labels)
-        if isinstance(labels, list) and not labels:
-            raise ValueError("`class_labels` is empty: give at least one, or None.")
-        if class_labels is not None and self.num_classes == 0:
-            raise ValueError(
-                f"`class_labels` is {class_labels!r} but this checkpoint has no classes: leave it at None."
-            )
+        self._check_has_classes(class_labels)
         for name, scale in scales.items():
             self._check_scale(name, scale, sketch)
         check_guidance_interval(guidance_start, guidance_end)
@@ -339,6 +333,15 @@ class DiffSketchingPipeline(DiffusionPipeline):
         "sketch_owner",
         "noise_pred_delta",
     ]
+
+    def _check_has_classes(self, class_labels) -> None:
+        labels = _as_list(class_labels)
+        if isinstance(labels, list) and not labels:
+            raise ValueError("`class_labels` is empty: give at least one, or None.")
+        if class_labels is not None and self.num_classes == 0:
+            raise ValueError(
+                f"`class_labels` is {class_labels!r} but this checkpoint has no classes: leave it at None."
+            )
 
     def _check_scale(self, name, scale, sketch) -> None:
         if scale is None:
@@ -396,7 +399,9 @@ class DiffSketchingPipeline(DiffusionPipeline):
         if not isinstance(labels, list):
             labels = [labels] * num_rows
         if len(labels) != num_rows:
-            raise ValueError(f"`class_labels` has to have one entry per sketch, {num_rows}, but has {len(labels)}.")
+            raise ValueError(
+                f"`class_labels` has to have one entry per sketch (or photo), {num_rows}, but has {len(labels)}."
+            )
         indices = [None if label is None else self.get_label_id(label) for label in labels]
         if self.num_classes == 0:
             return indices, None
@@ -485,7 +490,7 @@ class DiffSketchingPipeline(DiffusionPipeline):
             return len(groups)
         if isinstance(_as_list(class_labels), list):
             return len(_as_list(class_labels))
-        if class_labels is None and latents is not None:
+        if latents is not None:
             if len(latents) % num_images_per_sketch:
                 raise ValueError(
                     f"`latents` has {len(latents)} rows, which `num_images_per_sketch={num_images_per_sketch}` does not"
@@ -827,8 +832,8 @@ class DiffSketchingPipeline(DiffusionPipeline):
             num_inference_steps (`int`, *optional*):
                 Number of steps there and back. `None` is the checkpoint's recommendation; 50 loses less than 25.
             num_fixed_point_iterations (`int`, defaults to 3):
-                Further network evaluations per step, each of which brings the way back closer to the photo; 0 is
-                textbook DDIM inversion.
+                Further network evaluations per step, which bring the way back closer to the photo as long as the network
+                is smooth between two steps: more steps help where more iterations do not. 0 is textbook DDIM inversion.
 
         Returns:
             `torch.Tensor`: x_T, float32 `[batch_size, 3, height, width]`.
@@ -845,6 +850,9 @@ class DiffSketchingPipeline(DiffusionPipeline):
         iterations = num_fixed_point_iterations
         if isinstance(iterations, bool) or not isinstance(iterations, numbers.Integral) or iterations < 0:
             raise ValueError(f"`num_fixed_point_iterations` has to be an integer of at least 0 but is {iterations!r}.")
+        self._check_has_classes(class_labels)
+        if sketch is not None and self.unet.config.in_channels != 4:
+            raise ValueError("`sketch` needs a `unet` with 4 input channels to be inverted with: leave it at None.")
         if num_inference_steps is None:
             num_inference_steps = self.recommended.get("num_inference_steps", _DEFAULT_NUM_INFERENCE_STEPS)
         scheduler = sampling_scheduler(self.scheduler, num_inference_steps, self._execution_device)
@@ -858,12 +866,16 @@ class DiffSketchingPipeline(DiffusionPipeline):
 
         def predict(latents, timestep, step_index):
             return predict_noise(
-                *(self.unet, self.unet.config, self.scheduler, latents, timestep, conditioning), clip_sample=False
+                self.unet, self.unet.config, self.scheduler, latents, timestep, conditioning, clip_sample=False
             )
 
         with self.progress_bar(total=len(scheduler.timesteps)) as progress_bar:
             latents = invert(
-                *(scheduler, predict, latents, scheduler.timesteps, num_fixed_point_iterations),
+                scheduler,
+                predict,
+                latents,
+                scheduler.timesteps,
+                num_fixed_point_iterations,
                 on_step_end=lambda *_: progress_bar.update(),
             )
         self.maybe_free_model_hooks()

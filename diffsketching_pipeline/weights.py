@@ -13,11 +13,18 @@
 # limitations under the License.
 """What can be done with the weights of two UNets."""
 
+from typing import Any
+
 from diffusers import UNet2DModel
 
 
-# Where a model came from says nothing about what it computes.
-_PROVENANCE = ("_name_or_path", "_class_name", "_diffusers_version")
+def _settings(unet: UNet2DModel) -> dict[str, Any]:
+    """What a config says about the computation: not where it came from, and lists as JSON has them."""
+    return {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in dict(unet.config).items()
+        if not key.startswith("_")
+    }
 
 
 def interpolate_unets(first: UNet2DModel, second: UNet2DModel, ratio: float) -> UNet2DModel:
@@ -39,11 +46,9 @@ def interpolate_unets(first: UNet2DModel, second: UNet2DModel, ratio: float) -> 
     """
     if not 0.0 <= ratio <= 1.0:
         raise ValueError(f"`ratio` has to be in [0, 1] but is {ratio}.")
-    configs = [
-        {key: value for key, value in dict(unet.config).items() if key not in _PROVENANCE} for unet in (first, second)
-    ]
-    for key in sorted(configs[0].keys() | configs[1].keys()):
-        values = [config.get(key) for config in configs]
+    settings = [_settings(first), _settings(second)]
+    for key in sorted(settings[0].keys() | settings[1].keys()):
+        values = [config.get(key) for config in settings]
         if values[0] != values[1]:
             raise ValueError(
                 f"`first` and `second` have to be alike, but have the {key} {values[0]!r} and {values[1]!r}."

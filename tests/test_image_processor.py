@@ -517,6 +517,17 @@ def test_floats_are_taken_as_they_are():
     assert torch.equal(preprocess_photos([array, signed], 4, 4), signed.repeat(2, 1, 1, 1))
 
 
+def test_deep_and_transparent_photos_keep_their_brightness():
+    deep = Image.fromarray(np.full((8, 8), 20000, np.uint16))
+    expected = 20000 / 65535 * 2 - 1
+    assert abs(preprocess_photos(deep, 8, 8).mean() - expected) < 0.01
+    assert abs(preprocess_photos(np.full((8, 8, 3), 20000, np.uint16), 8, 8).mean() - expected) < 0.01
+    clear = Image.new("RGBA", (8, 8), (10, 10, 10, 0))
+    clear.paste((255, 0, 0, 255), (0, 0, 4, 8))
+    found = preprocess_photos(clear, 8, 8)[0]
+    assert found[:, :, 6].min() > 0.98 and found[0, :, 1].min() > 0.98 and found[1:, :, 1].max() < -0.98
+
+
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1"])
 def test_photos_of_any_mode_become_rgb(mode):
     image = Image.new("RGB", (8, 8), (200, 200, 200)).convert(mode)

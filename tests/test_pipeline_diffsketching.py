@@ -227,7 +227,7 @@ def test_no_class_is_the_null_class(tiny_pipeline_factory, sketches, generators)
         ("trousers", "unknown class 'trousers': The classes are: a, b, c"),
         (3, "`class_labels` has to be between 0 and 2 but has 3"),
         (-1, "between 0 and 2 but has -1"),
-        (["a", "b"], "`class_labels` has to have one entry per sketch, 3, but has 2"),
+        (["a", "b"], r"`class_labels` has to have one entry per sketch \(or photo\), 3, but has 2"),
         ([], "`class_labels` is empty"),
         (1.0, "has to hold names, integers or None but has 1.0"),
         (True, "but has True"),
@@ -930,7 +930,7 @@ def test_inversion_takes_photos_as_people_have_them(tiny_pipeline, tmp_path):
         ),
         ({"num_fixed_point_iterations": 1.5}, "but is 1.5"),
         ({"num_inference_steps": 0}, "`num_inference_steps` has to be between 1 and 1000 but is 0"),
-        ({"class_labels": ["a"]}, "`class_labels` has to have one entry per sketch, 2, but has 1"),
+        ({"class_labels": ["a"]}, r"`class_labels` has to have one entry per sketch \(or photo\), 2, but has 1"),
         ({"class_labels": ["a", "sock"]}, "unknown class 'sock'"),
         (
             {"images": torch.zeros(2, 3, 8, 8)},
@@ -944,6 +944,23 @@ def test_inversion_takes_photos_as_people_have_them(tiny_pipeline, tmp_path):
 def test_inversion_refuses_bad_input(kwargs, message, tiny_pipeline):
     with pytest.raises(ValueError, match=message):
         tiny_pipeline.invert(**{"images": photos(2), "num_inference_steps": 2, **kwargs})
+
+
+def test_one_class_serves_all_inverted_photos(tiny_pipeline):
+    noise = tiny_pipeline.invert(photos(2), "b", num_inference_steps=3)
+    arguments = {"num_inference_steps": 3, "latents": noise, "clip_sample": False, "output_type": "latent"}
+    one = tiny_pipeline(None, "b", 1, **arguments)
+    assert one.class_labels == ["b", "b"]
+    assert torch.equal(one.images, tiny_pipeline(None, ["b", "b"], 1, **arguments).images)
+
+
+def test_inversion_without_classes_or_sketch_channel(tiny_pipeline_factory, sketches):
+    pipe = tiny_pipeline_factory(components=(), id2label=None, num_class_embeds=None, in_channels=3)
+    assert pipe.invert(photos(2), num_inference_steps=2).shape == (2, 3, SIZE, SIZE)
+    with pytest.raises(ValueError, match="`class_labels` is 0 but this checkpoint has no classes"):
+        pipe.invert(photos(2), 0, num_inference_steps=2)
+    with pytest.raises(ValueError, match="`sketch` needs a `unet` with 4 input channels"):
+        pipe.invert(photos(2), sketch=sketches[:2], num_inference_steps=2)
 
 
 def test_inversion_needs_one_drawing_per_photo_and_ddim(tiny_pipeline, sketches):

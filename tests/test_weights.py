@@ -39,6 +39,13 @@ def test_weights_lie_between_the_two(unets):
     assert middle.config.in_channels == first.config.in_channels and not middle.training
 
 
+def test_a_saved_unet_is_like_the_one_that_was_saved(unets, tmp_path):
+    unets[0].save_pretrained(tmp_path)
+    loaded = type(unets[0]).from_pretrained(tmp_path)
+    found = interpolate_unets(unets[0], loaded, 0.5)
+    torch.testing.assert_close(found.state_dict(), loaded.state_dict())
+
+
 def test_half_precision_is_mixed_in_float32(unets):
     first, second = (unet.half() for unet in unets)
     found = interpolate_unets(first, second, 0.001)

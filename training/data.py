@@ -335,6 +335,12 @@ def _elastic_field(shape: tuple[int, int], rng: np.random.Generator, strength: f
     return (wrong_shape + tremor) * strength
 
 
+def half_size(contour: np.ndarray) -> np.ndarray:
+    """Half the resolution with every stroke kept: [H, W] bool -> [ceil(H / 2), ceil(W / 2)]."""
+    padded = np.pad(contour, [(0, side % 2) for side in contour.shape])
+    return padded[::2, ::2] | padded[1::2, ::2] | padded[::2, 1::2] | padded[1::2, 1::2]
+
+
 def straightened_outline(contour: np.ndarray, tolerance: float) -> np.ndarray | None:
     """
     The closed outlines of a drawing as polygons of few straight strokes, which is how people draw a garment.

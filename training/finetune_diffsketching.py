@@ -33,23 +33,24 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import logging
 import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from data import DEFAULT_LINE_GAIN, PhotoSketchDataset, contour_to_sketch, free_hand_distortion
+from data import DEFAULT_LINE_GAIN, PhotoSketchDataset, contour_to_sketch, free_hand_distortion, half_size
 from diffusers import DDIMScheduler
 from pairs import PairedPhotoDataset, find_pairs, load_dataset_pairs, split_pairs
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from train_encoders import half_size
 from trainer import (
     Sample,
     Trainer,
@@ -66,6 +67,7 @@ from diffsketching_pipeline import DiffSketchingLoss, DiffSketchingPipeline, Ima
 from diffsketching_pipeline.denoising import (
     Conditioning,
     NoisePrediction,
+    check_scheduler,
     checkpointed,
     denoise,
     get_alpha_prod,
@@ -74,6 +76,10 @@ from diffsketching_pipeline.denoising import (
     sampling_scheduler,
 )
 from diffsketching_pipeline.guidance import classifier_noise_delta
+from diffsketching_pipeline.losses import DiffSketchingLosses
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -129,6 +135,7 @@ def check_finetune_arguments(args: FinetuneArguments) -> None:
         raise ValueError(f"`free_hand_strength` must not be negative, but got {args.free_hand_strength}.")
     at_least = {"num_train_inference_steps": 1, "num_fixed_point_iterations": 0, "inversion_batch_size": 1}
     at_least |= {"max_train_samples": 1, "num_validation_samples": 1, "num_validation_images": 1}
+    at_least |= {"ddpm_num_inference_steps": 1}
     for name, minimum in at_least.items():
         value = getattr(args, name)
         if value is not None and value < minimum:
@@ -158,8 +165,20 @@ def check_pipeline(pipeline: DiffSketchingPipeline, args: FinetuneArguments) -> 
                 f"{reason} needs the component `{name}`, which {args.pretrained_model_name_or_path!r} does not have: "
                 "train it and join it with assemble.py."
             )
+    if pipeline.unet.config.in_channels != 4:
+        raise ValueError(
+            f"the UNet must take the drawing as its 4th input channel, but {args.pretrained_model_name_or_path!r} has "
+            f"{pipeline.unet.config.in_channels}: add it with `diffsketching_pipeline.expand_unet_for_sketch`."
+        )
     if not isinstance(pipeline.scheduler, DDIMScheduler):
         raise ValueError(f"the chain is DDIM's, but the pipeline has a {type(pipeline.scheduler).__name__}.")
+    for name in ("num_train_inference_steps", "ddpm_num_inference_steps"):
+        try:
+            check_scheduler(pipeline.scheduler, getattr(args, name))
+        except ValueError as error:
+            raise ValueError(
+                f"`{name}={getattr(args, name)}` does not fit the pipeline's scheduler: {error}"
+            ) from error
     if (args.resolution, args.resolution) != (pipeline.height, pipeline.width):
         raise ValueError(
             f"`resolution` must be the pipeline's, {pipeline.height} x {pipeline.width}, but got {args.resolution}."
@@ -236,9 +255,10 @@ def fill_noise_cache(
     scheduler: DDIMScheduler,
     args: FinetuneArguments,
     device: torch.device,
+    time_is_up: Callable[[], bool] = lambda: False,
 ) -> int:
     """
-    Inverts the photos (pixels [3, R, R] and class) whose x_T is not there yet; returns their number.
+    Inverts the photos (pixels [3, R, R] and class) whose x_T is not there yet, as long as there is time; returns how many.
 
     A group is one batch, whole even if parts of it are there: the last bits of a result depend on its batch, and a run
     that was killed on the way has to find what an uninterrupted one would have written.
@@ -249,6 +269,8 @@ def fill_noise_cache(
         missing = [cache.load(*photo) is None for photo in group]
         if not any(missing):
             continue
+        if time_is_up():
+            break
         # The null sketch: one x_T serves every drawing of a photo.
         conditioning = Conditioning(torch.tensor([label for _, label in group], device=device))
 
@@ -296,7 +318,8 @@ class ChainDataset:
         self.strength = args.free_hand_strength
         if self.strength is None:
             self.strength = 0.0 if by_people else 0.5
-        hashes = [hashlib.sha256(name.encode()).hexdigest() for name in photos.ids]
+        names = [f"{label}/{name}" for label, name in zip(photos.class_labels, photos.ids, strict=True)]
+        hashes = [hashlib.sha256(name.encode()).hexdigest() for name in names]
         self.indices = sorted(sorted(range(len(hashes)), key=hashes.__getitem__)[:max_samples])
         self.class_labels = [photos.class_labels[index] for index in self.indices]
 
@@ -357,6 +380,7 @@ def run_chain(
     batch: dict[str, Tensor],
     args: FinetuneArguments,
     classifier: nn.Module | None = None,
+    null_class: int | None = None,
 ) -> Tensor:
     """
     x̂_0 of each photo's x_T and drawing, differentiable with respect to the parameters of `unet`.
@@ -368,45 +392,47 @@ def run_chain(
         batch: `latents` [B, 3, R, R], `sketch` [B, 1, R, R], `class_label` and `chain_step` [B].
         args: says how many steps there are, which of them are differentiated, and how they are guided.
         classifier: for eq. 4, if `classifier_guidance_scale` is not 0.
+        null_class: the UNet's "no class", which classifier-free guidance puts in the place of the class, as in sampling.
 
     Returns:
         `Tensor`: [B, 3, R, R], unclipped.
     """
     sampler = sampling_scheduler(scheduler, args.num_train_inference_steps, batch["latents"].device)
-    conditioning = Conditioning(batch["class_label"], batch["sketch"])
+    labels, scale = batch["class_label"], args.sketch_guidance_scale
+    null_labels = None if null_class is None else torch.full_like(labels, null_class)
+    conditioning = Conditioning(labels, batch["sketch"], null_class_labels=null_labels)
     called = checkpointed(unet) if args.gradient_checkpointing else unet
 
     def predict_plainly(latents: Tensor, timestep: Tensor) -> NoisePrediction:
-        return predict_noise(
-            *(called, unet_config, scheduler, latents, timestep, conditioning, args.sketch_guidance_scale),
-            clip_sample=False,
-        )
+        return predict_noise(called, unet_config, scheduler, latents, timestep, conditioning, scale, clip_sample=False)
 
     def predict(latents: Tensor, timestep: Tensor, step_index: int) -> NoisePrediction:
         prediction = predict_plainly(latents, timestep)
         if classifier is None or args.classifier_guidance_scale == 0:
             return prediction
+        alpha_prod = get_alpha_prod(scheduler, timestep, latents)
         delta = classifier_noise_delta(
-            *(classifier, latents, timestep, batch["class_label"], get_alpha_prod(scheduler, timestep, latents)),
-            args.classifier_guidance_scale,
+            classifier, latents, timestep, labels, alpha_prod, args.classifier_guidance_scale
         )
         return prediction._replace(noise_pred=prediction.noise_pred + delta)
 
     if args.backprop == "chain":
         return denoise(
-            *(sampler, predict, batch["latents"], sampler.timesteps),
+            sampler,
+            predict,
+            batch["latents"],
+            sampler.timesteps,
             truncate_backprop_steps=args.truncate_backprop_steps,
         )
 
-    visited: list[Tensor] = []
+    visited, steps = [batch["latents"]], batch["chain_step"]
 
-    def predict_and_remember(latents: Tensor, timestep: Tensor, step_index: int) -> NoisePrediction:
+    def remember(step_index: int, timestep: Tensor, latents: Tensor, _: NoisePrediction) -> tuple[Tensor, bool]:
         visited.append(latents)
-        return predict(latents, timestep, step_index)
+        return latents, True
 
-    steps = batch["chain_step"]
     with torch.no_grad():
-        denoise(sampler, predict_and_remember, batch["latents"], sampler.timesteps[: int(steps.max()) + 1])
+        denoise(sampler, predict, batch["latents"], sampler.timesteps[: int(steps.max())], on_step_end=remember)
     latents = torch.stack(visited)[steps, torch.arange(len(steps), device=steps.device)]
     return predict_plainly(latents, sampler.timesteps[steps]).pred_original_sample
 
@@ -422,13 +448,20 @@ class FinetuneValidation:
     """
     The constraints on fixed validation photos and drawings, and a picture: drawings, photos before, photos after.
 
-    `perceptual_loss_swapped` holds each result against the drawing of another photo: what a network that ignores the
-    drawing would reach.
+    `perceptual_loss_swapped` is reached when each photo's noise is given the drawing of another photo, and is held against
+    that: a network that ignores the drawing in favour of what the noise remembers cannot lower it.
     """
 
     def __init__(
-        self, args: FinetuneArguments, dataset: ChainDataset, pipeline: DiffSketchingPipeline, loss: DiffSketchingLoss
+        self,
+        args: FinetuneArguments,
+        dataset: ChainDataset,
+        pipeline: DiffSketchingPipeline,
+        loss: DiffSketchingLoss,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
     ):
+        # Before and after are to differ by training alone, not by precision.
+        self.autocast = autocast
         self.args = dataclasses.replace(args, backprop="chain", truncate_backprop_steps=None)
         self.pipeline, self.loss = pipeline, loss
         samples = [dataset.sample(i) for i in range(len(dataset))]
@@ -447,31 +480,39 @@ class FinetuneValidation:
         pretrained = self.pipeline.unet
         self.pipeline.register_modules(unet=unet)
         try:
-            images = self.pipeline(
-                self.batch["sketch"][self.shown],
-                class_labels=self.batch["class_label"][self.shown].tolist(),
-                num_images_per_sketch=1,
-                num_inference_steps=self.args.ddpm_num_inference_steps,
-                generator=[torch.Generator().manual_seed(i) for i in range(len(self.shown))],
-                output_type="pt",
-            ).images
+            with self.autocast():
+                images = self.pipeline(
+                    self.batch["sketch"][self.shown],
+                    class_labels=self.batch["class_label"][self.shown].tolist(),
+                    num_images_per_sketch=1,
+                    num_inference_steps=self.args.ddpm_num_inference_steps,
+                    generator=[torch.Generator().manual_seed(i) for i in range(len(self.shown))],
+                    output_type="pt",
+                ).images
         finally:
             self.pipeline.register_modules(unet=pretrained)
-        return images.cpu() * 2 - 1
+        return images.float().cpu() * 2 - 1
+
+    def chain_losses(self, unet: Any, batch: dict[str, Tensor]) -> DiffSketchingLosses:
+        """Eq. 7 of what the chain makes of a batch."""
+        pipeline = self.pipeline
+        pred = run_chain(
+            unet, unet.config, pipeline.scheduler, batch, self.args, pipeline.classifier, pipeline.null_class
+        )
+        return self.loss(pred, batch["pixel_values"], batch["sketch"])
 
     def __call__(self, unet: Any) -> tuple[dict[str, float], dict[str, Tensor]]:
         """The mean constraints and the picture of a UNet."""
         values: dict[str, list[Tensor]] = {}
-        size, pipeline = self.args.train_batch_size, self.pipeline
+        size = self.args.train_batch_size
         swapped = self.batch["sketch"].roll(1, dims=0)
         for first in range(0, len(swapped), size):
             part = slice(first, first + size)
             batch = {name: value[part].to(unet.device) for name, value in self.batch.items()}
-            pred = run_chain(unet, unet.config, pipeline.scheduler, batch, self.args, pipeline.classifier)
-            losses = self.loss(pred, batch["pixel_values"], batch["sketch"])
+            losses = self.chain_losses(unet, batch)
             found = {"loss": losses.loss, "identity_loss": losses.identity, "perceptual_loss": losses.perceptual}
             if losses.perceptual is not None and len(swapped) > 1:
-                other = self.loss(pred, batch["pixel_values"], swapped[part].to(unet.device))
+                other = self.chain_losses(unet, batch | {"sketch": swapped[part].to(unet.device)})
                 found["perceptual_loss_swapped"] = other.perceptual
             for name, value in found.items():
                 if value is not None:
@@ -553,6 +594,7 @@ def main(args: FinetuneArguments) -> None:
     accelerator = trainer.accelerator
     pipeline.to(accelerator.device)
 
+    # 1. Photos to noise, each process its share
     views = itertools.chain(dataset.views(), validation_dataset.views())
     progress = tqdm(
         views,
@@ -565,17 +607,28 @@ def main(args: FinetuneArguments) -> None:
     )
     groups = in_groups(progress, args.inversion_batch_size)
     mine = itertools.islice(groups, accelerator.process_index, None, accelerator.num_processes)
-    fill_noise_cache(cache, mine, pipeline.unet, pipeline.scheduler, args, accelerator.device)
-    accelerator.wait_for_everyone()
+    fill_noise_cache(cache, mine, pipeline.unet, pipeline.scheduler, args, accelerator.device, trainer.time_is_up)
+    # Every process waits here, and all of them go on or none.
+    if accelerator.gather(torch.tensor(trainer.time_is_up(), device=accelerator.device)).any():
+        logger.info("`max_train_minutes` are over before all photos were inverted: start again to go on from here")
+        return
 
+    # 2. Training
     loss = make_loss(pipeline, args)
     validation = None
     if accelerator.is_main_process:
-        validation = FinetuneValidation(args, validation_dataset, pipeline, loss)
+        validation = FinetuneValidation(args, validation_dataset, pipeline, loss, accelerator.autocast)
+    pipeline.unet.to("cpu")  # nothing needs the frozen one any more
 
     def compute_loss(batch: dict[str, Any]) -> dict[str, Tensor]:
         pred = run_chain(
-            trainer.modules["unet"], unet.config, pipeline.scheduler, batch, args, classifier=pipeline.classifier
+            trainer.modules["unet"],
+            unet.config,
+            pipeline.scheduler,
+            batch,
+            args,
+            pipeline.classifier,
+            pipeline.null_class,
         )
         losses = loss(pred, batch["pixel_values"], batch["sketch"])
         terms = {"perceptual_loss": losses.perceptual, "identity_loss": losses.identity}
@@ -583,9 +636,11 @@ def main(args: FinetuneArguments) -> None:
         return {"loss": losses.loss.mean(), **logged}
 
     trainer.train(compute_loss, validation and (lambda: validation(trainer.unwrap("unet"))))
+
+    # 3. The pipeline with the averaged weights, all of it in one type
     if accelerator.is_main_process:
-        pipeline.to("cpu")
         pipeline.register_modules(unet=trainer.ema_copy("unet"))
+        pipeline.to("cpu", getattr(torch, args.save_dtype))
         with write_folder(Path(args.output_dir) / "pipeline") as folder:
             pipeline.save_pretrained(folder)
         print(Path(args.output_dir) / "pipeline")

@@ -41,6 +41,7 @@ from data import (
     PhotoSketchDataset,
     contour_to_sketch,
     free_hand_distortion,
+    half_size,
     straightened_outline,
 )
 from doodles import DOODLES, draw_doodle
@@ -99,12 +100,6 @@ def in_first_half(name: str) -> bool:
     The low digits are left alone because the split into train, validation and test is made with them.
     """
     return int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) % 2 == 0
-
-
-def half_size(contour: np.ndarray) -> np.ndarray:
-    """Half the resolution with every stroke kept: [H, W] bool -> [ceil(H / 2), ceil(W / 2)]."""
-    padded = np.pad(contour, [(0, side % 2) for side in contour.shape])
-    return padded[::2, ::2] | padded[1::2, ::2] | padded[::2, 1::2] | padded[1::2, 1::2]
 
 
 def fit_to_page(ink: np.ndarray, margin: float) -> np.ndarray:
@@ -330,6 +325,8 @@ def write_json(content: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     args = parse_args(EncoderArguments, description=__doc__)
+    if not 0 <= args.doodle_share <= 1:
+        raise ValueError(f"`doodle_share` must be in [0, 1], but got {args.doodle_share}.")
     root = resolve_data_dir(args)
     name = COMPONENT_NAMES[args.task]
 

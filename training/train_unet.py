@@ -81,8 +81,12 @@ class UNetTrainingArguments(TrainingArguments):
         None, "gamma of Min-SNR weighting (Hang et al., 2023), usually 5; off when left out"
     )
 
-    proportion_empty_class_labels: float = argument(0.1, "share of samples whose class is withheld")
-    proportion_empty_sketches: float = argument(0.15, "share of samples whose drawing is withheld")
+    proportion_empty_class_labels: float = argument(
+        0.05, "share of samples whose class is withheld, beside those that lose both"
+    )
+    proportion_empty_sketches: float = argument(
+        0.05, "share of samples whose drawing is withheld, beside those that lose both"
+    )
     proportion_empty_conditioning: float = argument(
         0.1,
         "share of samples whose class and drawing are withheld together: the other end of classifier-free guidance",

@@ -823,7 +823,7 @@ class Trainer:
             module.train()
         batches = self.batches()
         with self._progress_bar() as progress:
-            while self.global_step < self.max_train_steps and not self._time_is_up():
+            while self.global_step < self.max_train_steps and not self._any_time_is_up():
                 self.training_step(batches, losses)
                 progress.update()
                 if self.global_step % self.args.logging_steps == 0:
@@ -841,13 +841,16 @@ class Trainer:
         logger.info(f"{'finished' if finished else 'stopped'} at step {self.global_step} of {self.max_train_steps}")
         return finished
 
-    def _time_is_up(self) -> bool:
+    def time_is_up(self) -> bool:
+        """Whether `max_train_minutes` have passed since the trainer was made, by the clock of this process."""
+        limit = self.args.max_train_minutes
+        return limit is not None and time.monotonic() - self.started >= 60 * limit
+
+    def _any_time_is_up(self) -> bool:
         if self.args.max_train_minutes is None:
             return False
-        elapsed = torch.tensor(time.monotonic() - self.started, device=self.accelerator.device)
         # The slowest process decides for all, or some would wait for gradients that never come.
-        slowest = self.accelerator.gather(elapsed).max()
-        return bool(slowest >= 60 * self.args.max_train_minutes)
+        return bool(self.accelerator.gather(torch.tensor(self.time_is_up(), device=self.accelerator.device)).any())
 
     def _progress_bar(self) -> tqdm:
         self._window_start, self._window_samples = time.monotonic(), self.samples_seen

@@ -14,6 +14,7 @@
 """Fine-tuning: the chain and its gradients, the cache of inverted photos, and the script as it is launched."""
 
 import dataclasses
+import logging
 import shutil
 import signal
 import subprocess
@@ -139,33 +140,37 @@ def test_the_chain_is_ddim_and_its_gradient_that_of_the_written_out_chain(unet, 
 
 @pytest.mark.parametrize("truncate_backprop_steps", [None, 2])
 def test_checkpointing_changes_memory_and_not_the_gradient(truncate_backprop_steps, unet, chain_batch):
-    saved = {}
+    forwards, kept = [], {}
+    unet.register_forward_pre_hook(lambda *_: forwards.append(torch.is_grad_enabled()))
 
-    def count(args):
-        total = 0
+    def measure(args):
+        """Gradients; what the graph keeps for its backward pass is added up in `kept`."""
+        key = (args.num_train_inference_steps, args.gradient_checkpointing)
 
         def pack(tensor):
-            nonlocal total
-            total += tensor.numel()
+            kept[key] = kept.get(key, 0) + tensor.numel()
             return tensor
 
+        forwards.clear()
+        # Inside a checkpointed step its own hooks are on, so that only what outlives the step is counted.
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             result = gradients(unet, chain_batch, args)
-        saved[args.num_train_inference_steps, args.gradient_checkpointing] = total
+        recorded = args.truncate_backprop_steps or args.num_train_inference_steps
+        assert sum(forwards) == recorded * (2 if args.gradient_checkpointing else 1)
         return result
 
     for steps in (3, 6):
         options = {"num_train_inference_steps": steps, "truncate_backprop_steps": truncate_backprop_steps}
-        plain, expected = count(tiny_args(**options))
-        found, grads = count(tiny_args(**options, gradient_checkpointing=True))
+        plain, expected = measure(tiny_args(**options))
+        found, grads = measure(tiny_args(**options, gradient_checkpointing=True))
         torch.testing.assert_close(found, plain, atol=1e-6, rtol=1e-5)
         for name in grads:
             difference = (grads[name] - expected[name]).norm() / expected[name].norm().clamp(min=1e-12)
             assert difference < 1e-5, name
-    if truncate_backprop_steps is None:
-        assert saved[6, False] > 1.9 * saved[3, False]
-    else:
-        assert saved[6, False] == saved[3, False]
+        assert kept[steps, True] < 0.2 * kept[steps, False]
+    assert (
+        kept[6, False] > 1.9 * kept[3, False] if truncate_backprop_steps is None else kept[6, False] == kept[3, False]
+    )
 
 
 def test_truncation_keeps_the_value_and_the_last_steps_of_the_gradient(unet, chain_batch):
@@ -212,6 +217,34 @@ def test_classifier_guidance_steers_the_chain_and_is_not_differentiated(unet, ch
     )
     torch.testing.assert_close(checked, guided, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(rechecked["conv_in.weight"], grads["conv_in.weight"], atol=1e-7, rtol=1e-4)
+
+
+def test_the_chain_guides_as_sampling_does(chain_batch, pretrained_dir):
+    pipeline = DiffSketchingPipeline.from_pretrained(pretrained_dir)
+    found = {}
+    for scale in (1.0, 2.5):
+        args = tiny_args(sketch_guidance_scale=scale)
+        with torch.no_grad():
+            found[scale] = run_chain(
+                pipeline.unet,
+                pipeline.unet.config,
+                pipeline.scheduler,
+                chain_batch,
+                args,
+                null_class=pipeline.null_class,
+            )
+        expected = pipeline(
+            chain_batch["sketch"],
+            chain_batch["class_label"],
+            1,
+            args.num_train_inference_steps,
+            sketch_guidance_scale=scale,
+            latents=chain_batch["latents"],
+            clip_sample=False,
+            output_type="latent",
+        ).images
+        torch.testing.assert_close(found[scale], expected, atol=1e-5, rtol=1e-4)
+    assert (found[1.0] - found[2.5]).abs().max() > 1e-3
 
 
 # ---- the cache of inverted photos -------------------------------------------------------------------------------------
@@ -428,8 +461,8 @@ def test_fine_tuning_lowers_the_loss_it_is_given(shapes_dir, cache_dir, pretrain
     found = []
 
     class Recorded(FinetuneValidation):
-        def __init__(self, args, dataset, pipeline, loss):
-            super().__init__(args, dataset, pipeline, loss)
+        def __init__(self, args, dataset, pipeline, *others):
+            super().__init__(args, dataset, pipeline, *others)
             self(pipeline.unet)
 
         def __call__(self, unet):
@@ -452,6 +485,7 @@ def test_fine_tuning_lowers_the_loss_it_is_given(shapes_dir, cache_dir, pretrain
         ({"identity_weight": 1.2}, r"`identity_weight` must be in \[0, 1\], but got 1.2"),
         ({"free_hand_strength": -1.0}, "`free_hand_strength` must not be negative, but got -1.0"),
         ({"num_train_inference_steps": 0}, "`num_train_inference_steps` must be at least 1, but got 0"),
+        ({"ddpm_num_inference_steps": 0}, "`ddpm_num_inference_steps` must be at least 1, but got 0"),
         ({"num_fixed_point_iterations": -1}, "`num_fixed_point_iterations` must be at least 0, but got -1"),
         ({"truncate_backprop_steps": 4}, "`truncate_backprop_steps` must be between 1 and .*, 3, but got 4"),
         ({"truncate_backprop_steps": 1, "backprop": "per_step"}, "is for `--backprop chain`"),
@@ -480,6 +514,29 @@ def test_a_pipeline_without_what_is_needed_is_refused(components, kwargs, messag
     pipeline = tiny_pipeline_factory(components=components)
     with pytest.raises(ValueError, match=message):
         check_pipeline(pipeline, tiny_args(pretrained_model_name_or_path="x", **kwargs))
+
+
+def test_a_photo_only_unet_and_steps_that_do_not_fit_are_refused(tiny_pipeline_factory):
+    args = tiny_args(pretrained_model_name_or_path="x")
+    with pytest.raises(ValueError, match="the UNet must take the drawing as its 4th input channel, but 'x' has 3"):
+        check_pipeline(tiny_pipeline_factory(in_channels=3), args)
+    pipeline = tiny_pipeline_factory(scheduler=make_scheduler(timestep_spacing="trailing"))
+    with pytest.raises(ValueError, match="`num_train_inference_steps=3` does not fit the pipeline's scheduler"):
+        check_pipeline(pipeline, args)
+
+
+def test_time_may_be_over_before_all_photos_are_inverted(shapes_dir, pretrained_dir, tmp_path, caplog):
+    args = tiny_args(
+        pretrained_model_name_or_path=pretrained_dir,
+        train_data_dir=str(shapes_dir),
+        output_dir=str(tmp_path),
+        inversion_batch_size=4,
+        max_train_minutes=1e-9,
+    )
+    with caplog.at_level(logging.INFO):
+        main(args)
+    assert "`max_train_minutes` are over before all photos were inverted" in caplog.text
+    assert not (tmp_path / "pipeline").exists() and not list(tmp_path.glob("checkpoint-*"))
 
 
 def test_other_classes_are_refused(shapes_dir, tmp_path, tiny_pipeline_factory):

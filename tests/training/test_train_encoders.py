@@ -20,11 +20,11 @@ import numpy as np
 import pytest
 import torch
 import train_encoders
-from data import PhotoSketchDataset
+from data import PhotoSketchDataset, half_size
 from doodles import DOODLES
 from PIL import Image, ImageDraw
 from torch import nn
-from train_encoders import EncoderArguments, FreeHandDataset, fit_to_page, half_size, in_first_half, make_model
+from train_encoders import EncoderArguments, FreeHandDataset, fit_to_page, in_first_half, make_model
 from transformers import RegNetForImageClassification, ResNetForImageClassification
 
 
