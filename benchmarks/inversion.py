@@ -1,0 +1,79 @@
+# Copyright 2026 The DiffSketching Pipeline Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Round trip photo -> x_T -> photo: how close it comes, over the number of fixed-point iterations of the inversion.
+
+    python benchmarks/inversion.py PHOTO... [--model DIR] [--num_inference_steps 50] [--iterations 0 1 3 5]
+
+Photos whose folder is named after a class of the model are given that class. Prints the peak signal-to-noise ratio of
+what comes back (photos in [-1, 1], mean over photos), the network evaluations of the inversion, and its time relative to
+the first row. `--textbook_steps N` adds the textbook method (0 iterations) at N steps there and back.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+
+from diffsketching_pipeline import DiffSketchingPipeline, bundled_checkpoint
+from diffsketching_pipeline.image_processor import preprocess_photos
+
+
+def psnr(found: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """10 log10(range² / mean squared error) of each photo `[batch_size, 3, H, W]` in [-1, 1], in dB."""
+    return 10 * torch.log10(4 / (found - images).square().mean(dim=(1, 2, 3)))
+
+
+def round_trip(
+    pipe: DiffSketchingPipeline, images: torch.Tensor, labels: list[str | None], steps: int, iterations: int
+) -> tuple[torch.Tensor, float]:
+    """PSNR of each photo, and the seconds of the inversion alone."""
+    start = time.perf_counter()
+    noise = pipe.invert(images, labels, num_inference_steps=steps, num_fixed_point_iterations=iterations)
+    seconds = time.perf_counter() - start
+    found = pipe(None, labels, 1, steps, latents=noise, clip_sample=False, output_type="latent").images
+    return psnr(found.cpu(), images), seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("photos", nargs="+", type=Path)
+    parser.add_argument("--model", default=None, help="pipeline folder or Hub id; the bundled one when left out")
+    parser.add_argument("--num_inference_steps", type=int, default=50)
+    parser.add_argument("--iterations", type=int, nargs="+", default=[0, 1, 3, 5])
+    parser.add_argument("--textbook_steps", type=int, default=None)
+    args = parser.parse_args()
+
+    pipe = DiffSketchingPipeline.from_pretrained(args.model if args.model is not None else bundled_checkpoint())
+    pipe.to("cuda" if torch.cuda.is_available() else "cpu").set_progress_bar_config(disable=True)
+    images = preprocess_photos(args.photos, pipe.height, pipe.width)
+    known = set(pipe.id2label.values())
+    labels = [photo.parent.name if photo.parent.name in known else None for photo in args.photos]
+
+    runs = [(args.num_inference_steps, iterations) for iterations in args.iterations]
+    runs += [(args.textbook_steps, 0)] if args.textbook_steps is not None else []
+    print(f"{len(images)} photos, {pipe.height}x{pipe.width}, {pipe.device.type}")
+    print("| steps | iterations | PSNR dB, mean (least) | network evaluations | time |")
+    print("| --- | --- | --- | --- | --- |")
+    first = None
+    for steps, iterations in runs:
+        values, seconds = round_trip(pipe, images, labels, steps, iterations)
+        first = first if first is not None else seconds
+        evaluations = steps * (iterations + 1)
+        shown = f"{values.mean():.1f} ({values.min():.1f})"
+        print(f"| {steps} | {iterations} | {shown} | {evaluations} | {seconds / first:.2f}x |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

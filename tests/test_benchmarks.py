@@ -1,0 +1,74 @@
+# Copyright 2026 The DiffSketching Pipeline Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The benchmarks run, and what they print is what they say: measured on a tiny pipeline, no time is asserted."""
+
+import argparse
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from testing_utils import randn
+
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def model_dir(tiny_pipeline, tmp_path):
+    with torch.no_grad():
+        tiny_pipeline.unet.conv_out.weight *= 0.2  # random weights are rougher than any trained network
+    tiny_pipeline.save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def test_inversion_prints_the_round_trip(model_dir, tmp_path, monkeypatch, capsys):
+    (tmp_path / "b").mkdir()
+    photos = [tmp_path / "b" / "one.png", tmp_path / "two.png"]
+    for i, photo in enumerate(photos):
+        Image.fromarray(randn(16, 16, 3, seed=i).mul(60).add(128).clamp(0, 255).byte().numpy()).save(photo)
+    benchmark = load("inversion")
+    arguments = [*map(str, photos), "--model", model_dir, "--num_inference_steps", "8", "--iterations", "0", "6"]
+    monkeypatch.setattr(sys, "argv", ["inversion.py", *arguments, "--textbook_steps", "16"])
+    benchmark.main()
+    rows = re.findall(r"\| (\d+) \| (\d+) \| ([\d.]+) \(([\d.]+)\) \| (\d+) \|", capsys.readouterr().out)
+    assert [row[:2] for row in rows] == [("8", "0"), ("8", "6"), ("16", "0")]
+    assert [row[4] for row in rows] == ["8", "56", "16"]
+    textbook, iterated = float(rows[0][2]), float(rows[1][2])
+    assert iterated > textbook + 20 and float(rows[0][3]) <= textbook
+
+    images = torch.zeros(2, 3, 4, 4)
+    found = torch.stack([torch.full((3, 4, 4), 0.2), torch.full((3, 4, 4), 0.02)])
+    torch.testing.assert_close(benchmark.psnr(found, images), torch.tensor([20.0, 40.0]))
+
+
+@pytest.mark.parametrize("memory", [True, False])
+def test_finetuning_measures_one_setting(memory, model_dir):
+    benchmark = load("finetuning")
+    args = argparse.Namespace(model=model_dir, train_batch_size=2, runs=1, memory=memory)
+    found = benchmark.one_setting(args, {"gradient_checkpointing": True, "num_train_inference_steps": 3})
+    if memory:
+        assert found.keys() == {"mebibytes"} and found["mebibytes"] >= 0
+    else:
+        assert found["seconds"] > 0 and 0 < found["outside"] < 0.9
