@@ -16,6 +16,7 @@ TRAIN = [
     "datasets>=3.0",
     "lpips>=0.1.4",
     "matplotlib>=3.7",
+    "peft>=0.15",
     "pyyaml>=6.0",
     "tensorboard>=2.14",
     "torchmetrics>=1.4",

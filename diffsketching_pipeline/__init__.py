@@ -34,9 +34,14 @@ _MODULES = {
     "SketchGuidanceCallback": "guidance",
     "SketchPerceptualLoss": "losses",
     "SketchProcessor": "image_processor",
+    "add_lora": "lora",
     "bundled_checkpoint": "hub",
     "expand_unet_for_sketch": "convert_guided_diffusion",
+    "fuse_lora": "lora",
     "interpolate_unets": "weights",
+    "load_lora": "lora",
+    "save_lora": "lora",
+    "unload_lora": "lora",
 }
 __all__ = ["__version__", *sorted(_MODULES)]
 
@@ -47,6 +52,11 @@ if TYPE_CHECKING:
     from diffsketching_pipeline.guidance import SketchGuidanceCallback as SketchGuidanceCallback
     from diffsketching_pipeline.hub import bundled_checkpoint as bundled_checkpoint
     from diffsketching_pipeline.image_processor import SketchProcessor as SketchProcessor
+    from diffsketching_pipeline.lora import add_lora as add_lora
+    from diffsketching_pipeline.lora import fuse_lora as fuse_lora
+    from diffsketching_pipeline.lora import load_lora as load_lora
+    from diffsketching_pipeline.lora import save_lora as save_lora
+    from diffsketching_pipeline.lora import unload_lora as unload_lora
     from diffsketching_pipeline.losses import DiffSketchingLoss as DiffSketchingLoss
     from diffsketching_pipeline.losses import ImageIdentityLoss as ImageIdentityLoss
     from diffsketching_pipeline.losses import SketchPerceptualLoss as SketchPerceptualLoss

@@ -63,7 +63,14 @@ from trainer import (
     write_folder,
 )
 
-from diffsketching_pipeline import DiffSketchingLoss, DiffSketchingPipeline, ImageIdentityLoss, SketchPerceptualLoss
+from diffsketching_pipeline import (
+    DiffSketchingLoss,
+    DiffSketchingPipeline,
+    ImageIdentityLoss,
+    SketchPerceptualLoss,
+    add_lora,
+    save_lora,
+)
 from diffsketching_pipeline.denoising import (
     Conditioning,
     NoisePrediction,
@@ -111,6 +118,13 @@ class FinetuneArguments(TrainingArguments):
     )
     image_column: str = argument("image", "its column of photos")
     label_column: str = argument("label", "its column of classes, if it has one")
+    lora_rank: int | None = argument(
+        None, "train low-rank adapters of this rank (to `output_dir/lora`) instead of all weights; needs peft"
+    )
+    lora_alpha: float | None = argument(
+        None, "the adapters' change is scaled by this over the rank; the rank if left out"
+    )
+
     free_hand_strength: float | None = argument(
         None,
         "largest strength of the distortion of drawings, 0 = as they are; left out: 0.5 for contours, 0 for drawings that "
@@ -135,7 +149,7 @@ def check_finetune_arguments(args: FinetuneArguments) -> None:
         raise ValueError(f"`free_hand_strength` must not be negative, but got {args.free_hand_strength}.")
     at_least = {"num_train_inference_steps": 1, "num_fixed_point_iterations": 0, "inversion_batch_size": 1}
     at_least |= {"max_train_samples": 1, "num_validation_samples": 1, "num_validation_images": 1}
-    at_least |= {"ddpm_num_inference_steps": 1}
+    at_least |= {"ddpm_num_inference_steps": 1, "lora_rank": 1}
     for name, minimum in at_least.items():
         value = getattr(args, name)
         if value is not None and value < minimum:
@@ -589,6 +603,9 @@ def main(args: FinetuneArguments) -> None:
 
     unet = type(pipeline.unet).from_config(pipeline.unet.config)
     unet.load_state_dict(pipeline.unet.state_dict())
+    if args.lora_rank is not None:
+        torch.manual_seed(args.seed)
+        add_lora(unet, args.lora_rank, args.lora_alpha)
     weights = class_balanced_weights(dataset.class_labels, args.class_balance_power)
     trainer = Trainer(args, {"unet": unet}, dataset, sample_weights=weights)
     accelerator = trainer.accelerator
@@ -643,6 +660,9 @@ def main(args: FinetuneArguments) -> None:
         pipeline.to("cpu", getattr(torch, args.save_dtype))
         with write_folder(Path(args.output_dir) / "pipeline") as folder:
             pipeline.save_pretrained(folder)
+        if args.lora_rank is not None:
+            with write_folder(Path(args.output_dir) / "lora") as folder, trainer.ema_weights():
+                save_lora(trainer.unwrap("unet"), folder)
         print(Path(args.output_dir) / "pipeline")
 
 

@@ -54,11 +54,14 @@ from accelerate.utils import ProjectConfiguration, send_to_device
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.utils import make_grid
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
+
+from diffsketching_pipeline.lora import LORA_WEIGHTS_NAME, fuse_lora, has_lora, load_lora_state_dict, save_lora
 
 
 logger = get_logger(__name__)
@@ -473,6 +476,30 @@ def _empty_clone(module: Any) -> Any:
     return type(module)(copy.deepcopy(module.config))
 
 
+def _save_module(module: Any, folder: str) -> None:
+    """Writes a model or, of one that carries an adapter, the adapter."""
+    if has_lora(module):
+        save_lora(module, folder)
+    else:
+        module.save_pretrained(folder)
+
+
+def _load_module(module: Any, folder: str) -> None:
+    """Puts what `_save_module` wrote into a module of the same kind."""
+    if has_lora(module):
+        load_lora_state_dict(module, load_file(os.path.join(folder, LORA_WEIGHTS_NAME)))
+    else:
+        module.load_state_dict(load_pretrained(type(module), folder, "").state_dict())
+
+
+def _saved_parameters(module: Any, folder: str) -> list[Tensor]:
+    """What `_save_module` wrote, in the order of the module's (or its adapter's) parameters."""
+    if not has_lora(module):
+        return list(load_pretrained(type(module), folder, "").parameters())
+    state = load_file(os.path.join(folder, LORA_WEIGHTS_NAME))
+    return [state[name.replace(".default.", ".")] for name, p in module.named_parameters() if p.requires_grad]
+
+
 class Trainer:
     """Trains one or several modules, with EMA, exact checkpoints, validation pictures and trackers.
 
@@ -567,13 +594,18 @@ class Trainer:
 
     def _make_ema(self, name: str) -> EMAModel:
         return EMAModel(
-            self.unwrap(name).parameters(),
+            self._averaged_parameters(name),
             decay=self.args.ema_max_decay,
             use_ema_warmup=True,
             inv_gamma=self.args.ema_inv_gamma,
             power=self.args.ema_power,
             foreach=True,
         )
+
+    def _averaged_parameters(self, name: str) -> list[nn.Parameter]:
+        """Of an adapted network the adapter alone: the rest does not change."""
+        module = self.unwrap(name)
+        return [p for p in module.parameters() if p.requires_grad or not has_lora(module)]
 
     def unwrap(self, name: str) -> Any:
         """The module itself, without the wrapper for several processes; its forward still autocasts."""
@@ -583,21 +615,28 @@ class Trainer:
     def ema_weights(self) -> Iterator[None]:
         """Within the block the modules hold their averaged weights."""
         for name, ema in self.ema.items():
-            ema.store(self.unwrap(name).parameters())
-            ema.copy_to(self.unwrap(name).parameters())
+            ema.store(self._averaged_parameters(name))
+            ema.copy_to(self._averaged_parameters(name))
         try:
             yield
         finally:
             for name, ema in self.ema.items():
-                ema.restore(self.unwrap(name).parameters())
+                ema.restore(self._averaged_parameters(name))
 
     def ema_copy(self, name: str, dtype: torch.dtype | None = None) -> Any:
-        """A plain copy of a module with the averaged weights, on the CPU, in eval mode, in `save_dtype` or `dtype`."""
+        """
+        A plain copy of a module with the averaged weights, on the CPU, in eval mode, in `save_dtype` or `dtype`; an adapter
+        is fused.
+        """
         module = self.unwrap(name)
-        clone = _empty_clone(module)
-        clone.load_state_dict(module.state_dict())
-        if name in self.ema:
-            self.ema[name].copy_to(clone.parameters())
+        if has_lora(module):
+            with self.ema_weights():
+                clone = fuse_lora(module).cpu()
+        else:
+            clone = _empty_clone(module)
+            clone.load_state_dict(module.state_dict())
+            if name in self.ema:
+                self.ema[name].copy_to(clone.parameters())
         dtype = dtype or getattr(torch, self.args.save_dtype)
         return clone.eval() if dtype == clone.dtype else clone.to(dtype=dtype).eval()
 
@@ -639,10 +678,10 @@ class Trainer:
         if not self.accelerator.is_main_process:
             return
         for name in self.modules:
-            self.unwrap(name).save_pretrained(os.path.join(output_dir, name))
+            _save_module(self.unwrap(name), os.path.join(output_dir, name))
         with self.ema_weights():
             for name in self.ema:
-                self.unwrap(name).save_pretrained(os.path.join(output_dir, f"{name}_ema"))
+                _save_module(self.unwrap(name), os.path.join(output_dir, f"{name}_ema"))
         state = {
             "global_step": self.global_step,
             "samples_seen": self.samples_seen,
@@ -655,15 +694,14 @@ class Trainer:
     def _load_modules(self, models: list[nn.Module], input_dir: str) -> None:
         models.clear()
         for name in self.modules:
-            module = self.unwrap(name)
-            module.load_state_dict(load_pretrained(type(module), os.path.join(input_dir, name), "").state_dict())
+            _load_module(self.unwrap(name), os.path.join(input_dir, name))
         state = json.loads(Path(input_dir, "trainer_state.json").read_text())
         for name, ema in self.ema.items():
             folder = os.path.join(input_dir, f"{name}_ema")
             if not os.path.isdir(folder):
                 raise ValueError(f"`use_ema` needs {name}_ema, which the checkpoint {input_dir} does not hold.")
-            averaged = load_pretrained(type(self.unwrap(name)), folder, "")
-            for shadow, parameter in zip(ema.shadow_params, averaged.parameters(), strict=True):
+            averaged = _saved_parameters(self.unwrap(name), folder)
+            for shadow, parameter in zip(ema.shadow_params, averaged, strict=True):
                 shadow.copy_(parameter.detach())
             ema.optimization_step = state["ema_steps"][name]
         self.global_step = self._last_checkpoint_step = state["global_step"]
@@ -791,7 +829,7 @@ class Trainer:
                     with self._only_trainable(name):
                         self._update(name, compute_loss, batch)
         for name, ema in self.ema.items():
-            ema.step(self.unwrap(name).parameters())
+            ema.step(self._averaged_parameters(name))
         self.global_step += 1
         self.samples_seen += self.samples_per_step
         self._metrics.setdefault("lr", []).append(learning_rate)

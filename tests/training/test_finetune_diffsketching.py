@@ -45,8 +45,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from testing_utils import SIZE, make_scheduler, make_unet, randn
 
-from diffsketching_pipeline import DiffSketchingPipeline
+from diffsketching_pipeline import DiffSketchingPipeline, load_lora
 from diffsketching_pipeline.denoising import sampling_scheduler
+from diffsketching_pipeline.lora import LORA_WEIGHTS_NAME
 
 
 SCRIPT = str(Path(finetune_diffsketching.__file__))
@@ -432,6 +433,34 @@ def test_drawings_by_people_are_used_as_they_are(layout, shapes_dir, pretrained_
     assert (tmp_path / "out" / "pipeline" / "model_index.json").is_file()
 
 
+def test_lora_trains_an_adapter_and_resumes(shapes_dir, cache_dir, pretrained_dir, tmp_path):
+    options = {
+        "train_data_dir": str(shapes_dir),
+        "cache_dir": str(cache_dir),
+        "lora_rank": 2,
+        "checkpointing_steps": 2,
+    }
+    options |= {"pretrained_model_name_or_path": pretrained_dir, "gradient_checkpointing": True, "ema_max_decay": 0.5}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    main(tiny_args(**options, output_dir=str(whole), max_train_steps=4))
+    main(tiny_args(**options, output_dir=str(cut), max_train_steps=2))
+    main(tiny_args(**options, output_dir=str(cut), max_train_steps=4, resume_from_checkpoint="latest"))
+    for name in ("unet", "unet_ema"):
+        one, other = (load_file(root / "checkpoint-4" / name / LORA_WEIGHTS_NAME) for root in (whole, cut))
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+        assert all(".lora_" in key for key in one)
+        assert max(value.abs().max() for key, value in one.items() if ".lora_B." in key) > 1e-4
+
+    # The pipeline has the adapter fused; added to the pretrained UNet it is the same network.
+    fused = DiffSketchingPipeline.from_pretrained(whole / "pipeline").unet
+    pretrained = DiffSketchingPipeline.from_pretrained(pretrained_dir).unet
+    adapted = load_lora(DiffSketchingPipeline.from_pretrained(pretrained_dir).unet, whole / "lora")
+    arguments = randn(2, 4, SIZE, SIZE), 300, torch.tensor([0, 1])
+    with torch.no_grad():
+        torch.testing.assert_close(adapted(*arguments).sample, fused(*arguments).sample, atol=1e-5, rtol=1e-4)
+        assert (fused(*arguments).sample - pretrained(*arguments).sample).abs().max() > 1e-4
+
+
 def test_two_processes_equal_one_with_twice_the_batch(shapes_dir, cache_dir, pretrained_dir, tmp_path, script_env):
     options = {"max_train_steps": 5, "train_data_dir": str(shapes_dir), "cache_dir": str(cache_dir)}
     options |= {"pretrained_model_name_or_path": pretrained_dir, "mixed_precision": "no", "learning_rate": 1e-3}
@@ -457,7 +486,8 @@ def test_two_processes_equal_one_with_twice_the_batch(shapes_dir, cache_dir, pre
 
 def test_fine_tuning_lowers_the_loss_it_is_given(shapes_dir, cache_dir, pretrained_dir, tmp_path, monkeypatch):
     options = {"train_data_dir": str(shapes_dir), "cache_dir": str(cache_dir), "identity_weight": 0.0}
-    options |= {"pretrained_model_name_or_path": pretrained_dir, "max_train_steps": 30, "ema_max_decay": 0.5}
+    options |= {"pretrained_model_name_or_path": pretrained_dir, "max_train_steps": 40, "ema_max_decay": 0.5}
+    options |= {"learning_rate": 4e-3}
     found = []
 
     class Recorded(FinetuneValidation):
