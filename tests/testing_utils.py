@@ -38,7 +38,7 @@ def make_unet(in_channels=4, out_channels=3, num_class_embeds=4):
     )
 
 
-def make_resnet(num_channels):
+def make_resnet(num_channels, num_labels=3):
     config = ResNetConfig(
         num_channels=num_channels,
         embedding_size=8,
@@ -46,7 +46,7 @@ def make_resnet(num_channels):
         depths=[1, 1],
         layer_type="basic",
         downsample_in_first_stage=False,
-        num_labels=len(ID2LABEL),
+        num_labels=num_labels,
     )
     return ResNetForImageClassification(config)
 

@@ -62,6 +62,8 @@ from trainer import (
     resolve_data_dir,
     write_folder,
 )
+from transformers import ResNetForImageClassification
+from transformers.image_processing_utils import ImageProcessingMixin
 
 from diffsketching_pipeline import (
     DiffSketchingLoss,
@@ -102,6 +104,14 @@ class FinetuneArguments(TrainingArguments):
     train_batch_size: int = argument(4, "photos per process and chain")
 
     identity_weight: float = argument(0.5, "lambda of eq. 7 in [0, 1]: 1 keeps the photo, 0 follows the drawing")
+    perceptual_net: Literal["sketch_encoder", "alex", "vgg", "squeeze"] = argument(
+        "sketch_encoder", "F_s of eq. 5: the pipeline's, or a network of LPIPS with its learned weights"
+    )
+    image_encoder_name_or_path: str | None = argument(
+        None,
+        "F_i of eq. 6 in the place of the pipeline's: a ResNetForImageClassification (folder or Hub id), fed as its "
+        "preprocessor_config.json says",
+    )
     num_train_inference_steps: int = argument(10, "sampling steps of the chain, and of the inversion that starts it")
     num_fixed_point_iterations: int = argument(3, "network evaluations per inversion step beyond the first")
     sketch_guidance_scale: float = argument(1.0, "classifier-free guidance on the drawing inside the chain; 1 = off")
@@ -169,8 +179,16 @@ def check_pipeline(pipeline: DiffSketchingPipeline, args: FinetuneArguments) -> 
     weight, scale = args.identity_weight, args.classifier_guidance_scale
     needs = [
         ("sketcher", weight < 1, f"`identity_weight` below 1 (it is {weight})"),
-        ("sketch_encoder", weight < 1, f"`identity_weight` below 1 (it is {weight})"),
-        ("image_encoder", weight > 0, f"`identity_weight` above 0 (it is {weight})"),
+        (
+            "sketch_encoder",
+            weight < 1 and args.perceptual_net == "sketch_encoder",
+            f"`identity_weight` below 1 (it is {weight})",
+        ),
+        (
+            "image_encoder",
+            weight > 0 and args.image_encoder_name_or_path is None,
+            f"`identity_weight` above 0 (it is {weight})",
+        ),
         ("classifier", scale != 0, f"`classifier_guidance_scale` other than 0 (it is {scale})"),
     ]
     for name, is_needed, reason in needs:
@@ -452,10 +470,39 @@ def run_chain(
 
 
 def make_loss(pipeline: DiffSketchingPipeline, args: FinetuneArguments) -> DiffSketchingLoss:
-    """Eq. 7 on the frozen networks of the pipeline."""
-    perceptual = None if pipeline.sketch_encoder is None else SketchPerceptualLoss(pipeline.sketch_encoder)
-    identity = None if pipeline.image_encoder is None else ImageIdentityLoss(pipeline.image_encoder)
-    return DiffSketchingLoss(pipeline.sketcher, perceptual, identity, args.identity_weight)
+    """Eq. 7 on the frozen networks of the pipeline, or those that the arguments name in their place."""
+    perceptual = identity = None
+    if args.perceptual_net != "sketch_encoder":
+        perceptual = SketchPerceptualLoss.from_lpips(args.perceptual_net)
+    elif pipeline.sketch_encoder is not None:
+        perceptual = SketchPerceptualLoss(pipeline.sketch_encoder)
+    if args.image_encoder_name_or_path is not None:
+        identity = load_identity_loss(args.image_encoder_name_or_path)
+    elif pipeline.image_encoder is not None:
+        identity = ImageIdentityLoss(pipeline.image_encoder)
+    return DiffSketchingLoss(pipeline.sketcher, perceptual, identity, args.identity_weight).to(pipeline.device)
+
+
+def load_identity_loss(name_or_path: str) -> ImageIdentityLoss:
+    """
+    L_i on a ResNet of its own, with mean, standard deviation and size of its preprocessor, if it has one.
+
+    Raises:
+        ValueError: it does not take photos.
+    """
+    encoder = ResNetForImageClassification.from_pretrained(name_or_path).float().eval().requires_grad_(False)
+    if encoder.config.num_channels != 3:
+        raise ValueError(
+            f"`image_encoder_name_or_path` must take photos, but {name_or_path!r} takes {encoder.config.num_channels} "
+            "channel(s)."
+        )
+    try:
+        settings = ImageProcessingMixin.get_image_processor_dict(name_or_path)[0]
+    except OSError:
+        return ImageIdentityLoss(encoder)
+    size = settings.get("crop_size") or settings.get("size")
+    size = max(size.values()) if isinstance(size, dict) else size
+    return ImageIdentityLoss(encoder, settings.get("image_mean"), settings.get("image_std"), size)
 
 
 class FinetuneValidation:
@@ -491,13 +538,14 @@ class FinetuneValidation:
     @torch.no_grad()
     def pictures(self, unet: Any) -> Tensor:
         """Photos of the shown drawings with fixed seeds, [N, 3, R, R] in [-1, 1]."""
-        pretrained = self.pipeline.unet
+        pretrained, null_class = self.pipeline.unet, self.pipeline.null_class
+        labels = [None if label == null_class else label for label in self.batch["class_label"][self.shown].tolist()]
         self.pipeline.register_modules(unet=unet)
         try:
             with self.autocast():
                 images = self.pipeline(
                     self.batch["sketch"][self.shown],
-                    class_labels=self.batch["class_label"][self.shown].tolist(),
+                    class_labels=labels,
                     num_images_per_sketch=1,
                     num_inference_steps=self.args.ddpm_num_inference_steps,
                     generator=[torch.Generator().manual_seed(i) for i in range(len(self.shown))],

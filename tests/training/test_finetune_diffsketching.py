@@ -14,12 +14,14 @@
 """Fine-tuning: the chain and its gradients, the cache of inverted photos, and the script as it is launched."""
 
 import dataclasses
+import json
 import logging
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -43,11 +45,12 @@ from finetune_diffsketching import (
 )
 from PIL import Image
 from safetensors.torch import load_file
-from testing_utils import SIZE, make_scheduler, make_unet, randn
+from testing_utils import SIZE, make_resnet, make_scheduler, make_unet, randn
 
-from diffsketching_pipeline import DiffSketchingPipeline, load_lora
+from diffsketching_pipeline import DiffSketchingPipeline, SketchPerceptualLoss, load_lora
 from diffsketching_pipeline.denoising import sampling_scheduler
 from diffsketching_pipeline.lora import LORA_WEIGHTS_NAME
+from diffsketching_pipeline.losses import LPIPSFeatureMaps
 
 
 SCRIPT = str(Path(finetune_diffsketching.__file__))
@@ -77,6 +80,8 @@ def pretrained_dir(tmp_path_factory, tiny_pipeline_factory):
     folder = tmp_path_factory.mktemp("pretrained")
     components = ("sketcher", "sketch_encoder", "image_encoder")
     pipeline = tiny_pipeline_factory(components=components, id2label=ID2LABEL, num_class_embeds=3)
+    torch.manual_seed(5)
+    pipeline.register_modules(sketch_encoder=make_resnet(1, len(ID2LABEL)).eval())
     with torch.no_grad():
         pipeline.unet.conv_out.weight *= 0.2  # random weights are rougher than any trained network
     pipeline.save_pretrained(folder)
@@ -398,11 +403,11 @@ def test_a_run_killed_while_inverting_and_while_training_resumes_to_the_bit(
     assert files[0] == files[1] and len(files[0]) == 2 * 6 + 4
 
 
-@pytest.mark.parametrize("layout", ["folders", "dataset"])
+@pytest.mark.parametrize("layout", ["folders", "dataset", "no classes"])
 def test_drawings_by_people_are_used_as_they_are(layout, shapes_dir, pretrained_dir, tmp_path):
     root, table = tmp_path / "pairs", {"image": [], "sketch": [], "label": []}
     for photo in sorted((shapes_dir / "train").rglob("*.png")):
-        label = photo.parent.name
+        label = "" if layout == "no classes" else photo.parent.name
         for folder in ("photo", "sketch"):
             (root / folder / label).mkdir(parents=True, exist_ok=True)
         shutil.copy(photo, root / "photo" / label)
@@ -427,6 +432,7 @@ def test_drawings_by_people_are_used_as_they_are(layout, shapes_dir, pretrained_
     photos = finetune_diffsketching.load_photos(args, pipeline)
     assert {split: len(dataset) for split, dataset in photos.items()}.keys() == {"train", "validation"}
     assert len(photos["train"]) + len(photos["validation"]) == 16
+    assert set(photos["train"].class_labels) == ({2} if layout == "no classes" else {0, 1})
     cache = NoiseCache(tmp_path, pipeline.unet, pipeline.scheduler, args)
     assert ChainDataset(photos["train"], cache, args).strength == 0.0
     main(args)
@@ -544,6 +550,32 @@ def test_a_pipeline_without_what_is_needed_is_refused(components, kwargs, messag
     pipeline = tiny_pipeline_factory(components=components)
     with pytest.raises(ValueError, match=message):
         check_pipeline(pipeline, tiny_args(pretrained_model_name_or_path="x", **kwargs))
+
+
+def test_public_networks_take_the_place_of_the_pipelines(tiny_pipeline_factory, tmp_path, monkeypatch):
+    encoder = make_resnet(3).eval()
+    encoder.save_pretrained(tmp_path)
+    settings = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.2, 0.1], "crop_size": {"height": 24, "width": 24}}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    monkeypatch.setattr(  # backbone weights would have to be downloaded
+        SketchPerceptualLoss, "from_lpips", partial(SketchPerceptualLoss.from_lpips, pretrained_backbone=False)
+    )
+    pipeline = tiny_pipeline_factory(components=("sketcher",))
+    args = tiny_args(
+        pretrained_model_name_or_path="x", perceptual_net="alex", image_encoder_name_or_path=str(tmp_path)
+    )
+    check_pipeline(pipeline, args)
+    loss = finetune_diffsketching.make_loss(pipeline, args)
+    assert loss.identity_loss.image_size == 24
+    assert loss.identity_loss.image_mean.flatten().tolist() == pytest.approx(settings["image_mean"])
+    assert isinstance(loss.perceptual_loss.feature_maps, LPIPSFeatureMaps)
+    assert not any(parameter.requires_grad for parameter in loss.identity_loss.parameters())
+
+    (tmp_path / "preprocessor_config.json").unlink()
+    assert finetune_diffsketching.load_identity_loss(str(tmp_path)).image_mean is None
+    make_resnet(1).save_pretrained(tmp_path / "sketches")
+    with pytest.raises(ValueError, match="`image_encoder_name_or_path` must take photos, but .* takes 1 channel"):
+        finetune_diffsketching.load_identity_loss(str(tmp_path / "sketches"))
 
 
 def test_a_photo_only_unet_and_steps_that_do_not_fit_are_refused(tiny_pipeline_factory):
