@@ -42,7 +42,7 @@ def round_trip(
     start = time.perf_counter()
     noise = pipe.invert(images, labels, num_inference_steps=steps, num_fixed_point_iterations=iterations)
     seconds = time.perf_counter() - start
-    found = pipe(None, labels, 1, steps, latents=noise, clip_sample=False, output_type="latent").images
+    found = pipe(None, labels, 1, steps, eta=0.0, latents=noise, clip_sample=False, output_type="latent").images
     return psnr(found.cpu(), images), seconds
 
 

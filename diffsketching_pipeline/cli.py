@@ -118,6 +118,9 @@ def generate(
     perceptual_guidance_scale: Annotated[
         Optional[float], typer.Option(help="0.0 = off. [default: the model's]")
     ] = None,
+    eta: Annotated[
+        Optional[float], typer.Option(help="Fresh noise per step, 0 to 1; 0.0 = off. [default: the model's]")
+    ] = None,
     strength: Annotated[float, typer.Option(help="1.0 starts from noise, less from the noised drawing.")] = 1.0,
     invert: Annotated[
         Optional[bool],
@@ -161,6 +164,7 @@ def generate(
         "sketch_guidance_scale": sketch_guidance_scale,
         "classifier_guidance_scale": classifier_guidance_scale,
         "perceptual_guidance_scale": perceptual_guidance_scale,
+        "eta": eta,
         "strength": strength,
     }
     records: list[dict[str, Any]] = []
@@ -309,6 +313,7 @@ def _records(
             "class_probability": probability,
             "num_inference_steps": settings["num_inference_steps"] or pipe.recommended.get("num_inference_steps"),
             **pipe.guidance_scales,
+            "eta": pipe.eta,
             "strength": settings["strength"],
             "scheduler": type(pipe.scheduler).__name__,
         }

@@ -99,8 +99,8 @@ class DiffSketchingPipeline(DiffusionPipeline):
             Name of each class, keys 0 ... n-1. The UNet's class n, if it has one, is "no class". Without it classes are
             integers.
         recommended (`dict[str, float]`, *optional*):
-            This checkpoint's values of `num_inference_steps`, `sketch_guidance_scale`, `classifier_guidance_scale` and
-            `perceptual_guidance_scale` for calls that leave them at `None`.
+            This checkpoint's values of `num_inference_steps`, `eta`, `sketch_guidance_scale`, `classifier_guidance_scale`
+            and `perceptual_guidance_scale` for calls that leave them at `None`.
     """
 
     model_cpu_offload_seq = "sketch_encoder->classifier->sketcher->image_encoder->unet"
@@ -139,6 +139,7 @@ class DiffSketchingPipeline(DiffusionPipeline):
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
         self._call_cache: dict[Any, Any] = {}
         self._num_timesteps = 0
+        self._eta = 0.0
         self._guidance_scales: dict[str, float] = {}
         self._interrupt = False
 
@@ -199,7 +200,7 @@ class DiffSketchingPipeline(DiffusionPipeline):
             raise ValueError(
                 f"`classifier` knows {self.classifier.config.num_classes} classes but `id2label` has {num_labels}."
             )
-        unknown = set(self.recommended) - {"num_inference_steps", *_SCALES}
+        unknown = set(self.recommended) - {"num_inference_steps", "eta", *_SCALES}
         if unknown:
             raise ValueError(f"`recommended` has unknown keys {sorted(unknown)}.")
 
@@ -227,6 +228,11 @@ class DiffSketchingPipeline(DiffusionPipeline):
     def guidance_scales(self) -> dict[str, float]:
         """The three scales that the last call used, with what `None` stood for filled in."""
         return dict(self._guidance_scales)
+
+    @property
+    def eta(self) -> float:
+        """The η that the last call used, with what `None` stood for filled in."""
+        return self._eta
 
     @property
     def interrupt(self) -> bool:
@@ -303,8 +309,8 @@ class DiffSketchingPipeline(DiffusionPipeline):
             raise ValueError(
                 f"`strength={strength}` starts from the sketch: give a `sketch`, or leave `strength` at 1.0."
             )
-        if not 0.0 <= eta <= 1.0:
-            raise ValueError(f"`eta` has to be in [0, 1] but is {eta}.")
+        if eta is not None and not 0.0 <= eta <= 1.0:
+            raise ValueError(f"`eta` has to be in [0, 1] or None but is {eta}.")
         if clip_sample not in (None, True, False):
             raise ValueError(f"`clip_sample` has to be None, True or False but is {clip_sample!r}.")
         if output_type not in ("pil", "np", "pt", "latent"):
@@ -499,6 +505,14 @@ class DiffSketchingPipeline(DiffusionPipeline):
             return len(latents) // num_images_per_sketch
         return 1
 
+    def _resolve_eta(self, eta: float | None, has_latents: bool) -> float:
+        if eta is not None:
+            return float(eta)
+        # Given noise, inverted from a photo maybe, is to lead to one result; other schedulers have no η.
+        if has_latents or not isinstance(self.scheduler, DDIMScheduler):
+            return 0.0
+        return float(self.recommended.get("eta", 0.0))
+
     def _resolve_scales(self, scales: dict[str, float | None], has_sketch: bool, has_class: bool) -> dict[str, float]:
         resolved = {}
         for name, (off, components) in _SCALES.items():
@@ -620,7 +634,7 @@ class DiffSketchingPipeline(DiffusionPipeline):
         guidance_end: float = 1.0,
         guidance_callbacks: PipelineCallback | MultiPipelineCallbacks | Sequence[PipelineCallback] | None = None,
         strength: float = 1.0,
-        eta: float = 0.0,
+        eta: float | None = None,
         clip_sample: bool | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
@@ -659,8 +673,10 @@ class DiffSketchingPipeline(DiffusionPipeline):
                 Further guidance beside that of the scales; see `diffsketching_pipeline.guidance`.
             strength (`float`, defaults to 1.0):
                 1.0 starts from pure noise; less starts from the noised drawing, and keeps more of its layout.
-            eta (`float`, defaults to 0.0):
-                η of DDIM in [0, 1]; other schedulers refuse values above 0.
+            eta (`float`, *optional*):
+                η of DDIM in [0, 1], the share of fresh noise in each step: 0.0 is deterministic, 1.0 corrects most of what
+                earlier steps got wrong. `None` is the checkpoint's recommendation, or 0.0 where `latents` are given or
+                with another scheduler, which refuse values above 0.
             clip_sample (`bool`, *optional*):
                 Whether x̂_0 is clamped to [-1, 1] at each step; `None` is the scheduler's setting, `False` is for round
                 trips from inverted latents.
@@ -734,7 +750,8 @@ class DiffSketchingPipeline(DiffusionPipeline):
 
         # 2. One generator per image, and the noise
         generators = self.prepare_generators(generator, batch_size)
-        step_kwargs = scheduler_step_kwargs(scheduler, eta, generators)
+        self._eta = self._resolve_eta(eta, latents is not None)
+        step_kwargs = scheduler_step_kwargs(scheduler, self._eta, generators)
         latents = self.prepare_latents(batch_size, generators, latents)
 
         # 3. Find the classes

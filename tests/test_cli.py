@@ -87,7 +87,7 @@ def test_metadata_reproduces_a_photo(monkeypatch, checkpoint, drawing, tmp_path)
     from diffsketching_pipeline import DiffSketchingPipeline
 
     out = tmp_path / "out"
-    scales = ("--sketch-guidance-scale", 3.0, "--classifier-guidance-scale", 1.5)
+    scales = ("--sketch-guidance-scale", 3.0, "--classifier-guidance-scale", 1.5, "--eta", 0.5)
     assert generate(monkeypatch, checkpoint, drawing, out, "--num-images", 2, *scales) == 0
     record = json.loads((out / "metadata.json").read_text())["images"][1]
     image = DiffSketchingPipeline.from_pretrained(checkpoint)(
@@ -95,7 +95,9 @@ def test_metadata_reproduces_a_photo(monkeypatch, checkpoint, drawing, tmp_path)
         class_labels=record["class_label"],
         num_images_per_sketch=1,
         generator=[torch.Generator().manual_seed(record["seed"])],
-        **{key: value for key, value in record.items() if key.endswith("_scale") or key == "num_inference_steps"},
+        **{key: value for key, value in record.items() if key.endswith("_scale")},
+        num_inference_steps=record["num_inference_steps"],
+        eta=record["eta"],
         strength=record["strength"],
     ).images[0]
     written = np.asarray(Image.open(out / record["file"]), dtype=int)

@@ -528,6 +528,22 @@ def test_strengths_that_are_refused(tiny_pipeline, sketches):
     tiny_pipeline(sketches, "a", 1, 10, strength=0.5)
 
 
+def test_eta_is_the_checkpoints_where_nothing_else_is_said(tiny_pipeline_factory, sketches, generators):
+    pipe = tiny_pipeline_factory(recommended={"eta": 0.7})
+
+    def sample(**kwargs):
+        return pipe(sketches[:1], "a", generator=generators(1), **{**FAST, **kwargs}).images
+
+    found = sample()
+    assert pipe.eta == 0.7 and torch.equal(found, sample(eta=0.7))
+    assert not torch.equal(found, sample(eta=0.0)) and pipe.eta == 0.0
+    latents = randn(1, 3, SIZE, SIZE)
+    assert torch.equal(sample(latents=latents), sample(latents=latents, eta=0.0)) and pipe.eta == 0.0
+    pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config)
+    sample()
+    assert pipe.eta == 0.0
+
+
 def test_eta_adds_noise_of_each_image_and_only_to_ddim(tiny_pipeline, sketches, generators):
     latents = randn(3, 3, SIZE, SIZE)
     first, second, zero = (

@@ -47,6 +47,7 @@ class AssembleArguments:
     sketch_encoder: str | None = field(default=None, metadata={"help": "ResNetForImageClassification, 1 channel"})
     image_encoder: str | None = field(default=None, metadata={"help": "ResNetForImageClassification, 3 channels"})
     num_inference_steps: int = field(default=25, metadata={"help": "recommended steps"})
+    eta: float = field(default=0.0, metadata={"help": "recommended share of fresh noise per step; 0.0 = off"})
     sketch_guidance_scale: float = field(default=1.0, metadata={"help": "recommended scale; 1.0 = off"})
     classifier_guidance_scale: float = field(default=0.0, metadata={"help": "recommended scale; 0.0 = off"})
     perceptual_guidance_scale: float = field(default=0.0, metadata={"help": "recommended scale; 0.0 = off"})
@@ -73,6 +74,7 @@ def assemble(args: AssembleArguments) -> DiffSketchingPipeline:
             raise ValueError(f"`{name}` has the classes {labels}, but the UNet has {base.id2label}.")
     recommended = {
         "num_inference_steps": args.num_inference_steps,
+        "eta": args.eta,
         "sketch_guidance_scale": args.sketch_guidance_scale,
         "classifier_guidance_scale": args.classifier_guidance_scale,
         "perceptual_guidance_scale": args.perceptual_guidance_scale,

@@ -140,6 +140,7 @@ class EvaluationArguments:
         "predicted", "class to generate: what the pipeline makes of the drawing, or the name of the drawing's folder"
     )
     num_inference_steps: int | None = argument(None, "overrides the checkpoint's recommendation")
+    eta: float | None = argument(None, "overrides the checkpoint's recommendation")
     sketch_guidance_scale: float | None = argument(None, "overrides the checkpoint's recommendation")
     classifier_guidance_scale: float | None = argument(None, "overrides the checkpoint's recommendation")
     perceptual_guidance_scale: float | None = argument(None, "overrides the checkpoint's recommendation")
@@ -468,7 +469,7 @@ def read_training_photos(
 
 
 SCALE_NAMES = ("sketch_guidance_scale", "classifier_guidance_scale", "perceptual_guidance_scale")
-SAMPLING_NAMES = ("num_inference_steps", *SCALE_NAMES)
+SAMPLING_NAMES = ("num_inference_steps", "eta", *SCALE_NAMES)
 
 
 class Job(NamedTuple):

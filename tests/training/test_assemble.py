@@ -35,11 +35,12 @@ def test_assembled_pipeline_is_its_parts_in_float16(parts, tiny_pipeline_factory
     output_dir = tmp_path / "assembled"
     assemble.main(
         assemble.AssembleArguments(
-            **parts, output_dir=str(output_dir), num_inference_steps=7, sketch_guidance_scale=3.0
+            **parts, output_dir=str(output_dir), num_inference_steps=7, sketch_guidance_scale=3.0, eta=0.5
         )
     )
     pipe, source = DiffSketchingPipeline.from_pretrained(output_dir), tiny_pipeline_factory()
     assert pipe.recommended["num_inference_steps"] == 7 and pipe.recommended["sketch_guidance_scale"] == 3.0
+    assert pipe.recommended["eta"] == 0.5
     assert pipe.image_encoder is None
     for name in ("unet", "classifier", "sketcher", "sketch_encoder"):
         expected = getattr(source, name).state_dict()

@@ -30,4 +30,4 @@ accelerate launch train_sketcher.py $configs/sketcher_garments64.yaml "${common[
 
 python assemble.py --unet "$work/unet-64/pipeline" --classifier "$work/classifier/classifier" \
   --sketcher "$work/sketcher/sketcher" --sketch_encoder "$work/sketch_encoder/sketch_encoder" \
-  --image_encoder "$work/image_encoder/image_encoder" --sketch_guidance_scale 2.0 --output_dir "$work/garments-64"
+  --image_encoder "$work/image_encoder/image_encoder" --sketch_guidance_scale 2.0 --eta 1.0 --output_dir "$work/garments-64"
