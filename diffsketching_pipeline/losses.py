@@ -215,7 +215,7 @@ class ImageIdentityLoss(nn.Module):
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
         """Pooled features `[batch_size, dim]` of photos `[batch_size, 3, height, width]` in [-1, 1]."""
-        if self.image_mean is not None:
+        if self.image_mean is not None and self.image_std is not None:
             images = ((images + 1) / 2 - self.image_mean) / self.image_std
         if self.image_size is not None:
             size = (self.image_size, self.image_size)

@@ -347,9 +347,8 @@ class ChainDataset:
         self.photos, self.cache, self.train = photos, cache, train
         self.num_steps = args.num_train_inference_steps
         by_people = isinstance(photos, PairedPhotoDataset)
-        self.strength = args.free_hand_strength
-        if self.strength is None:
-            self.strength = 0.0 if by_people else 0.5
+        strength = args.free_hand_strength
+        self.strength = strength if strength is not None else 0.0 if by_people else 0.5
         names = [f"{label}/{name}" for label, name in zip(photos.class_labels, photos.ids, strict=True)]
         hashes = [hashlib.sha256(name.encode()).hexdigest() for name in names]
         self.indices = sorted(sorted(range(len(hashes)), key=hashes.__getitem__)[:max_samples])
