@@ -287,8 +287,9 @@ def test_rows_without_a_drawing(tiny_pipeline, generators):
     assert rows(latents=randn(6, 3, SIZE, SIZE), num_images_per_sketch=2) == 6
     with pytest.raises(ValueError, match="`latents` has 5 rows, which `num_images_per_sketch=2` does not divide"):
         rows(latents=randn(5, 3, SIZE, SIZE), num_images_per_sketch=2)
+    assert rows(latents=randn(6, 3, SIZE, SIZE), class_labels="a", num_images_per_sketch=2) == 6
     with pytest.raises(ValueError, match=r"`latents` has to have shape \(2, 3, 16, 16\) but has \(6, 3, 16, 16\)"):
-        rows(latents=randn(6, 3, SIZE, SIZE), class_labels="a", num_images_per_sketch=2)
+        rows(latents=randn(6, 3, SIZE, SIZE), class_labels=["a"], num_images_per_sketch=2)
 
 
 def test_no_drawing_is_the_zero_channel_and_the_null_class(tiny_pipeline, generators):

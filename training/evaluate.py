@@ -1400,7 +1400,11 @@ def evaluate(args: EvaluationArguments, inputs: Inputs, accelerator: Accelerator
 def main(args: EvaluationArguments) -> dict[str, Scores]:
     """Runs the evaluation; returns the measurements by system and metric."""
     accelerator = Accelerator()
-    return evaluate(args, prepare(args, accelerator), accelerator)
+    scores = evaluate(args, prepare(args, accelerator), accelerator)
+    # The others wait for the main process: one that exits takes the connection down that the last barrier needs.
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return scores
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

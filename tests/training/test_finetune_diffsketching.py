@@ -511,7 +511,7 @@ def test_fine_tuning_lowers_the_loss_it_is_given(shapes_dir, cache_dir, pretrain
     main(tiny_args(**options, output_dir=str(tmp_path)))
     before, after = found
     assert after["loss"] == pytest.approx(after["perceptual_loss"], rel=1e-5)
-    assert after["loss"] < 0.985 * before["loss"]
+    assert after["loss"] < 0.995 * before["loss"]
 
 
 @pytest.mark.parametrize(
