@@ -108,7 +108,7 @@ def load_lora_state_dict(unet: UNet2DModel, state: dict[str, torch.Tensor]) -> N
     Raises:
         ValueError: names or shapes are not those of this UNet's adapter.
     """
-    own = {name.replace(".default.", "."): tensor for name, tensor in unet.state_dict().items() if ".lora_" in name}
+    own = lora_state_dict(unet)
     wrong = sorted(own.keys() ^ state.keys()) or [name for name in own if own[name].shape != state[name].shape]
     if wrong:
         raise ValueError(

@@ -22,7 +22,22 @@ import torch.nn.functional as F
 from torch import nn
 
 
-def check_range(name: str, value: torch.Tensor, channels: int) -> None:
+def check_pair(name: str, pred: torch.Tensor, value: torch.Tensor, channels: int) -> None:
+    """
+    [`check_range`] of `pred_{name}` and `name`, which have to have one shape.
+
+    Raises:
+        ValueError: naming the argument, and what it was.
+    """
+    check_range(f"pred_{name}", pred, channels, stacklevel=4)
+    check_range(name, value, channels, stacklevel=4)
+    if pred.shape != value.shape:
+        raise ValueError(
+            f"`pred_{name}` and `{name}` have to have one shape but have {tuple(pred.shape)} and {tuple(value.shape)}."
+        )
+
+
+def check_range(name: str, value: torch.Tensor, channels: int, stacklevel: int = 3) -> None:
     """
     Refuse what is not a float batch `[batch_size, channels, height, width]` in [-1, 1], and warn of one that looks like
     [0, 1].
@@ -43,7 +58,8 @@ def check_range(name: str, value: torch.Tensor, channels: int) -> None:
     # Blank paper, all of it near 1, is in [-1, 1]; black at 0 is not.
     if 0.0 <= low < 0.1:
         warnings.warn(
-            f"`{name}` has to be in [-1, 1] but looks like [0, 1]: its smallest value is {low:.4g}.", stacklevel=3
+            f"`{name}` has to be in [-1, 1] but looks like [0, 1]: its smallest value is {low:.4g}.",
+            stacklevel=stacklevel,
         )
 
 
@@ -152,13 +168,7 @@ class SketchPerceptualLoss(nn.Module):
         Raises:
             ValueError: for another dtype, shape or range.
         """
-        check_range("pred_sketch", pred_sketch, channels=1)
-        check_range("sketch", sketch, channels=1)
-        if pred_sketch.shape != sketch.shape:
-            raise ValueError(
-                f"`pred_sketch` and `sketch` have to have one shape but have {tuple(pred_sketch.shape)} and"
-                f" {tuple(sketch.shape)}."
-            )
+        check_pair("sketch", pred_sketch, sketch, channels=1)
         return self.distance(self.features(pred_sketch), self.features(sketch))
 
     def distance(self, pred_features: list[torch.Tensor], features: list[torch.Tensor]) -> torch.Tensor:
@@ -233,13 +243,7 @@ class ImageIdentityLoss(nn.Module):
         Raises:
             ValueError: for another dtype, shape or range.
         """
-        check_range("pred_images", pred_images, channels=3)
-        check_range("images", images, channels=3)
-        if pred_images.shape != images.shape:
-            raise ValueError(
-                f"`pred_images` and `images` have to have one shape but have {tuple(pred_images.shape)} and"
-                f" {tuple(images.shape)}."
-            )
+        check_pair("images", pred_images, images, channels=3)
         return 1 - F.cosine_similarity(self.features(pred_images), self.features(images), dim=1)
 
 

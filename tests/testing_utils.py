@@ -13,6 +13,10 @@
 # limitations under the License.
 """Tiny but real components, and the formulas that several test files compare with."""
 
+import signal
+import subprocess
+import time
+
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
 from transformers import ResNetConfig, ResNetForImageClassification
@@ -101,3 +105,16 @@ def directional_derivatives(function, x, num_directions=24, step=1e-7):
 def along(gradient, directions):
     """Derivatives along `directions` that a gradient predicts, `[len(gradient), num_directions]`."""
     return torch.einsum("nchw,nkchw->nk", gradient.double(), directions)
+
+
+def kill_when(condition, command, env):
+    """Launches a script and kills it (-9) as soon as `condition()` holds; it may not have ended before."""
+    process = subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not condition():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.002)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL

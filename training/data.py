@@ -403,10 +403,15 @@ def free_hand_distortion(sketch: np.ndarray, rng: np.random.Generator, strength:
 # ---- the dataset ----------------------------------------------------------------------------------------------------
 
 
+def decode_photo(content: bytes) -> Image.Image:
+    """The upright RGB photo of an image file; `OSError` where it is damaged."""
+    with Image.open(io.BytesIO(content)) as opened:
+        return ImageOps.exif_transpose(opened).convert("RGB")
+
+
 def prepare_photo(content: bytes, image_size: int) -> CachedPhoto:
     """Decodes an image file to a short side of `image_size` pixels and draws it; `OSError` where it is damaged."""
-    with Image.open(io.BytesIO(content)) as opened:
-        image = ImageOps.exif_transpose(opened).convert("RGB")
+    image = decode_photo(content)
     contours, content_box = _find_contours(image)
     small = resized_to_short_side(image, image_size, 4 * image_size)
     return CachedPhoto(np.asarray(small), np.stack(contours), content_box)

@@ -38,9 +38,10 @@ from data import (
     CachedPhoto,
     PhotoSketchDataset,
     bounding_box,
+    decode_photo,
     resized_to_short_side,
 )
-from PIL import Image, ImageOps
+from PIL import Image
 
 from diffsketching_pipeline import SketchProcessor
 
@@ -328,8 +329,7 @@ class PairedPhotoDataset(PhotoSketchDataset):
             parts.append(content[_LENGTH_BYTES:end])
             content = content[end:]
         _, photo, *sketches = parts
-        with Image.open(io.BytesIO(photo)) as opened:
-            image = ImageOps.exif_transpose(opened).convert("RGB")
+        image = decode_photo(photo)
         frame = resized_to_short_side(image, CONTOUR_SIZE, 4 * CONTOUR_SIZE).size
         inks = []
         for k, sketch in enumerate(sketches):

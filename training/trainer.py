@@ -61,7 +61,14 @@ from torchvision.utils import make_grid
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from diffsketching_pipeline.lora import LORA_WEIGHTS_NAME, fuse_lora, has_lora, load_lora_state_dict, save_lora
+from diffsketching_pipeline.lora import (
+    LORA_WEIGHTS_NAME,
+    fuse_lora,
+    has_lora,
+    load_lora_state_dict,
+    lora_state_dict,
+    save_lora,
+)
 
 
 logger = get_logger(__name__)
@@ -497,7 +504,7 @@ def _saved_parameters(module: Any, folder: str) -> list[Tensor]:
     if not has_lora(module):
         return list(load_pretrained(type(module), folder, "").parameters())
     state = load_file(os.path.join(folder, LORA_WEIGHTS_NAME))
-    return [state[name.replace(".default.", ".")] for name, p in module.named_parameters() if p.requires_grad]
+    return [state[name] for name in lora_state_dict(module)]
 
 
 class Trainer:
@@ -605,7 +612,8 @@ class Trainer:
     def _averaged_parameters(self, name: str) -> list[nn.Parameter]:
         """Of an adapted network the adapter alone: the rest does not change."""
         module = self.unwrap(name)
-        return [p for p in module.parameters() if p.requires_grad or not has_lora(module)]
+        adapted = has_lora(module)
+        return [p for p in module.parameters() if p.requires_grad or not adapted]
 
     def unwrap(self, name: str) -> Any:
         """The module itself, without the wrapper for several processes; its forward still autocasts."""

@@ -17,10 +17,8 @@ import dataclasses
 import json
 import logging
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -45,7 +43,7 @@ from finetune_diffsketching import (
 )
 from PIL import Image
 from safetensors.torch import load_file
-from testing_utils import SIZE, make_resnet, make_scheduler, make_unet, randn
+from testing_utils import SIZE, kill_when, make_resnet, make_scheduler, make_unet, randn
 
 from diffsketching_pipeline import DiffSketchingPipeline, SketchPerceptualLoss, load_lora
 from diffsketching_pipeline.denoising import sampling_scheduler
@@ -384,15 +382,7 @@ def test_a_run_killed_while_inverting_and_while_training_resumes_to_the_bit(
     cut = tmp_path / "cut"
     command = [sys.executable, SCRIPT, config, "--output_dir", str(cut), "--resume_from_checkpoint", "latest"]
     for waits_for in (lambda: list(cut.glob("inverted/*/*.safetensors")), lambda: list(cut.glob("checkpoint-[2-9]"))):
-        process = subprocess.Popen(command, env=script_env, stderr=subprocess.DEVNULL, start_new_session=True)
-        try:
-            deadline = time.monotonic() + 120
-            while not waits_for():
-                assert process.poll() is None and time.monotonic() < deadline
-                time.sleep(0.002)
-        finally:
-            process.send_signal(signal.SIGKILL)
-            assert process.wait() == -signal.SIGKILL
+        kill_when(waits_for, command, script_env)
         assert not (cut / "pipeline").exists()
     main(tiny_args(**options, output_dir=str(cut), resume_from_checkpoint="latest"))
     main(tiny_args(**options, output_dir=str(tmp_path / "whole")))

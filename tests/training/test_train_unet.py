@@ -13,10 +13,8 @@
 # limitations under the License.
 import dataclasses
 import json
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -28,6 +26,7 @@ from diffusers import UNet2DModel
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from testing_utils import kill_when
 from train_unet import (
     UNetTrainingArguments,
     UNetValidation,
@@ -122,15 +121,7 @@ def test_killed_run_resumes_to_the_bit(shapes_dir, tmp_path, script_env):
     config = write_config(tmp_path / "config.yaml", **options)
     cut = tmp_path / "cut"
     command = [sys.executable, SCRIPT, config, "--output_dir", str(cut), "--dataloader_num_workers", "1"]
-    process = subprocess.Popen(command, env=script_env, stderr=subprocess.DEVNULL, start_new_session=True)
-    try:
-        deadline = time.monotonic() + 120
-        while not (cut / "checkpoint-8").exists():
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.002)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+    kill_when((cut / "checkpoint-8").exists, command, script_env)
     assert not (cut / "pipeline").exists()
 
     main(tiny_args(**options, output_dir=str(cut), resume_from_checkpoint="latest"))
