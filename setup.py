@@ -21,6 +21,7 @@ TRAIN = [
     "tensorboard>=2.14",
     "torchmetrics>=1.4",
     "tqdm>=4.65",
+    "webdataset>=1.0",
 ]
 TEST = [*TRAIN, "mypy>=1.11", "pytest>=8.0", "ruff>=0.6", "types-PyYAML"]
 

@@ -14,6 +14,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import UNet2DModel
 
 from diffsketching_pipeline import modeling_noisy_classifier
 from diffsketching_pipeline.modeling_noisy_classifier import AttentionPool2D, NoisyImageClassifier
@@ -162,3 +163,72 @@ def test_wrong_shapes_are_refused(shape):
 
 def test_module_offers_the_name_by_which_diffusers_finds_component_classes():
     assert hasattr(modeling_noisy_classifier, "ModelMixin")
+
+
+def make_unet(**kwargs):
+    torch.manual_seed(3)
+    config = {
+        "sample_size": 16,
+        "in_channels": 4,
+        "num_class_embeds": 6,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        "block_out_channels": (16, 32),
+        "layers_per_block": 1,
+        "attention_head_dim": 16,
+        "norm_num_groups": 8,
+        "resnet_time_scale_shift": "scale_shift",
+    }
+    return UNet2DModel(**(config | kwargs)).eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "config, class_label",
+    [
+        ({}, 5),
+        ({"in_channels": 3, "num_class_embeds": None, "resnet_time_scale_shift": "default"}, None),
+        ({"freq_shift": 1, "flip_sin_to_cos": False, "attention_head_dim": None, "norm_eps": 1e-3}, 0),
+        ({"time_embedding_dim": 24, "downsample_type": "resnet", "act_fn": "relu"}, 2),
+    ],
+    ids=["sketch", "photo", "embedding", "blocks"],
+)
+def test_from_unet_reads_noisy_images_as_the_unet_does_without_a_sketch(config, class_label):
+    unet = make_unet(**config)
+    classifier = NoisyImageClassifier.from_unet(unet, 3, class_label=class_label).eval()
+    before_middle = []
+    for model in (unet, classifier):
+        model.mid_block.register_forward_pre_hook(lambda module, inputs: before_middle.append(inputs[:2]))
+    sample, timestep = make_sample(), torch.tensor([7, 700])
+    no_sketch = torch.zeros(2, unet.config.in_channels - 3, 16, 16)
+    labels = None if class_label is None else torch.full((2,), class_label)
+    unet(torch.cat([sample, no_sketch], dim=1), timestep, class_labels=labels)
+    logits = classifier(sample, timestep).logits
+    assert logits.shape == (2, 3)
+    for ours, theirs in zip(before_middle[1], before_middle[0], strict=True):
+        torch.testing.assert_close(ours, theirs)
+    for name, value in classifier.mid_block.resnets.state_dict().items():
+        assert torch.equal(value, unet.mid_block.resnets.state_dict()[name])
+
+
+def test_from_unet_takes_weights_of_half_precision_and_a_dropout():
+    classifier = NoisyImageClassifier.from_unet(make_unet().half(), 3, class_label=5, dropout=0.5)
+    assert classifier.dtype == torch.float32 and classifier.training
+    assert classifier.down_blocks[0].resnets[0].dropout.p == 0.5
+
+
+@pytest.mark.parametrize(
+    "config, class_label, message",
+    [
+        ({}, None, r"`class_label` must be in \[0, 6\), .* but is None"),
+        ({}, 6, r"`class_label` must be in \[0, 6\), .* but is 6"),
+        ({"num_class_embeds": None}, 1, "`class_label` must be `None` for a `unet` without classes but is 1"),
+        ({"time_embedding_type": "fourier"}, 5, "time_embedding_type 'positional' but has 'fourier'"),
+        ({"mid_block_type": None}, 5, "mid_block_type 'UNetMidBlock2D' but has None"),
+        ({"sample_size": (16, 32)}, 5, "one sample_size for both sides"),
+        ({"down_block_types": ("SkipDownBlock2D", "DownBlock2D")}, 5, "must be among .* but has 'SkipDownBlock2D'"),
+    ],
+)
+def test_from_unet_refuses_what_a_classifier_cannot_be(config, class_label, message):
+    with pytest.raises(ValueError, match=message):
+        NoisyImageClassifier.from_unet(make_unet(**config), 3, class_label=class_label)

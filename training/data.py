@@ -636,9 +636,12 @@ class PhotoSketchDataset(Dataset):
             `tuple`: float32 [3, R, R] in [-1, 1], all contours bool [N, H, W], and the box of the contours that the photo
             shows, see `contour_to_sketch`.
         """
+        return self.view_of(self.photo(index))
+
+    def view_of(self, photo: CachedPhoto) -> tuple[torch.Tensor, np.ndarray, Box]:
+        """[`PhotoSketchDataset.view`] of any photo, if it is in the dataset or not."""
         if self.train:
             raise ValueError("`view` needs a dataset with `train=False`.")
-        photo = self.photo(index)
         rng = np.random.default_rng(0)
         box = self._crop_box(photo, rng)
         return self._pixel_values(photo.image, box, rng), photo.contours, box

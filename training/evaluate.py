@@ -94,6 +94,7 @@ METRICS = {
     "class_agreement": ("class agreement", "higher"),
     "class_agreement_reweighted": ("class agreement, classes as frequent as among the drawings", "higher"),
     "class_agreement_relative": ("class agreement relative to real photos'", "higher"),
+    "conditioning_class_agreement": ("agreement with the class an image was generated with", "higher"),
     "conditioning_class_accuracy": ("share generated with the drawing's own class", "higher"),
     "retrieval_at_1": ("nearest-drawing retrieval R@1", "higher"),
     "retrieval_at_5": ("nearest-drawing retrieval R@5", "higher"),
@@ -854,7 +855,7 @@ class Scorer:
         return {
             **self.class_agreement(images),
             **self.relative_agreement(images),
-            **self.conditioning_class_accuracy(images),
+            **self.conditioning_class(images),
             **self.retrieval(images),
             **self.realism(images),
             **self.diversity(images),
@@ -903,9 +904,11 @@ class Scorer:
         interval = percentile_interval(samples, len(np.unique(images.groups)))
         return self.measure(key, float(np.average(values, weights=weights)), images, conditions, interval)
 
-    def agrees(self, images: ImageSet) -> np.ndarray:
+    def agrees(self, images: ImageSet, labels: Sequence[str | None] | None = None) -> np.ndarray:
+        """1 where the evaluation network takes an image for its label (`labels`, or its own), else 0."""
         predicted = [self.evaluator.labels[i] for i in images.probabilities.argmax(-1).tolist()]
-        return np.array([a == b for a, b in zip(predicted, images.labels, strict=True)], dtype=np.float64)
+        labels = images.labels if labels is None else labels
+        return np.array([a == b for a, b in zip(predicted, labels, strict=True)], dtype=np.float64)
 
     def mix_weights(self, photos: ImageSet) -> np.ndarray | None:
         """Weights that make classes as frequent as among the drawings; None where a class is missing."""
@@ -946,12 +949,19 @@ class Scorer:
         value = float(agrees.mean() / np.average(real, weights=weights))
         return self.measure(key, value, images, conditions, interval)
 
-    def conditioning_class_accuracy(self, images: ImageSet) -> Scores:
-        """How often the class that an image was generated with is the drawing's; left out where it is not known."""
+    def conditioning_class(self, images: ImageSet) -> Scores:
+        """
+        How often the class that an image was generated with is the drawing's, and how often the evaluation network sees
+        that class in it: what the class predictor costs, and what the generator does. Left out where it is not known.
+        """
         if not images.given_labels or None in images.given_labels:
             return {}
         right = np.array([a == b for a, b in zip(images.given_labels, images.labels, strict=True)])
-        return self.measure_mean("conditioning_class_accuracy", right, images, {})
+        seen = self.agrees(images, images.given_labels)
+        return {
+            **self.measure_mean("conditioning_class_agreement", seen, images, self.evaluator.conditions),
+            **self.measure_mean("conditioning_class_accuracy", right, images, {}),
+        }
 
     def retrieval(self, images: ImageSet) -> Scores:
         """Which of all drawings is the contour of each image closest to?"""

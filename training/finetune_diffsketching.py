@@ -23,7 +23,8 @@ L = λ L_i(x_0, x̂_0) + (1-λ) L_p(P(x̂_0), s_0) runs back through the chain o
 
 The data is one of: a folder with `train` and `validation`, each with photos in class folders (the drawings are then contours
 of the photos, redrawn as an unskilled hand would); a folder with `photo` and `sketch`, matched by name; a dataset with a
-column of photos and one of drawings (`--conditioning_image_column`). See `pairs.py` for the last two.
+column of photos and one of drawings (`--conditioning_image_column`), see `pairs.py` for these two; webdataset shards of
+pairs (`--train_shards`), streamed, see `shards.py`: nothing of them is kept on disk, so x_T is made anew in each step.
 
 Memory: `--gradient_checkpointing` keeps one step's activations however long the chain is, `--truncate_backprop_steps K`
 goes back through the last K steps only, and `--backprop per_step` through one step, drawn at random.
@@ -45,10 +46,18 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from data import DEFAULT_LINE_GAIN, PhotoSketchDataset, contour_to_sketch, free_hand_distortion, half_size
+from data import DEFAULT_LINE_GAIN, Box, PhotoSketchDataset, contour_to_sketch, free_hand_distortion, half_size
 from diffusers import DDIMScheduler
-from pairs import PairedPhotoDataset, find_pairs, load_dataset_pairs, split_pairs
+from pairs import (
+    PairedPhotoDataset,
+    PairReader,
+    PhotoSketchPair,
+    find_pairs,
+    load_dataset_pairs,
+    split_pairs,
+)
 from safetensors.torch import load_file, save_file
+from shards import ShardStream, list_shards, validation_pairs
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from trainer import (
@@ -123,6 +132,12 @@ class FinetuneArguments(TrainingArguments):
     truncate_backprop_steps: int | None = argument(None, "differentiate this many last steps of the chain only")
     gradient_checkpointing: bool = argument(False, "recompute each step's activations in the backward pass")
 
+    train_shards: str | None = argument(
+        None,
+        "webdataset shards of pairs in the place of `train_data_dir`, for example `pairs-{000000..000099}.tar`; needs "
+        "`max_train_steps`",
+    )
+    shuffle_buffer: int = argument(256, "pairs of a shard that are held in memory and shuffled together")
     conditioning_image_column: str | None = argument(
         None, "`dataset_name` has this column of drawings, one or a list per photo; left out: it is a folder of photos"
     )
@@ -159,7 +174,7 @@ def check_finetune_arguments(args: FinetuneArguments) -> None:
         raise ValueError(f"`free_hand_strength` must not be negative, but got {args.free_hand_strength}.")
     at_least = {"num_train_inference_steps": 1, "num_fixed_point_iterations": 0, "inversion_batch_size": 1}
     at_least |= {"max_train_samples": 1, "num_validation_samples": 1, "num_validation_images": 1}
-    at_least |= {"ddpm_num_inference_steps": 1, "lora_rank": 1}
+    at_least |= {"ddpm_num_inference_steps": 1, "lora_rank": 1, "shuffle_buffer": 1}
     for name, minimum in at_least.items():
         value = getattr(args, name)
         if value is not None and value < minimum:
@@ -172,6 +187,12 @@ def check_finetune_arguments(args: FinetuneArguments) -> None:
         )
     if kept is not None and args.backprop == "per_step":
         raise ValueError("`truncate_backprop_steps` is for `--backprop chain`: per_step goes back through one step.")
+    if args.train_shards is not None:
+        for name in ("train_data_dir", "dataset_name", "max_train_samples"):
+            if getattr(args, name) is not None:
+                raise ValueError(f"`{name}` and `train_shards` cannot both be given: the shards are the data.")
+        if args.max_train_steps is None:
+            raise ValueError("`max_train_steps` is needed with `train_shards`: how long an epoch is, is not known.")
 
 
 def check_pipeline(pipeline: DiffSketchingPipeline, args: FinetuneArguments) -> None:
@@ -280,6 +301,19 @@ def in_groups(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 
 @torch.no_grad()
+def invert_photos(
+    pixel_values: Tensor, class_labels: Tensor, unet: Any, scheduler: DDIMScheduler, args: FinetuneArguments
+) -> Tensor:
+    """x_T of photos [B, 3, R, R] with their classes [B], on their device; told no drawing, so it serves every drawing."""
+    sampler = sampling_scheduler(scheduler, args.num_train_inference_steps, pixel_values.device)
+    told = Conditioning(class_labels)
+
+    def predict(latents: Tensor, timestep: Tensor, step_index: int) -> NoisePrediction:
+        return predict_noise(unet, unet.config, scheduler, latents, timestep, told, clip_sample=False)
+
+    return invert(sampler, predict, pixel_values, sampler.timesteps, args.num_fixed_point_iterations)
+
+
 def fill_noise_cache(
     cache: NoiseCache,
     groups: Iterable[list[tuple[Tensor, int]]],
@@ -295,7 +329,6 @@ def fill_noise_cache(
     A group is one batch, whole even if parts of it are there: the last bits of a result depend on its batch, and a run
     that was killed on the way has to find what an uninterrupted one would have written.
     """
-    sampler = sampling_scheduler(scheduler, args.num_train_inference_steps, device)
     count = 0
     for group in groups:
         missing = [cache.load(*photo) is None for photo in group]
@@ -303,14 +336,9 @@ def fill_noise_cache(
             continue
         if time_is_up():
             break
-        # The null sketch: one x_T serves every drawing of a photo.
-        conditioning = Conditioning(torch.tensor([label for _, label in group], device=device))
-
-        def predict(latents: Tensor, timestep: Tensor, step_index: int, told: Conditioning = conditioning) -> Any:
-            return predict_noise(unet, unet.config, scheduler, latents, timestep, told, clip_sample=False)
-
         images = torch.stack([pixels for pixels, _ in group]).to(device)
-        noise = invert(sampler, predict, images, sampler.timesteps, args.num_fixed_point_iterations)
+        labels = torch.tensor([label for _, label in group], device=device)
+        noise = invert_photos(images, labels, unet, scheduler, args)
         for (pixels, label), latents, is_missing in zip(group, noise, missing, strict=True):
             if is_missing:
                 cache.save(pixels, label, latents)
@@ -378,27 +406,82 @@ class ChainDataset:
         """
         photo_index, label = self.indices[index], self.class_labels[index]
         rng = np.random.default_rng([self.photos.seed, epoch, index])
-        pixels, contours, box = self.photos.view(photo_index)
-        ink = half_size(contours[rng.integers(len(contours))])
-        drawn = free_hand_distortion(ink, rng, self.strength * (rng.random() if self.train else 0.5))
-        gain = rng.uniform(1.2, 2.6) if self.train else DEFAULT_LINE_GAIN
-        sketch = torch.from_numpy(contour_to_sketch(drawn, self.photos.resolution, box, gain))[None]
-        if self.train and rng.random() < 0.5:
-            pixels, sketch = pixels.flip(-1).contiguous(), sketch.flip(-1)
-        latents = self.cache.load(pixels, label)
+        view, name = self.photos.view(photo_index), self.photos.ids[photo_index]
+        sample = draw_by_hand(view, rng, self.strength, self.num_steps, self.train)
+        latents = self.cache.load(sample["pixel_values"], label)
         if latents is None:
             raise FileNotFoundError(
-                f"x_T of the photo {self.photos.ids[photo_index]} is missing or damaged in {self.cache.folder}: start "
-                "again, and it is made anew."
+                f"x_T of the photo {name} is missing or damaged in {self.cache.folder}: start again, and it is made anew."
             )
-        return {
-            "pixel_values": pixels,
-            "latents": latents,
-            "sketch": sketch,
-            "class_label": label,
-            "chain_step": int(rng.integers(self.num_steps)),
-            "id": self.photos.ids[photo_index],
-        }
+        return {**sample, "latents": latents, "class_label": label, "id": name}
+
+
+def draw_by_hand(
+    view: tuple[Tensor, np.ndarray, Box], rng: np.random.Generator, strength: float, num_steps: int, train: bool
+) -> Sample:
+    """
+    A photo and one of its drawings, redrawn by an unskilled hand.
+
+    Args:
+        view: of a photo, see [`PhotoSketchDataset.view`].
+        rng: the only source of randomness.
+        strength: of the distortion, at most.
+        num_steps: of the chain.
+        train: flip, and vary how badly is drawn.
+
+    Returns:
+        `dict`: `pixel_values` [3, R, R], `sketch` [1, R, R], `chain_step` int.
+    """
+    pixels, contours, box = view
+    ink = half_size(contours[rng.integers(len(contours))])
+    drawn = free_hand_distortion(ink, rng, strength * (rng.random() if train else 0.5))
+    gain = rng.uniform(1.2, 2.6) if train else DEFAULT_LINE_GAIN
+    sketch = torch.from_numpy(contour_to_sketch(drawn, pixels.shape[-1], box, gain))[None]
+    if train and rng.random() < 0.5:
+        pixels, sketch = pixels.flip(-1).contiguous(), sketch.flip(-1)
+    return {"pixel_values": pixels, "sketch": sketch, "chain_step": int(rng.integers(num_steps))}
+
+
+class ShardedChainData:
+    """
+    The samples of a [`ChainDataset`] without their x_T, from webdataset shards, for [`Trainer`].
+
+    Args:
+        pipeline: knows the classes.
+        args: see [`FinetuneArguments`]; the drawings are by people, so they are not distorted unless it is asked for.
+    """
+
+    def __init__(self, pipeline: DiffSketchingPipeline, args: FinetuneArguments):
+        self.args = args
+        self.shards = list_shards(str(args.train_shards))
+        self.class_names = [pipeline.id2label[index] for index in range(len(pipeline.id2label))]
+        self.null_class = pipeline.null_class
+        self.reader = PairReader(self.class_names, args.resolution, self.null_class)
+        self.strength = args.free_hand_strength or 0.0
+
+    def make_sample(self, pair: PhotoSketchPair, rng: np.random.Generator) -> Sample:
+        """See [`ChainDataset.sample`]."""
+        view, label = self.reader.read(pair)
+        sample = draw_by_hand(view, rng, self.strength, self.args.num_train_inference_steps, train=True)
+        return {**sample, "class_label": label, "id": pair.stem}
+
+    def stream(
+        self, process_index: int, num_processes: int, num_workers: int, state: dict[str, Any] | None
+    ) -> ShardStream:
+        """The batches of one process, from `state` on."""
+        batch_size, seed, held = self.args.train_batch_size, self.args.seed, self.args.shuffle_buffer
+        readers = (process_index, num_processes, num_workers)
+        return ShardStream(
+            self.shards, self.class_names, self.make_sample, batch_size, seed, *readers, state, shuffle_buffer=held
+        )
+
+    def validation_photos(self) -> PairedPhotoDataset:
+        """The photos that validate; see [`validation_pairs`]."""
+        pairs = validation_pairs(self.shards, self.class_names, self.args.num_validation_samples)
+        resolution, seed, null_class = self.args.resolution, self.args.seed, self.null_class
+        return PairedPhotoDataset(
+            pairs, self.class_names, resolution, seed, train=False, null_class=null_class, split="validation"
+        )
 
 
 # ---- the chain ------------------------------------------------------------------------------------------------------
@@ -601,7 +684,7 @@ def load_frozen_pipeline(args: FinetuneArguments) -> DiffSketchingPipeline:
 
 def load_photos(args: FinetuneArguments, pipeline: DiffSketchingPipeline) -> dict[str, PhotoSketchDataset]:
     """
-    Photos of both splits, never augmented, with what can be drawn of them; see the head of this file for the layouts.
+    Photos on disk of both splits, never augmented, with what can be drawn of them; see the head of this file for the layouts.
 
     Raises:
         ValueError: there are none, or their classes are not those of the pipeline.
@@ -642,28 +725,33 @@ def main(args: FinetuneArguments) -> None:
     """Fine-tunes as the arguments say; the pipeline lies in `output_dir/pipeline` afterwards."""
     check_finetune_arguments(args)
     pipeline = load_frozen_pipeline(args)
-    photos = load_photos(args, pipeline)
+    streamed = ShardedChainData(pipeline, args) if args.train_shards is not None else None
+    photos = {"validation": streamed.validation_photos()} if streamed is not None else load_photos(args, pipeline)
     cache_folder = Path(args.cache_dir if args.cache_dir is not None else args.output_dir) / "inverted"
     cache = NoiseCache(cache_folder, pipeline.unet, pipeline.scheduler, args)
-    dataset = ChainDataset(photos["train"], cache, args, max_samples=args.max_train_samples)
     validation_dataset = ChainDataset(photos["validation"], cache, args, False, args.num_validation_samples)
+    inverted, weights = [validation_dataset], None
+    dataset: Any = streamed
+    if streamed is None:
+        dataset = ChainDataset(photos["train"], cache, args, max_samples=args.max_train_samples)
+        inverted.insert(0, dataset)
+        weights = class_balanced_weights(dataset.class_labels, args.class_balance_power)
 
     unet = type(pipeline.unet).from_config(pipeline.unet.config)
     unet.load_state_dict(pipeline.unet.state_dict())
     if args.lora_rank is not None:
         torch.manual_seed(args.seed)
         add_lora(unet, args.lora_rank, args.lora_alpha)
-    weights = class_balanced_weights(dataset.class_labels, args.class_balance_power)
     trainer = Trainer(args, {"unet": unet}, dataset, sample_weights=weights)
     accelerator = trainer.accelerator
     pipeline.to(accelerator.device)
 
     # 1. Photos to noise, each process its share
-    views = itertools.chain(dataset.views(), validation_dataset.views())
+    views = itertools.chain.from_iterable(each.views() for each in inverted)
     progress = tqdm(
         views,
         desc="Inverting photos",
-        total=dataset.num_views() + validation_dataset.num_views(),
+        total=sum(each.num_views() for each in inverted),
         unit="photo",
         disable=not accelerator.is_local_main_process,
         mininterval=0.5 if sys.stderr.isatty() else 10,
@@ -682,9 +770,13 @@ def main(args: FinetuneArguments) -> None:
     validation = None
     if accelerator.is_main_process:
         validation = FinetuneValidation(args, validation_dataset, pipeline, loss, accelerator.autocast)
-    pipeline.unet.to("cpu")  # nothing needs the frozen one any more
+    if streamed is None:
+        pipeline.unet.to("cpu")  # nothing needs the frozen one any more
 
     def compute_loss(batch: dict[str, Any]) -> dict[str, Tensor]:
+        if "latents" not in batch:
+            photos_and_classes = batch["pixel_values"], batch["class_label"]
+            batch = batch | {"latents": invert_photos(*photos_and_classes, pipeline.unet, pipeline.scheduler, args)}
         pred = run_chain(
             trainer.modules["unet"],
             unet.config,

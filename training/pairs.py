@@ -16,6 +16,7 @@
 - Two folders, `photo` and `sketch`, matched by file name: `photo/<class>/<id>.jpg` with `sketch/<class>/<id>-<k>.png`
   (Sketchy's layout), or just `photo/<id>.jpg` with `sketch/<id>.png`.
 - A dataset of the `datasets` library, local or on the Hub, with a column of photos and one of drawings.
+- Webdataset shards, see `shards.py`.
 
 A photo may have any number of drawings; each covers the photo's frame. Splits are made by photo, never by drawing.
 """
@@ -35,6 +36,7 @@ import numpy as np
 from data import (
     CONTOUR_SIZE,
     IMAGE_SUFFIXES,
+    Box,
     CachedPhoto,
     PhotoSketchDataset,
     bounding_box,
@@ -42,6 +44,7 @@ from data import (
     resized_to_short_side,
 )
 from PIL import Image
+from torch import Tensor
 
 from diffsketching_pipeline import SketchProcessor
 
@@ -348,3 +351,33 @@ class PairedPhotoDataset(PhotoSketchDataset):
 
     def _choose_contour(self, contours: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         return contours[rng.integers(len(contours))]
+
+
+class PairReader(PairedPhotoDataset):
+    """
+    What a [`PairedPhotoDataset`] does with its pairs, for pairs that come one by one and are not kept.
+
+    Args:
+        class_names, resolution, null_class: see [`PairedPhotoDataset`].
+    """
+
+    def __init__(self, class_names: Sequence[str], resolution: int = 64, null_class: int | None = None):
+        super().__init__((), class_names, resolution, train=False, null_class=null_class)
+
+    def _prepare(self, files: list[Any], split: str) -> None:
+        """There are none."""
+
+    def read(self, pair: PhotoSketchPair) -> tuple[tuple[Tensor, np.ndarray, Box], int]:
+        """
+        The view of a pair (see [`PhotoSketchDataset.view`]) and the index of its class.
+
+        Raises:
+            OSError, ValueError: the photo or all its drawings cannot be read, or the class is unknown or missing.
+        """
+        if pair.label is None and self.null_class is None:
+            raise ValueError("it has no class, and the model has no 'no class'")
+        if pair.label is not None and pair.label not in self.label2id:
+            raise ValueError(f"the model lacks the class {pair.label!r}")
+        self._reading = pair.stem
+        self.unreadable_sketches.clear()
+        return self.view_of(self._make(self._read(pair))), self._class_label(pair)

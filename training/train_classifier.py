@@ -29,7 +29,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from data import PhotoSketchDataset
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, UNet2DModel
 from PIL import Image, ImageDraw
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
@@ -69,6 +69,11 @@ class ClassifierTrainingArguments(TrainingArguments):
     norm_num_groups: int = argument(16, "NoisyImageClassifier's `norm_num_groups`")
     dropout: float = argument(0.1, "dropout inside the residual blocks")
 
+    unet_name_or_path: str | None = argument(
+        None,
+        "pipeline (folder or Hub id), or folder of a UNet2DModel, whose downsampling half the classifier starts as; the "
+        "arguments above but `dropout` are then the UNet's own",
+    )
     scheduler_name_or_path: str | None = argument(
         None, "pipeline (folder or Hub id) whose noise schedule is used; it overrides the two arguments below"
     )
@@ -85,12 +90,17 @@ class ClassifierTrainingArguments(TrainingArguments):
 
 
 def check_classifier_arguments(args: ClassifierTrainingArguments) -> None:
-    """Raises `ValueError` for a smoothing outside [0, 1) or fewer than one validation photo."""
+    """Raises `ValueError` for a smoothing outside [0, 1), fewer than one validation photo, or two networks to start from."""
     if not 0 <= args.label_smoothing < 1:
         raise ValueError(f"`label_smoothing` must be in [0, 1), but got {args.label_smoothing}.")
     for name in ("num_validation_samples", "num_validation_images"):
         if getattr(args, name) < 1:
             raise ValueError(f"`{name}` must be at least 1, but got {getattr(args, name)}.")
+    if args.unet_name_or_path is not None and args.pretrained_model_name_or_path is not None:
+        raise ValueError(
+            "`unet_name_or_path` and `pretrained_model_name_or_path` cannot both be given: a classifier starts from one of "
+            f"them, but they are {args.unet_name_or_path!r} and {args.pretrained_model_name_or_path!r}."
+        )
 
 
 def make_scheduler(args: ClassifierTrainingArguments) -> DDPMScheduler:
@@ -102,11 +112,24 @@ def make_scheduler(args: ClassifierTrainingArguments) -> DDPMScheduler:
 
 def make_classifier(args: ClassifierTrainingArguments, id2label: dict[int, str]) -> NoisyImageClassifier:
     """
-    A new classifier, or the one of `pretrained_model_name_or_path`.
+    A new classifier, one that starts as half of the UNet of `unet_name_or_path`, or the one of
+    `pretrained_model_name_or_path`.
 
     Raises:
-        ValueError: the pretrained one has another resolution or number of classes than the data.
+        ValueError: the pretrained network has another resolution or number of classes than the data.
     """
+    if args.unet_name_or_path is not None:
+        path = args.unet_name_or_path
+        unet = load_pretrained(UNet2DModel, path, "unet")
+        known = unet.config.num_class_embeds
+        if unet.config.sample_size != args.resolution or known not in (None, len(id2label) + 1):
+            raise ValueError(
+                f"`unet_name_or_path` must have sample_size {args.resolution} and no classes or {len(id2label) + 1} (one "
+                f"for none), but {path!r} has {unet.config.sample_size} and {known}."
+            )
+        torch.manual_seed(args.seed)
+        null_class = None if known is None else len(id2label)
+        return NoisyImageClassifier.from_unet(unet, len(id2label), class_label=null_class, dropout=args.dropout)
     if args.pretrained_model_name_or_path is None:
         torch.manual_seed(args.seed)
         return NoisyImageClassifier(

@@ -516,6 +516,9 @@ class Trainer:
             Each has its own AdamW. Frozen networks that the losses use are the script's business and stay untouched.
         dataset: has `__len__` and `sample(index, epoch) -> dict` whose result depends on both numbers only. Tensors
             are stacked to batches on the accelerator's device, strings become lists; `"id"` names samples in errors.
+            Or it has `stream(process_index, num_processes, num_workers, state)`, which returns a
+            [`~shards.ShardStream`] of batches; `max_train_steps` is then needed, and `transform` and `sample_weights`
+            do not apply.
         transform: `(sample, generator) -> sample`, run in the data workers: the place for noise, timesteps and dropped
             conditions, drawn from the generator.
         sample_weights: `[len(dataset)]`, see [`KeyedBatchSampler`].
@@ -548,8 +551,13 @@ class Trainer:
         self.samples_per_step = (
             args.train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
         )
-        epochs_as_steps = -(-args.num_train_epochs * len(dataset) // self.samples_per_step)
-        self.max_train_steps = args.max_train_steps or epochs_as_steps
+        self.is_streamed = hasattr(dataset, "stream")
+        self.stream_state: dict[str, Any] | None = None
+        self.num_samples = None if self.is_streamed else len(dataset)
+        if args.max_train_steps is not None:
+            self.max_train_steps = args.max_train_steps
+        else:
+            self.max_train_steps = -(-args.num_train_epochs * len(dataset) // self.samples_per_step)
         self.learning_rate = args.learning_rate * (self.samples_per_step if args.scale_lr else 1)
         self.learning_rate_factor = learning_rate_factor(args, self.max_train_steps)
 
@@ -683,6 +691,9 @@ class Trainer:
     def _save_modules(self, models: list[nn.Module], weights: list[dict], output_dir: str) -> None:
         """Writes the modules and their averages as `save_pretrained` folders in the place of accelerate's files."""
         weights.clear()
+        if self.is_streamed:
+            path = Path(output_dir, f"stream_{self.accelerator.process_index}.json")
+            path.write_text(json.dumps(self.stream_state) + "\n")
         if not self.accelerator.is_main_process:
             return
         for name in self.modules:
@@ -693,7 +704,7 @@ class Trainer:
         state = {
             "global_step": self.global_step,
             "samples_seen": self.samples_seen,
-            "num_samples": len(self.dataset),
+            "num_samples": self.num_samples,
             "elapsed_seconds": self.elapsed_seconds + time.monotonic() - self.started,
             "ema_steps": {name: ema.optimization_step for name, ema in self.ema.items()},
         }
@@ -715,11 +726,25 @@ class Trainer:
         self.global_step = self._last_checkpoint_step = state["global_step"]
         self.samples_seen = state["samples_seen"]
         self.elapsed_seconds = state["elapsed_seconds"]
-        if state["num_samples"] != len(self.dataset):
+        if self.is_streamed:
+            self.stream_state = self._load_stream_state(input_dir)
+        elif state["num_samples"] != self.num_samples:
             logger.warning(
                 f"the checkpoint was trained on {state['num_samples']} samples, the dataset now has "
-                f"{len(self.dataset)}: the order of the samples is no longer that of the uninterrupted run."
+                f"{self.num_samples}: the order of the samples is no longer that of the uninterrupted run."
             )
+
+    def _load_stream_state(self, input_dir: str) -> Any:
+        """Where this process was in its shards; raises `ValueError` where it was not part of the run."""
+        index, count = self.accelerator.process_index, self.accelerator.num_processes
+        path = Path(input_dir, f"stream_{index}.json")
+        if not path.is_file():
+            found = len(list(Path(input_dir).glob("stream_*.json")))
+            raise ValueError(
+                f"the checkpoint {input_dir} was read by {found} process(es), each of which knows where it was, and not "
+                f"by {count}: start as many, or a new `output_dir`."
+            )
+        return json.loads(path.read_text())
 
     def save_checkpoint(self) -> None:
         """Writes `checkpoint-{global_step}`; a kill at any moment leaves it complete or absent."""
@@ -763,6 +788,9 @@ class Trainer:
 
     def batches(self) -> Iterator[dict[str, Any]]:
         """Batches of this process on its device, from the first draw that was not trained on yet, without end."""
+        if self.is_streamed:
+            yield from self._streamed_batches()
+            return
         sampler = KeyedBatchSampler(
             len(self.dataset),
             self.args.train_batch_size,
@@ -780,6 +808,15 @@ class Trainer:
         )
         for batch in loader:
             yield send_to_device(batch, self.accelerator.device, non_blocking=True)
+
+    def _streamed_batches(self) -> Iterator[dict[str, Any]]:
+        """Batches as a stream has them; with each, `stream_state` moves on to where the stream is after it."""
+        index, count = self.accelerator.process_index, self.accelerator.num_processes
+        stream = self.dataset.stream(index, count, self.args.dataloader_num_workers, self.stream_state)
+        workers, pinned = self.args.dataloader_num_workers, self.accelerator.device.type != "cpu"
+        for streamed in DataLoader(stream, batch_size=None, num_workers=workers, pin_memory=pinned):
+            self.stream_state = stream.next_state(streamed)
+            yield send_to_device(streamed.batch, self.accelerator.device, non_blocking=True)
 
     @contextmanager
     def _only_trainable(self, name: str) -> Iterator[None]:

@@ -495,8 +495,11 @@ def test_generates_resumes_and_scores(arguments, model_dir, drawings_dir, evalua
         features = model.regnet(inputs).pooler_output.flatten(1).double()
     agrees = np.array([LABELS[i] == f.parent.name for i, f in zip(predicted, files, strict=True)])
     assert system["class_agreement"]["value"] == pytest.approx(agrees.mean())
-    given = [Image.open(f).info["class_label"] == f.parent.name for f in files]
-    assert system["conditioning_class_accuracy"]["value"] == pytest.approx(np.mean(given))
+    given = [Image.open(f).info["class_label"] for f in files]
+    right = [label == f.parent.name for label, f in zip(given, files, strict=True)]
+    assert system["conditioning_class_accuracy"]["value"] == pytest.approx(np.mean(right))
+    seen = [LABELS[i] == label for i, label in zip(predicted, given, strict=True)]
+    assert system["conditioning_class_agreement"]["value"] == pytest.approx(np.mean(seen))
     unit = features / features.norm(dim=1, keepdim=True)
     distances = [torch.pdist(unit[i : i + 3]).mean() for i in range(0, 36, 3)]
     assert system["pairwise_distance"]["value"] == pytest.approx(float(np.mean(distances)), rel=1e-4)

@@ -19,7 +19,7 @@ import torch
 import yaml
 from conftest import TRAINING
 from data import PhotoSketchDataset
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, UNet2DModel
 from PIL import Image
 from train_classifier import (
     ClassifierTrainingArguments,
@@ -140,3 +140,41 @@ def test_captions_are_written_on_enlarged_pictures():
     assert captioned[0, :, :16].min() == -1 and captioned[0, :, :16].max() > 0.9
     widths = [int((picture[0] == -1).any(dim=0).sum()) for picture in captioned]
     assert 5 * widths[1] < widths[0] < 128
+
+
+def save_unet(folder, **kwargs):
+    config = {"sample_size": 16, "in_channels": 4, "num_class_embeds": 3, "block_out_channels": (16, 32)}
+    config |= {
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    }
+    config |= {"layers_per_block": 1, "norm_num_groups": 8, "resnet_time_scale_shift": "scale_shift"}
+    unet = UNet2DModel(**(config | kwargs))
+    unet.save_pretrained(folder / "unet")
+    return unet
+
+
+def test_a_classifier_can_start_as_half_of_the_unet(tmp_path):
+    unet = save_unet(tmp_path)
+    args = tiny_args(unet_name_or_path=str(tmp_path), dropout=0.25)
+    classifier = make_classifier(args, ID2LABEL)
+    assert torch.equal(classifier.conv_in.weight, unet.conv_in.weight[:, :3])
+    # Told "no class", which is the index after the classes.
+    expected = unet.time_embedding.linear_2.bias + unet.class_embedding.weight[2]
+    torch.testing.assert_close(classifier.time_embedding.linear_2.bias, expected)
+    assert classifier.config.num_classes == 2 and classifier.config.dropout == 0.25
+    torch.manual_seed(1)
+    again = make_classifier(args, ID2LABEL)
+    assert torch.equal(again.pool.to_out.weight, classifier.pool.to_out.weight)  # the script's seed, not the process's
+
+
+@pytest.mark.parametrize("config, found", [({"sample_size": 32}, "32 and 3"), ({"num_class_embeds": 7}, "16 and 7")])
+def test_a_unet_of_other_data_is_refused(tmp_path, config, found):
+    save_unet(tmp_path, **config)
+    with pytest.raises(ValueError, match=f"sample_size 16 and no classes or 3 .* has {found}"):
+        make_classifier(tiny_args(unet_name_or_path=str(tmp_path)), ID2LABEL)
+
+
+def test_two_networks_to_start_from_are_refused():
+    with pytest.raises(ValueError, match="cannot both be given"):
+        check_classifier_arguments(tiny_args(unet_name_or_path="a", pretrained_model_name_or_path="b"))
