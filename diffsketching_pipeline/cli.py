@@ -449,6 +449,9 @@ def convert_guided_diffusion_command(
     ] = None,
     flags: Annotated[Optional[Path], typer.Option(help="JSON file with the flags that built the checkpoints.")] = None,
     preset: Annotated[Optional[str], typer.Option(help="64 | 128 | 256 | 512 | 256-uncond: published flags.")] = None,
+    sketch_channel: Annotated[
+        bool, typer.Option(help="Add an input channel for the drawing, to be fine-tuned.")
+    ] = False,
 ) -> None:
     """Convert checkpoints of openai/guided-diffusion (ADM) to a pipeline folder."""
     if (flags is None) == (preset is None):
@@ -457,7 +460,12 @@ def convert_guided_diffusion_command(
 
     with _user_errors((ValueError, OSError)):
         convert_guided_diffusion(
-            unet_checkpoint, classifier_checkpoint, flags=flags, preset=preset, output_dir=output_dir
+            unet_checkpoint,
+            classifier_checkpoint,
+            flags=flags,
+            preset=preset,
+            sketch_channel=sketch_channel,
+            output_dir=output_dir,
         )
     print(output_dir)
 

@@ -185,6 +185,7 @@ def convert_guided_diffusion(
     *,
     flags: Mapping[str, Any] | str | os.PathLike | None = None,
     preset: str | None = None,
+    sketch_channel: bool = False,
     output_dir: str | os.PathLike,
 ) -> Path:
     """
@@ -203,6 +204,9 @@ def convert_guided_diffusion(
         preset:
             Instead of `flags`, the published checkpoints' name: `"64"`, `"128"`, `"256"`, `"512"` or `"256-uncond"`.
             (`UNet2DModel` can express those of 64 and 256 pixels.)
+        sketch_channel:
+            Give the UNet a 4th input channel for the drawing, which it ignores until it is fine-tuned
+            ([`expand_unet_for_sketch`]).
         output_dir: The folder to write; it must not exist or be empty.
 
     Returns:
@@ -220,6 +224,8 @@ def convert_guided_diffusion(
         state_dict = read_checkpoint(classifier_checkpoint, "classifier_checkpoint")
         classifier = convert_classifier_checkpoint(state_dict, classifier_flags)
         _check_same_classes(unet, classifier)
+    if sketch_channel:
+        unet = expand_unet_for_sketch(unet)
 
     # From the package, which first registers our classes with diffusers so that the folder names them properly.
     from diffsketching_pipeline import DiffSketchingPipeline
@@ -243,13 +249,22 @@ def convert_unet_checkpoint(state_dict: Mapping[str, torch.Tensor], model_flags:
         ValueError: if the flags are unknown, do not fit the parameters, or describe what `UNet2DModel` cannot compute.
     """
     flags = _complete_flags(model_flags, MODEL_DEFAULTS | DIFFUSION_DEFAULTS, "model_flags")
+    num_classes = _file_classes(state_dict, "label_emb.weight") if flags["class_cond"] else None
+    unet, architecture = _unet_of_flags(flags, num_classes)
+    layout = [*_encoder_layout(architecture), *_decoder_layout(architecture), ("same", "out.2", "conv_out")]
+    if flags["class_cond"]:
+        layout.append(("same", "label_emb", "class_embedding"))
+    return _load_converted(unet, state_dict, layout, architecture, "UNet")
+
+
+def _unet_of_flags(flags: Mapping[str, Any], num_classes: int | None) -> tuple[UNet2DModel, Architecture]:
+    """The UNet that complete flags build, without weights (on the device "meta")."""
     architecture = _architecture(flags, "UNet")
     if architecture.block_out_channels[0] != architecture.time_proj_dim:
         raise ValueError(
             f"`UNet2DModel` cannot express a sinusoidal embedding of {architecture.time_proj_dim} channels "
             f"(`num_channels`) beside a first block of {architecture.block_out_channels[0]} (`channel_mult` times it)."
         )
-    num_class_embeds = _file_classes(state_dict, "label_emb.weight") if flags["class_cond"] else None
     with torch.device("meta"):
         unet = UNet2DModel(
             **architecture.shared_config(),
@@ -257,12 +272,34 @@ def convert_unet_checkpoint(state_dict: Mapping[str, torch.Tensor], model_flags:
             up_block_types=architecture.block_types("UpBlock2D", "ResnetUpsampleBlock2D", "AttnUpBlock2D")[::-1],
             upsample_type="resnet" if architecture.resblock_updown else "conv",
             attn_norm_num_groups=NORM_NUM_GROUPS,
-            num_class_embeds=num_class_embeds,
+            num_class_embeds=num_classes,
         )
-    layout = [*_encoder_layout(architecture), *_decoder_layout(architecture), ("same", "out.2", "conv_out")]
-    if flags["class_cond"]:
-        layout.append(("same", "label_emb", "class_embedding"))
-    return _load_converted(unet, state_dict, layout, architecture, "UNet")
+    return unet, architecture
+
+
+def _classifier_of_flags(flags: Mapping[str, Any], num_classes: int) -> tuple[NoisyImageClassifier, Architecture]:
+    """The classifier that complete flags build, without weights (on the device "meta")."""
+    architecture = _architecture(_as_model_flags(flags), "classifier")
+    with torch.device("meta"):
+        classifier = NoisyImageClassifier(
+            **architecture.shared_config(), num_classes=num_classes, time_proj_dim=architecture.time_proj_dim
+        )
+    return classifier, architecture
+
+
+def networks_of_preset(preset: str, num_classes: int = 1000) -> tuple[UNet2DModel, NoisyImageClassifier]:
+    """
+    The UNet and the noisy classifier of a published checkpoint without weights, on the device "meta": to count what they
+    cost.
+
+    Raises:
+        ValueError: if there is no such preset, or `UNet2DModel` cannot express it.
+    """
+    model_flags, classifier_flags, _ = _split_flags(_named_flags(None, preset))
+    flags = _complete_flags(model_flags, MODEL_DEFAULTS | DIFFUSION_DEFAULTS, "model_flags")
+    unet = _unet_of_flags(flags, num_classes if flags["class_cond"] else None)[0]
+    flags = _complete_flags(classifier_flags, CLASSIFIER_DEFAULTS | DIFFUSION_DEFAULTS, "classifier_flags")
+    return unet, _classifier_of_flags(flags, num_classes)[0]
 
 
 def convert_classifier_checkpoint(
@@ -289,12 +326,7 @@ def convert_classifier_checkpoint(
             f"`classifier_pool` is {flags['classifier_pool']!r}, but only classifiers with attention pooling can be "
             f"converted."
         )
-    architecture = _architecture(_as_model_flags(flags), "classifier")
-    num_classes = _file_classes(state_dict, "out.2.c_proj.weight")
-    with torch.device("meta"):
-        classifier = NoisyImageClassifier(
-            **architecture.shared_config(), num_classes=num_classes, time_proj_dim=architecture.time_proj_dim
-        )
+    classifier, architecture = _classifier_of_flags(flags, _file_classes(state_dict, "out.2.c_proj.weight"))
     layout = [*_encoder_layout(architecture), ("pool", "out.2", "pool")]
     return _load_converted(classifier, state_dict, layout, architecture, "classifier")
 

@@ -72,3 +72,36 @@ def test_finetuning_measures_one_setting(memory, model_dir):
         assert found.keys() == {"mebibytes"} and found["mebibytes"] >= 0
     else:
         assert found["seconds"] > 0 and 0 < found["outside"] < 0.9
+
+
+def test_cost_counts_what_a_convolution_does_and_keeps():
+    benchmark = load("cost")
+    images = torch.zeros(1, 3, 16, 16, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    with torch.device("meta"):
+        module = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.SiLU(), torch.nn.Conv2d(8, 4, 1))
+    cost = benchmark.measure("a", module, lambda net: net(images))
+    # Two operations per product: 27 per output of the first, 8 per output of the second.
+    assert cost.flops == 2 * 16 * 16 * (8 * 27 + 4 * 8)
+    assert cost.parameters == 8 * 27 + 8 + 4 * 8 + 4
+    # The input, the input of SiLU and its output; two bytes each; no weight.
+    assert cost.activations == 2 * 16 * 16 * (3 + 8 + 8)
+
+
+def test_cost_of_a_training_step():
+    benchmark = load("cost")
+    names = ("unet", "sketcher", "perceptual", "identity")
+    costs = {name: benchmark.NetworkCost(name, 10.0**i, 10**i, 1) for i, name in enumerate(reversed(names))}
+    losses, kept = 3 * 1 + 3 * 10 + 2 * 100, 1 + 10 + 100
+    assert benchmark.training_step(costs, "plain", 5) == (15_000 + losses, 5_000 + kept)
+    assert benchmark.training_step(costs, "checkpointed", 5) == (20_000 + losses, 1_000 + kept)
+    assert benchmark.training_step(costs, "truncated", 5, kept=2) == (9_000 + losses, 2_000 + kept)
+    assert benchmark.training_step(costs, "per step", 5) == (5_000 + losses, 1_000 + kept)
+
+
+def test_cost_prints_both_tables(model_dir, monkeypatch, capsys):
+    benchmark = load("cost")
+    monkeypatch.setattr(sys, "argv", ["cost.py", "--model", model_dir, "--steps", "2", "3"])
+    benchmark.main()
+    shown = capsys.readouterr().out
+    assert re.search(r"\| UNet \| 0\.\d M \|", shown) and "VGG-16" in shown
+    assert len(re.findall(r"^\| (plain|checkpointed|truncated to 1|per step) \| [23] \|", shown, re.M)) == 8

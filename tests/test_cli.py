@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+import importlib
 import json
 import os
 import subprocess
@@ -223,6 +224,17 @@ def test_convert_commands_refuse_in_one_line(monkeypatch, capsys, tmp_path):
     assert run(monkeypatch, "convert-photosketch", missing, "--output-dir", out) == 2
     assert "none.pt" in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_convert_commands_pass_their_options_on(monkeypatch, capsys, tmp_path):
+    seen = {}
+    module = importlib.import_module("diffsketching_pipeline.convert_guided_diffusion")
+    monkeypatch.setattr(module, "convert_guided_diffusion", lambda *args, **kw: seen.update(kw))
+    common = ("convert-guided-diffusion", "--unet-checkpoint", "u.pt", "--output-dir", tmp_path / "out")
+    assert run(monkeypatch, *common, "--preset", "256", "--sketch-channel") == 0
+    assert (seen["preset"], seen["sketch_channel"], seen["flags"]) == ("256", True, None)
+    assert run(monkeypatch, *common, "--preset", "64") == 0
+    assert (seen["preset"], seen["sketch_channel"]) == ("64", False)
 
 
 def test_the_command_is_cheap_to_ask_for_help():

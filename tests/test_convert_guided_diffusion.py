@@ -29,6 +29,7 @@ from diffsketching_pipeline.convert_guided_diffusion import (
     convert_guided_diffusion,
     convert_unet_checkpoint,
     expand_unet_for_sketch,
+    networks_of_preset,
     read_checkpoint,
     staged_folder,
 )
@@ -451,6 +452,28 @@ def with_model_flags(flags, **changes):
 
 def load_scheduler(folder):
     return DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
+
+
+def test_a_sketch_channel_can_be_added_on_the_way(checkpoints, flags, tmp_path):
+    plain = convert_mini(checkpoints, tmp_path, flags, classifier=False)
+    expanded = convert_guided_diffusion(
+        checkpoints[0], flags=flags, output_dir=tmp_path / "sketch", sketch_channel=True
+    )
+    plain, expanded = (DiffSketchingPipeline.from_pretrained(folder).unet for folder in (plain, expanded))
+    assert (plain.config.in_channels, expanded.config.in_channels) == (3, 4)
+    assert torch.equal(expanded.conv_in.weight[:, :3], plain.conv_in.weight)
+    assert not expanded.conv_in.weight[:, 3].any()
+
+
+def test_networks_of_a_preset_are_the_published_ones():
+    unet, classifier = networks_of_preset("256")
+    # The 553.8 M and 54.1 M parameters of the published checkpoints' sizes.
+    assert sum(p.numel() for p in unet.parameters()) == 553_838_086
+    assert sum(p.numel() for p in classifier.parameters()) == 54_096_360
+    assert {p.device.type for p in [*unet.parameters(), *classifier.parameters()]} == {"meta"}
+    assert networks_of_preset("256-uncond")[0].config.num_class_embeds is None
+    with pytest.raises(ValueError, match="`preset` must be one of"):
+        networks_of_preset("1024")
 
 
 def test_linear_schedule_is_stretched_to_any_number_of_steps(checkpoints, flags, tmp_path):

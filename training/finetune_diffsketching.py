@@ -442,6 +442,11 @@ def draw_by_hand(
     return {"pixel_values": pixels, "sketch": sketch, "chain_step": int(rng.integers(num_steps))}
 
 
+def class_names_of(pipeline: DiffSketchingPipeline) -> list[str]:
+    """What the data may call the pipeline's classes: their names or, where it has none, their indices as text."""
+    return [pipeline.id2label.get(index, str(index)) for index in range(pipeline.num_classes)]
+
+
 class ShardedChainData:
     """
     The samples of a [`ChainDataset`] without their x_T, from webdataset shards, for [`Trainer`].
@@ -454,7 +459,7 @@ class ShardedChainData:
     def __init__(self, pipeline: DiffSketchingPipeline, args: FinetuneArguments):
         self.args = args
         self.shards = list_shards(str(args.train_shards))
-        self.class_names = [pipeline.id2label[index] for index in range(len(pipeline.id2label))]
+        self.class_names = class_names_of(pipeline)
         self.null_class = pipeline.null_class
         self.reader = PairReader(self.class_names, args.resolution, self.null_class)
         self.strength = args.free_hand_strength or 0.0
@@ -705,7 +710,7 @@ def load_photos(args: FinetuneArguments, pipeline: DiffSketchingPipeline) -> dic
         "cache_dir": args.cache_dir,
     }
     if pairs is not None:
-        names = [id2label[index] for index in range(len(id2label))]
+        names = class_names_of(pipeline)
         shared["null_class"] = pipeline.null_class
         return {
             split: PairedPhotoDataset(members, names, split=split, **shared)
@@ -794,8 +799,9 @@ def main(args: FinetuneArguments) -> None:
     trainer.train(compute_loss, validation and (lambda: validation(trainer.unwrap("unet"))))
 
     # 3. The pipeline with the averaged weights, all of it in one type
-    if accelerator.is_main_process:
-        pipeline.register_modules(unet=trainer.ema_copy("unet"))
+    averaged = trainer.ema_copy("unet")
+    if averaged is not None:
+        pipeline.register_modules(unet=averaged)
         pipeline.to("cpu", getattr(torch, args.save_dtype))
         with write_folder(Path(args.output_dir) / "pipeline") as folder:
             pipeline.save_pretrained(folder)

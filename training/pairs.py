@@ -127,11 +127,12 @@ def _images_by_stem(folder: Path, what: str) -> tuple[dict[str, Path], list[str]
     return found, doubled
 
 
-def find_pairs(photo_dir: Path, sketch_dir: Path) -> list[PhotoSketchPair]:
+def find_pair_files(photo_dir: Path, sketch_dir: Path) -> list[tuple[str, Path, list[Path]]]:
     """
-    Pairs of two folders: `<name>.png` and `<name>-<k>.png` are drawings of `<name>.jpg`, in the same subfolder.
+    Pairs of two folders: `<name>.png` and `<name>-<k>.png` are drawings of `<name>.jpg`, in the same subfolder. Each is the
+    photo's path without suffix below `photo_dir`, its file and those of its drawings.
 
-    The first subfolder, if there is one, is the class. What has no partner, and photos that are there twice (under two
+    What has no partner, and photos that are there twice (under two
     names, by content, or with two suffixes), is left out, counted and named in a warning.
 
     Raises:
@@ -156,10 +157,7 @@ def find_pairs(photo_dir: Path, sketch_dir: Path) -> list[PhotoSketchPair]:
             copies.append(stem)
             continue
         seen.add(digest)
-        label = stem.split("/")[0] if "/" in stem else None
-        pairs.append(
-            PhotoSketchPair(stem, label, photos[stem].read_bytes, tuple(path.read_bytes for path in drawings[stem]))
-        )
+        pairs.append((stem, photos[stem], drawings[stem]))
     _report(
         {
             "photos have no drawing, left out": [stem for stem in photos if stem not in drawings],
@@ -181,6 +179,19 @@ def find_pairs(photo_dir: Path, sketch_dir: Path) -> list[PhotoSketchPair]:
             "`dog/17-1.png`."
         )
     return pairs
+
+
+def find_pairs(photo_dir: Path, sketch_dir: Path) -> list[PhotoSketchPair]:
+    """The pairs of [`find_pair_files`]; the first subfolder, if there is one, is the class."""
+    return [
+        PhotoSketchPair(
+            stem,
+            stem.split("/")[0] if "/" in stem else None,
+            photo.read_bytes,
+            tuple(sketch.read_bytes for sketch in sketches),
+        )
+        for stem, photo, sketches in find_pair_files(photo_dir, sketch_dir)
+    ]
 
 
 def _encoded(value: Any) -> bytes:

@@ -266,9 +266,10 @@ def main(args: ClassifierTrainingArguments) -> None:
         return {"loss": loss, "accuracy": (logits.argmax(dim=1) == batch["class_label"]).float().mean()}
 
     trainer.train(compute_loss, lambda: validation(trainer.unwrap("classifier")))
-    if trainer.accelerator.is_main_process:
+    averaged = trainer.ema_copy("classifier")
+    if averaged is not None:
         with write_folder(Path(args.output_dir) / "classifier") as folder:
-            trainer.ema_copy("classifier").save_pretrained(folder)
+            averaged.save_pretrained(folder)
         print(Path(args.output_dir) / "classifier")
 
 

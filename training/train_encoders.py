@@ -361,9 +361,9 @@ def main() -> None:
 
     # 3. Train, publish the averaged weights, measure them
     trainer.train(classification_loss(trainer, args), validate)
-    if not trainer.accelerator.is_main_process:
-        return
     model = trainer.ema_copy(name, dtype=torch.float32)
+    if model is None:
+        return
     recalibrate_batch_norm(model, trainer.batches(), num_batches=min(100, -(-len(dataset) // args.train_batch_size)))
     report = {"validation": accuracies(predict(model, pixels), labels, photos.id2label)}
     for half, (sketches, truth) in drawings.items():

@@ -221,9 +221,10 @@ def main() -> None:
 
     # 3. Train, publish the averaged generator
     trainer.train(gan_losses(trainer, args), validate)
-    if trainer.accelerator.is_main_process:
+    averaged = trainer.ema_copy("sketcher")
+    if averaged is not None:
         with write_folder(Path(args.output_dir) / "sketcher") as folder:
-            trainer.ema_copy("sketcher").save_pretrained(folder)
+            averaged.save_pretrained(folder)
 
 
 if __name__ == "__main__":

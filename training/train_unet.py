@@ -331,8 +331,9 @@ def main(args: UNetTrainingArguments) -> None:
         return {"loss": diffusion_loss(trainer.modules["unet"], scheduler, batch, args.snr_gamma).mean()}
 
     trainer.train(compute_loss, lambda: validation(trainer.unwrap("unet")))
-    if trainer.accelerator.is_main_process:
-        pipeline = DiffSketchingPipeline(unet=trainer.ema_copy("unet"), scheduler=scheduler, id2label=dataset.id2label)
+    averaged = trainer.ema_copy("unet")
+    if averaged is not None:
+        pipeline = DiffSketchingPipeline(unet=averaged, scheduler=scheduler, id2label=dataset.id2label)
         with write_folder(Path(args.output_dir) / "pipeline") as folder:
             pipeline.save_pretrained(folder)
         print(Path(args.output_dir) / "pipeline")

@@ -19,8 +19,10 @@ A script builds its modules, says how one sample is prepared and what the loss o
     args = parse_args(TrainingArguments, description=__doc__)
     trainer = Trainer(args, {"unet": unet}, dataset, transform=add_noise)
     finished = trainer.train(compute_loss, validate)
-    with write_folder(Path(args.output_dir) / "unet") as folder:
-        trainer.ema_copy("unet").save_pretrained(folder)
+    averaged = trainer.ema_copy("unet")
+    if averaged is not None:
+        with write_folder(Path(args.output_dir) / "unet") as folder:
+            averaged.save_pretrained(folder)
 
 Nothing random depends on the order in which things happen to run. The n-th draw of a run (n counts the samples of all
 processes from the first step on) decides which sample is taken, and (seed, n) decides its augmentation, noise and
@@ -50,12 +52,13 @@ import torch.nn.functional as F
 import yaml
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import ProjectConfiguration, send_to_device
+from accelerate.utils import DistributedType, ProjectConfiguration, send_to_device
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.utils.data import DataLoader, Dataset
 from torchvision.utils import make_grid
 from tqdm.auto import tqdm
@@ -66,7 +69,6 @@ from diffsketching_pipeline.lora import (
     fuse_lora,
     has_lora,
     load_lora_state_dict,
-    lora_state_dict,
     save_lora,
 )
 
@@ -491,22 +493,6 @@ def _save_module(module: Any, folder: str) -> None:
         module.save_pretrained(folder)
 
 
-def _load_module(module: Any, folder: str) -> None:
-    """Puts what `_save_module` wrote into a module of the same kind."""
-    if has_lora(module):
-        load_lora_state_dict(module, load_file(os.path.join(folder, LORA_WEIGHTS_NAME)))
-    else:
-        module.load_state_dict(load_pretrained(type(module), folder, "").state_dict())
-
-
-def _saved_parameters(module: Any, folder: str) -> list[Tensor]:
-    """What `_save_module` wrote, in the order of the module's (or its adapter's) parameters."""
-    if not has_lora(module):
-        return list(load_pretrained(type(module), folder, "").parameters())
-    state = load_file(os.path.join(folder, LORA_WEIGHTS_NAME))
-    return [state[name] for name in lora_state_dict(module)]
-
-
 class Trainer:
     """Trains one or several modules, with EMA, exact checkpoints, validation pictures and trackers.
 
@@ -561,11 +547,13 @@ class Trainer:
         self.learning_rate = args.learning_rate * (self.samples_per_step if args.scale_lr else 1)
         self.learning_rate_factor = learning_rate_factor(args, self.max_train_steps)
 
+        self.is_sharded = self._check_strategy(modules)
         self.modules: dict[str, nn.Module] = {}
         self.optimizers: dict[str, Any] = {}
+        self._whole_copies: dict[str, Any] = {}
+        self._last_copies: dict[str, Any] = {}
         for name, module in modules.items():
-            optimizer = self._make_optimizer(module)
-            self.modules[name], self.optimizers[name] = self.accelerator.prepare(module, optimizer)
+            self.modules[name], self.optimizers[name] = self._prepare(module)
         self._trainable = {n: [p for p in m.parameters() if p.requires_grad] for n, m in self.modules.items()}
         averaged = modules if ema_modules is None else ema_modules
         self.ema = {name: self._make_ema(name) for name in averaged} if args.use_ema else {}
@@ -597,6 +585,28 @@ class Trainer:
         accelerator.register_load_state_pre_hook(self._load_modules)
         return accelerator
 
+    def _check_strategy(self, modules: Mapping[str, nn.Module]) -> bool:
+        """Whether each process will hold a part of the weights only; `ValueError` for what does not work that way."""
+        kind = self.accelerator.distributed_type
+        if kind not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            return False
+        if len(modules) > 1:
+            raise ValueError(f"{kind.value} trains one network per run, and this script has {', '.join(modules)}.")
+        if kind == DistributedType.DEEPSPEED:
+            plugin = self.accelerator.state.deepspeed_plugin
+            if plugin.zero_stage > 2:
+                raise ValueError(f"DeepSpeed's ZeRO stage must be at most 2, but is {plugin.zero_stage}: use FSDP.")
+            # accelerate reads it off a data loader that it prepares, and this trainer's is not.
+            plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = self.args.train_batch_size
+            return False
+        if any(has_lora(module) for module in modules.values()):
+            raise ValueError("adapters are too small to be worth sharding: train them without FSDP.")
+        return True
+
+    def _prepare(self, module: nn.Module) -> tuple[nn.Module, Any]:
+        """A module as it is called in losses, and its optimizer."""
+        return self.accelerator.prepare(module, self._make_optimizer(module))
+
     def _make_optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
         args = self.args
         return torch.optim.AdamW(
@@ -614,7 +624,7 @@ class Trainer:
             use_ema_warmup=True,
             inv_gamma=self.args.ema_inv_gamma,
             power=self.args.ema_power,
-            foreach=True,
+            foreach=not self.is_sharded,  # not all of its operations know sharded tensors
         )
 
     def _averaged_parameters(self, name: str) -> list[nn.Parameter]:
@@ -624,8 +634,28 @@ class Trainer:
         return [p for p in module.parameters() if p.requires_grad or not adapted]
 
     def unwrap(self, name: str) -> Any:
-        """The module itself, without the wrapper for several processes; its forward still autocasts."""
+        """
+        The module itself, without the wrapper for several processes; its forward still autocasts. While it validates, a
+        module that is sharded is replaced by a copy with all its weights.
+        """
+        if name in self._whole_copies:
+            return self._whole_copies[name]
         return self.accelerator.unwrap_model(self.modules[name])
+
+    def whole(self, name: str) -> Any:
+        """
+        A module with all its weights: itself or, if it is sharded, a copy on the CPU of the main process and None on the
+        others. Every process has to call it.
+        """
+        module = self.accelerator.unwrap_model(self.modules[name])
+        if not self.is_sharded:
+            return module
+        state = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        if not self.accelerator.is_main_process:
+            return None
+        clone = _empty_clone(module)
+        clone.load_state_dict(state)
+        return clone
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
@@ -642,10 +672,15 @@ class Trainer:
     def ema_copy(self, name: str, dtype: torch.dtype | None = None) -> Any:
         """
         A plain copy of a module with the averaged weights, on the CPU, in eval mode, in `save_dtype` or `dtype`; an adapter
-        is fused.
+        is fused. The main process gets the copy, the others None. Of a sharded module it is the state at the end of
+        `train`, because the parts come together while all processes are there.
         """
+        if not self.accelerator.is_main_process:
+            return None
         module = self.unwrap(name)
-        if has_lora(module):
+        if self.is_sharded:
+            clone = self._last_copies[name]
+        elif has_lora(module):
             with self.ema_weights():
                 clone = fuse_lora(module).cpu()
         else:
@@ -694,13 +729,18 @@ class Trainer:
         if self.is_streamed:
             path = Path(output_dir, f"stream_{self.accelerator.process_index}.json")
             path.write_text(json.dumps(self.stream_state) + "\n")
-        if not self.accelerator.is_main_process:
-            return
+        is_main = self.accelerator.is_main_process
         for name in self.modules:
-            _save_module(self.unwrap(name), os.path.join(output_dir, name))
+            module = self.whole(name)
+            if is_main:
+                _save_module(module, os.path.join(output_dir, name))
         with self.ema_weights():
             for name in self.ema:
-                _save_module(self.unwrap(name), os.path.join(output_dir, f"{name}_ema"))
+                module = self.whole(name)
+                if is_main:
+                    _save_module(module, os.path.join(output_dir, f"{name}_ema"))
+        if not is_main:
+            return
         state = {
             "global_step": self.global_step,
             "samples_seen": self.samples_seen,
@@ -712,17 +752,17 @@ class Trainer:
 
     def _load_modules(self, models: list[nn.Module], input_dir: str) -> None:
         models.clear()
-        for name in self.modules:
-            _load_module(self.unwrap(name), os.path.join(input_dir, name))
         state = json.loads(Path(input_dir, "trainer_state.json").read_text())
         for name, ema in self.ema.items():
             folder = os.path.join(input_dir, f"{name}_ema")
             if not os.path.isdir(folder):
                 raise ValueError(f"`use_ema` needs {name}_ema, which the checkpoint {input_dir} does not hold.")
-            averaged = _saved_parameters(self.unwrap(name), folder)
-            for shadow, parameter in zip(ema.shadow_params, averaged, strict=True):
+            self._load_module(name, folder)
+            for shadow, parameter in zip(ema.shadow_params, self._averaged_parameters(name), strict=True):
                 shadow.copy_(parameter.detach())
             ema.optimization_step = state["ema_steps"][name]
+        for name in self.modules:
+            self._load_module(name, os.path.join(input_dir, name))
         self.global_step = self._last_checkpoint_step = state["global_step"]
         self.samples_seen = state["samples_seen"]
         self.elapsed_seconds = state["elapsed_seconds"]
@@ -733,6 +773,18 @@ class Trainer:
                 f"the checkpoint was trained on {state['num_samples']} samples, the dataset now has "
                 f"{self.num_samples}: the order of the samples is no longer that of the uninterrupted run."
             )
+
+    def _load_module(self, name: str, folder: str) -> None:
+        """Puts what `_save_module` wrote into a module, each process its part."""
+        module = self.unwrap(name)
+        if has_lora(module):
+            load_lora_state_dict(module, load_file(os.path.join(folder, LORA_WEIGHTS_NAME)))
+            return
+        state = load_pretrained(type(module), folder, "").state_dict()
+        if self.is_sharded:
+            set_model_state_dict(module, state, options=StateDictOptions(full_state_dict=True))
+        else:
+            module.load_state_dict(state)
 
     def _load_stream_state(self, input_dir: str) -> Any:
         """Where this process was in its shards; raises `ValueError` where it was not part of the run."""
@@ -919,6 +971,9 @@ class Trainer:
             self.save_checkpoint()
         if self._last_validation_step != self.global_step:
             self._validate(validate)
+        if self.is_sharded:
+            with self.ema_weights():
+                self._last_copies = {name: self.whole(name) for name in self.modules}
         self.accelerator.end_training()
         finished = self.global_step >= self.max_train_steps
         logger.info(f"{'finished' if finished else 'stopped'} at step {self.global_step} of {self.max_train_steps}")
@@ -960,23 +1015,30 @@ class Trainer:
 
     def _validate(self, validate: ValidationFunction | None) -> None:
         self._last_validation_step = self.global_step
-        if validate is not None and self.accelerator.is_main_process:
-            modules = [self.unwrap(name) for name in self.modules]
+        if validate is not None and (self.accelerator.is_main_process or self.is_sharded):
             with ExitStack() as stack:
                 stack.enter_context(torch.no_grad())
                 stack.enter_context(self.ema_weights())
-                for module in modules:
-                    module.eval()
-                    stack.callback(module.train)
-                metrics, pictures = validate()
-            metrics = {f"validation/{name}": value for name, value in metrics.items()}
-            self.accelerator.log(metrics, step=self.global_step)
-            logger.info(f"step {self.global_step}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
-            for name, picture in pictures.items():
-                save_png(picture, self.output_dir / "samples" / f"{name}-{self.global_step:06d}.png")
-                self._log_picture(name, picture)
+                if self.is_sharded:
+                    copies = {name: self.whole(name) for name in self.modules}
+                    stack.callback(self._whole_copies.clear)  # before the modules get their own weights back
+                    if self.accelerator.is_main_process:
+                        self._whole_copies.update((n, c.to(self.accelerator.device)) for n, c in copies.items())
+                if self.accelerator.is_main_process:
+                    for module in [self.unwrap(name) for name in self.modules]:
+                        module.eval()
+                        stack.callback(module.train)
+                    self._log_validation(*validate())
         self.accelerator.wait_for_everyone()
         self._window_start, self._window_samples = time.monotonic(), self.samples_seen
+
+    def _log_validation(self, metrics: dict[str, float], pictures: dict[str, Tensor]) -> None:
+        metrics = {f"validation/{name}": value for name, value in metrics.items()}
+        self.accelerator.log(metrics, step=self.global_step)
+        logger.info(f"step {self.global_step}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
+        for name, picture in pictures.items():
+            save_png(picture, self.output_dir / "samples" / f"{name}-{self.global_step:06d}.png")
+            self._log_picture(name, picture)
 
     def _log_picture(self, name: str, picture: Tensor) -> None:
         for tracker in self.accelerator.trackers:

@@ -19,6 +19,7 @@ import logging
 import shutil
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -367,9 +368,7 @@ def test_accelerate_launch_fine_tunes_a_pipeline(shapes_dir, cache_dir, pretrain
         assert all(torch.equal(value, frozen[key]) for key, value in getattr(before, name).state_dict().items())
 
 
-def test_a_run_killed_while_inverting_and_while_training_resumes_to_the_bit(
-    shapes_dir, pretrained_dir, tmp_path, script_env
-):
+def test_a_run_killed_anywhere_resumes_to_the_bit(shapes_dir, pretrained_dir, tmp_path, script_env):
     options = {
         "max_train_steps": 12,
         "checkpointing_steps": 2,
@@ -381,9 +380,25 @@ def test_a_run_killed_while_inverting_and_while_training_resumes_to_the_bit(
     config = write_config(tmp_path / "config.yaml", **options)
     cut = tmp_path / "cut"
     command = [sys.executable, SCRIPT, config, "--output_dir", str(cut), "--resume_from_checkpoint", "latest"]
-    for waits_for in (lambda: list(cut.glob("inverted/*/*.safetensors")), lambda: list(cut.glob("checkpoint-[2-9]"))):
-        kill_when(waits_for, command, script_env)
-        assert not (cut / "pipeline").exists()
+    kill_when(lambda: list(cut.glob("inverted/*/*.safetensors")), command, script_env)
+    kill_when(lambda: list(cut.glob(".checkpoint-*.tmp/*")), command, script_env)
+    kill_when(lambda: list(cut.glob("checkpoint-[2-9]")), command, script_env)
+
+    # After step 3 or 7 comes a validation that takes seconds.
+    done = int(max(path.name[11:] for path in cut.glob("checkpoint-*")))
+    started = []
+
+    def is_validating():
+        if not started and (cut / "training_args.yaml").read_text().count("ddpm_num_inference_steps: 900"):
+            started.append(time.monotonic())
+        if (cut / f"checkpoint-{done + 2}").exists() and len(started) == 1:
+            started.append(time.monotonic())
+        return len(started) == 2 and time.monotonic() > started[1] + 1
+
+    slow = ["--ddpm_num_inference_steps", "900", "--validation_steps", str(done + 3), "--num_validation_samples", "2"]
+    kill_when(is_validating, [*command, *slow], script_env)
+    assert not (cut / "pipeline").exists() and not (cut / f"checkpoint-{done + 4}").exists()
+    assert not list((cut / "samples").glob("*"))
     main(tiny_args(**options, output_dir=str(cut), resume_from_checkpoint="latest"))
     main(tiny_args(**options, output_dir=str(tmp_path / "whole")))
     for name in ("unet", "unet_ema"):

@@ -16,7 +16,11 @@ import json
 import math
 import os
 import shutil
+import subprocess
+import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +28,8 @@ import torch
 import torch.nn.functional as F
 import trainer as trainer_module
 import yaml
+from accelerate.utils import DistributedType
+from conftest import TRAINING
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from PIL import Image
@@ -485,3 +491,53 @@ def test_load_pretrained_finds_a_component_or_a_model_folder_and_gives_float32(t
         loaded = load_pretrained(TinyNet, str(path), "net")
         assert loaded.dtype == torch.float32
         assert torch.equal(loaded.out.weight, net.out.weight.float())
+
+
+def test_sharded_weights_are_saved_averaged_and_validated_whole(tmp_path, script_env):
+    script = Path(__file__).with_name("sharded_run.py")
+    path = os.pathsep.join(
+        [script_env.get("PYTHONPATH", ""), str(TRAINING), str(script.parent), str(script.parent.parent)]
+    )
+    found = {}
+    for kind in ("plain", "sharded"):
+        out = tmp_path / kind
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        run = subprocess.run(
+            [*launch, str(script), kind, str(out)],
+            env={**script_env, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+        )
+        assert run.returncode == 0, run.stderr
+        found[kind] = json.loads((out / "seen.json").read_text())
+    parameters = sum(p.numel() for p in TinyNet().parameters())
+    assert found["plain"]["local"] == parameters and found["sharded"]["local"] < 0.6 * parameters
+    for folder in ("checkpoint-3/net", "checkpoint-6/net", "checkpoint-6/net_ema", "averaged"):
+        one, other = (load_file(tmp_path / k / folder / "diffusion_pytorch_model.safetensors") for k in found)
+        assert one.keys() == other.keys()
+        for key in one:
+            torch.testing.assert_close(one[key], other[key], atol=1e-6, rtol=1e-5)
+    assert len(found["plain"]["outputs"]) == 2
+    torch.testing.assert_close(torch.tensor(found["sharded"]["outputs"]), torch.tensor(found["plain"]["outputs"]))
+
+
+@pytest.mark.parametrize(
+    "kind, zero_stage, modules, message",
+    [
+        ("FSDP", None, ("a", "b"), "FSDP trains one network per run, and this script has a, b"),
+        ("DEEPSPEED", 3, ("a",), "ZeRO stage must be at most 2, but is 3"),
+        ("FSDP", None, ("lora",), "train them without FSDP"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused(kind, zero_stage, modules, message, tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path)
+    plugin = SimpleNamespace(zero_stage=zero_stage, deepspeed_config={})
+    state = SimpleNamespace(distributed_type=DistributedType[kind], state=SimpleNamespace(deepspeed_plugin=plugin))
+    monkeypatch.setattr(trainer, "accelerator", state)
+    monkeypatch.setattr("trainer.has_lora", lambda module: module == "lora")
+    with pytest.raises(ValueError, match=message):
+        trainer._check_strategy({name: name for name in modules})
+    if kind == "DEEPSPEED":
+        plugin.zero_stage = 2
+        assert trainer._check_strategy({"a": "a"}) is False  # every process has all weights
+        assert plugin.deepspeed_config == {"train_micro_batch_size_per_gpu": 3}

@@ -1,0 +1,90 @@
+# Copyright 2026 The DiffSketching Pipeline Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Two processes train a network, each holding half of every weight (or, with `plain`, all of them): see test_trainer.py.
+
+accelerate shards on accelerators only, so this shards as its FSDP does, with `fully_shard`, on two CPU processes.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from test_trainer import Points, TinyNet, add_target, train
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from trainer import Trainer, TrainingArguments
+
+
+class ShardedTrainer(Trainer):
+    def _check_strategy(self, modules):
+        return True
+
+    def _prepare(self, module):
+        fully_shard(module.hidden, mesh=init_device_mesh("cpu", (2,)))
+        fully_shard(module, mesh=init_device_mesh("cpu", (2,)))
+        optimizer = self.accelerator.prepare(self._make_optimizer(module))
+        # Otherwise it is saved by one process, which has half of it.
+        self.accelerator._optimizers.clear()
+        return module, optimizer
+
+
+def main(kind, output_dir):
+    steps = 6
+    args = TrainingArguments(
+        output_dir=output_dir,
+        train_batch_size=3,
+        max_train_steps=steps,
+        learning_rate=1e-2,
+        checkpointing_steps=3,
+        validation_steps=3,
+        ema_max_decay=0.5,
+        report_to="none",
+    )
+    trainer_class = {"sharded": ShardedTrainer, "plain": Trainer}[kind]
+
+    def make_trainer():
+        torch.manual_seed(0)
+        return trainer_class(args, {"net": TinyNet()}, Points(), transform=add_target)
+
+    trainer, again, seen = make_trainer(), make_trainer(), []
+    end_training = trainer.accelerator.end_training
+    trainer.accelerator.end_training = lambda: None  # the processes are still needed
+
+    def validate():
+        net = trainer.unwrap("net")
+        assert not net.training and net.hidden.weight.shape == (8, 3)
+        seen.append(net(torch.ones(1, 3)).tolist())
+        return {"output": float(net(torch.ones(1, 3)).sum())}, {}
+
+    train(trainer, validate)
+    trainer.accelerator.wait_for_everyone()
+    local = sum(p.to_local().numel() if kind == "sharded" else p.numel() for p in trainer._trainable["net"])
+    averaged = trainer.ema_copy("net", torch.float32)
+    assert (averaged is not None) == trainer.accelerator.is_main_process
+
+    # A checkpoint goes back to where it came from: weights and averages, each process its part.
+    again._load_modules([], str(Path(output_dir) / f"checkpoint-{steps}"))
+    for one, other in zip(again._trainable["net"], trainer._trainable["net"], strict=True):
+        assert torch.equal(*(p.to_local() if kind == "sharded" else p for p in (one, other)))
+    for one, other in zip(again.ema["net"].shadow_params, trainer.ema["net"].shadow_params, strict=True):
+        assert torch.equal(*(p.to_local() if kind == "sharded" else p for p in (one, other)))
+    end_training()
+    if averaged is not None:
+        averaged.save_pretrained(Path(output_dir) / "averaged")
+        (Path(output_dir) / "seen.json").write_text(json.dumps({"outputs": seen, "local": local}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,137 @@
+# Copyright 2026 The DiffSketching Pipeline Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""From Sketchy to pairs for `finetune_diffsketching.py`, with the ImageNet class of each photo.
+
+    python training/prepare_sketchy.py --photo_dir sketchy/256x256/photo/tx_000000000000 \
+        --sketch_dir sketchy/256x256/sketch/tx_000000000000 --output_dir sketchy-pairs
+
+A network that was pretrained on ImageNet is told ImageNet's classes, and Sketchy's 125 categories are others ("songbird").
+So each photo gets the class that an ImageNet classifier sees in it, by index: `output_dir/photo/<index>/<category>_<id>.jpg`
+with `output_dir/sketch/<index>/<category>_<id>-<k>.png`. Files are linked where the disk allows it, else copied.
+
+`classes.json` says how the categories were understood; look at it before training.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from data import decode_photo
+from pairs import find_pair_files
+from tqdm.auto import tqdm
+from trainer import write_folder
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+
+def read_exclusions(files: Iterable[Path]) -> set[str]:
+    """Drawings that are to be left out, from lists with one `<category>/<id>-<k>` or `<id>-<k>` (or .png) per line."""
+    names = set()
+    for file in files:
+        for line in file.read_text(encoding="utf-8").splitlines():
+            name = line.strip().removesuffix(".png")
+            if name and not name.startswith("#"):
+                names.add(name.split("/")[-1])
+    return names
+
+
+@torch.no_grad()
+def classify(photos: list[Path], model: torch.nn.Module, processor: object, batch_size: int) -> list[int]:
+    """The most probable class of each photo, by index; -1 for a photo that cannot be read."""
+    found: list[int] = []
+    device = next(model.parameters()).device
+    for first in tqdm(range(0, len(photos), batch_size), desc="Classifying photos", unit="batch"):
+        images, places = [], []
+        for place, path in enumerate(photos[first : first + batch_size], start=first):
+            try:
+                images.append(decode_photo(path.read_bytes()))
+                places.append(place)
+            except (OSError, ValueError):
+                continue
+        found += [-1] * min(batch_size, len(photos) - first)
+        if images:
+            inputs = processor(images=images, return_tensors="pt")  # type: ignore[operator]
+            logits = model(inputs["pixel_values"].to(device)).logits
+            for place, index in zip(places, logits.argmax(-1).tolist(), strict=True):
+                found[place] = index
+    return found
+
+
+def link(source: Path, target: Path) -> None:
+    """The same file under another name, or a copy of it where that is not possible."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def main(args: argparse.Namespace) -> None:
+    output_dir = Path(args.output_dir)
+    if output_dir.exists():
+        raise ValueError(f"`output_dir` {args.output_dir!r} exists: choose another, or delete it.")
+    excluded = read_exclusions(map(Path, args.exclude))
+    pairs = find_pair_files(Path(args.photo_dir), Path(args.sketch_dir))
+    kept = [
+        (stem, photo, [sketch for sketch in sketches if sketch.stem not in excluded])
+        for stem, photo, sketches in pairs
+    ]
+    kept = [entry for entry in kept if entry[2]]
+    if not kept:
+        raise ValueError("`exclude` leaves no drawing.")
+    model = AutoModelForImageClassification.from_pretrained(args.classifier_name_or_path).eval()
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    processor = AutoImageProcessor.from_pretrained(args.classifier_name_or_path)
+    classes = classify([photo for _, photo, _ in kept], model, processor, args.batch_size)
+
+    seen: dict[str, Counter[int]] = defaultdict(Counter)
+    with write_folder(output_dir) as folder:
+        for (stem, photo, sketches), index in zip(kept, classes, strict=True):
+            if index < 0:
+                print(f"{photo.name} cannot be read, left out", file=sys.stderr)
+                continue
+            category, name = stem.split("/")[0], stem.replace("/", "_")
+            seen[category][index] += 1
+            link(photo, folder / "photo" / str(index) / f"{name}{photo.suffix}")
+            for k, sketch in enumerate(sketches, start=1):
+                link(sketch, folder / "sketch" / str(index) / f"{name}-{k}{sketch.suffix}")
+        names = model.config.id2label
+        report = {
+            category: {names[index]: count for index, count in counts.most_common()}
+            for category, counts in sorted(seen.items())
+        }
+        (folder / "classes.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    drawings = sum(len(sketches) for _, _, sketches in kept)
+    print(f"{output_dir}: {sum(sum(c.values()) for c in seen.values())} photos, {drawings} drawings")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--photo_dir", required=True, help="`<category>/<id>.jpg`")
+    parser.add_argument("--sketch_dir", required=True, help="`<category>/<id>-<k>.png`")
+    parser.add_argument("--output_dir", required=True, help="the new folder with `photo` and `sketch`")
+    parser.add_argument(
+        "--exclude", nargs="*", default=[], help="lists of drawings to leave out, such as Sketchy's own"
+    )
+    parser.add_argument("--classifier_name_or_path", default="microsoft/resnet-50", help="folder or Hub id")
+    parser.add_argument("--batch_size", type=int, default=64)
+    try:
+        main(parser.parse_args())
+    except ValueError as error:
+        sys.exit(f"prepare_sketchy.py: {error}")
