@@ -107,13 +107,19 @@ def costs_of(unet: UNet2DModel, classifier: NoisyImageClassifier | None) -> dict
     return networks
 
 
-def training_step(costs: dict[str, NetworkCost], mode: str, steps: int, kept: int = 1) -> tuple[float, float]:
+def training_step(
+    costs: dict[str, NetworkCost], mode: str, steps: int, kept: int = 1, batch_size: int = 1
+) -> tuple[float, float]:
     """
     Operations and kept bytes per photo of one training step.
 
     A backward pass with gradients of weights costs two forward passes, one that only passes through (the frozen networks)
-    costs one. F_s sees two drawings and F_i two photos, of which one is the constant that is compared with.
+    costs one. F_s sees two drawings and F_i two photos, of which one is the constant that is compared with. In the mode "per
+    step" each photo has a random step of its own, and the whole batch is sampled up to the last of them.
     """
+    # The expected maximum of `batch_size` numbers drawn evenly from 0 to steps - 1.
+    sampled = (steps - 1) - sum((k / steps) ** batch_size for k in range(1, steps))
+
     unet = costs["unet"]
     losses = 2 * costs["sketcher"].flops + 3 * costs["perceptual"].flops + 3 * costs["identity"].flops
     losses_kept = sum(costs[name].activations for name in ("sketcher", "perceptual", "identity"))
@@ -121,7 +127,7 @@ def training_step(costs: dict[str, NetworkCost], mode: str, steps: int, kept: in
         "plain": (3 * steps, steps),
         "checkpointed": (4 * steps, 1),
         "truncated": ((steps - kept) + 3 * kept, kept),
-        "per step": ((steps - 1) / 2 + 3, 1),
+        "per step": (sampled + 3, 1),
     }[mode]
     return passes * unet.flops + losses, kept_steps * unet.activations + losses_kept
 
@@ -146,7 +152,7 @@ def table(costs: dict[str, NetworkCost], args: argparse.Namespace) -> str:
     lines.append("| --- | --- | --- | --- | --- |")
     for mode in ("plain", "checkpointed", "truncated", "per step"):
         for steps in args.steps:
-            flops, kept = training_step(costs, mode, steps)
+            flops, kept = training_step(costs, mode, steps, batch_size=args.train_batch_size)
             memory = fixed_bytes(costs) + args.train_batch_size * kept
             hours = args.num_samples * flops / (args.tflops * 1e12 * args.utilization) / 3600
             name = "truncated to 1" if mode == "truncated" else mode

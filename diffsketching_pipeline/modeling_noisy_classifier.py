@@ -195,8 +195,8 @@ class NoisyImageClassifier(ModelMixin, ConfigMixin):
         cls, unet: UNet2DModel, num_classes: int, class_label: int | None = None, dropout: float = 0.0
     ) -> "NoisyImageClassifier":
         """
-        A classifier that starts as the downsampling half of a UNet: it reads noisy images as the UNet does, and only the
-        pooling is new. Where photos are few it learns in a fraction of the steps.
+        A classifier that starts as the downsampling half of a UNet and reads noisy images as the UNet does. New are the
+        pooling, the normalisation before it and, where the UNet has none, that of the attention in the middle block.
 
         Channels of `unet` beyond RGB (a sketch) are left out, which is the same as their being zero, "no sketch". Its
         class embedding is a constant added to the timestep's.
@@ -216,11 +216,17 @@ class NoisyImageClassifier(ModelMixin, ConfigMixin):
                 is missing where it has classes.
         """
         config = unet.config
+        if config.attn_norm_num_groups not in (None, config.norm_num_groups):
+            raise ValueError(
+                f"`unet` must have the attn_norm_num_groups None or {config.norm_num_groups} but has "
+                f"{config.attn_norm_num_groups}."
+            )
         for name, supported in (
             ("time_embedding_type", "positional"),
             ("class_embed_type", None),
             ("mid_block_type", "UNetMidBlock2D"),
             ("mid_block_scale_factor", 1),
+            ("add_attention", True),
             ("center_input_sample", False),
         ):
             if config[name] != supported:

@@ -188,17 +188,19 @@ def make_unet(**kwargs):
     [
         ({}, 5),
         ({"in_channels": 3, "num_class_embeds": None, "resnet_time_scale_shift": "default"}, None),
+        ({"attn_norm_num_groups": 8}, 5),
         ({"freq_shift": 1, "flip_sin_to_cos": False, "attention_head_dim": None, "norm_eps": 1e-3}, 0),
         ({"time_embedding_dim": 24, "downsample_type": "resnet", "act_fn": "relu"}, 2),
     ],
-    ids=["sketch", "photo", "embedding", "blocks"],
+    ids=["sketch", "photo", "middle", "embedding", "blocks"],
 )
 def test_from_unet_reads_noisy_images_as_the_unet_does_without_a_sketch(config, class_label):
     unet = make_unet(**config)
     classifier = NoisyImageClassifier.from_unet(unet, 3, class_label=class_label).eval()
-    before_middle = []
+    before_middle, after_middle = [], []
     for model in (unet, classifier):
         model.mid_block.register_forward_pre_hook(lambda module, inputs: before_middle.append(inputs[:2]))
+        model.mid_block.register_forward_hook(lambda module, inputs, output: after_middle.append(output))
     sample, timestep = make_sample(), torch.tensor([7, 700])
     no_sketch = torch.zeros(2, unet.config.in_channels - 3, 16, 16)
     labels = None if class_label is None else torch.full((2,), class_label)
@@ -207,8 +209,10 @@ def test_from_unet_reads_noisy_images_as_the_unet_does_without_a_sketch(config, 
     assert logits.shape == (2, 3)
     for ours, theirs in zip(before_middle[1], before_middle[0], strict=True):
         torch.testing.assert_close(ours, theirs)
-    for name, value in classifier.mid_block.resnets.state_dict().items():
-        assert torch.equal(value, unet.mid_block.resnets.state_dict()[name])
+    if unet.mid_block.attentions[0].group_norm is not None:
+        torch.testing.assert_close(after_middle[1], after_middle[0])
+    for name, value in unet.mid_block.state_dict().items():
+        assert torch.equal(value, classifier.mid_block.state_dict()[name])
 
 
 def test_from_unet_takes_weights_of_half_precision_and_a_dropout():
@@ -224,6 +228,8 @@ def test_from_unet_takes_weights_of_half_precision_and_a_dropout():
         ({}, 6, r"`class_label` must be in \[0, 6\), .* but is 6"),
         ({"num_class_embeds": None}, 1, "`class_label` must be `None` for a `unet` without classes but is 1"),
         ({"time_embedding_type": "fourier"}, 5, "time_embedding_type 'positional' but has 'fourier'"),
+        ({"add_attention": False}, 5, "add_attention True but has False"),
+        ({"attn_norm_num_groups": 4}, 5, "attn_norm_num_groups None or 8 but has 4"),
         ({"mid_block_type": None}, 5, "mid_block_type 'UNetMidBlock2D' but has None"),
         ({"sample_size": (16, 32)}, 5, "one sample_size for both sides"),
         ({"down_block_types": ("SkipDownBlock2D", "DownBlock2D")}, 5, "must be among .* but has 'SkipDownBlock2D'"),

@@ -482,7 +482,8 @@ class ShardedChainData:
 
     def validation_photos(self) -> PairedPhotoDataset:
         """The photos that validate; see [`validation_pairs`]."""
-        pairs = validation_pairs(self.shards, self.class_names, self.args.num_validation_samples)
+        needs_class = self.null_class is None
+        pairs = validation_pairs(self.shards, self.class_names, self.args.num_validation_samples, needs_class)
         resolution, seed, null_class = self.args.resolution, self.args.seed, self.null_class
         return PairedPhotoDataset(
             pairs, self.class_names, resolution, seed, train=False, null_class=null_class, split="validation"
@@ -796,7 +797,8 @@ def main(args: FinetuneArguments) -> None:
         logged = {name: term.detach().mean() for name, term in terms.items() if term is not None}
         return {"loss": losses.loss.mean(), **logged}
 
-    trainer.train(compute_loss, validation and (lambda: validation(trainer.unwrap("unet"))))
+    # Only the main process calls it, and only there is a validation.
+    trainer.train(compute_loss, (lambda: validation(trainer.unwrap("unet"))) if validation is not None else None)
 
     # 3. The pipeline with the averaged weights, all of it in one type
     averaged = trainer.ema_copy("unet")

@@ -100,7 +100,11 @@ def main(args: argparse.Namespace) -> None:
     processor = AutoImageProcessor.from_pretrained(args.classifier_name_or_path)
     classes = classify([photo for _, photo, _ in kept], model, processor, args.batch_size)
 
+    if max(classes) < 0:
+        raise ValueError(f"`photo_dir` {args.photo_dir!r} has no photo that can be read.")
+
     seen: dict[str, Counter[int]] = defaultdict(Counter)
+    num_drawings = 0
     with write_folder(output_dir) as folder:
         for (stem, photo, sketches), index in zip(kept, classes, strict=True):
             if index < 0:
@@ -108,6 +112,7 @@ def main(args: argparse.Namespace) -> None:
                 continue
             category, name = stem.split("/")[0], stem.replace("/", "_")
             seen[category][index] += 1
+            num_drawings += len(sketches)
             link(photo, folder / "photo" / str(index) / f"{name}{photo.suffix}")
             for k, sketch in enumerate(sketches, start=1):
                 link(sketch, folder / "sketch" / str(index) / f"{name}-{k}{sketch.suffix}")
@@ -117,8 +122,7 @@ def main(args: argparse.Namespace) -> None:
             for category, counts in sorted(seen.items())
         }
         (folder / "classes.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    drawings = sum(len(sketches) for _, _, sketches in kept)
-    print(f"{output_dir}: {sum(sum(c.values()) for c in seen.values())} photos, {drawings} drawings")
+    print(f"{output_dir}: {sum(sum(c.values()) for c in seen.values())} photos, {num_drawings} drawings")
 
 
 if __name__ == "__main__":

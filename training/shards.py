@@ -26,6 +26,7 @@ with the batches into the checkpoint; a resumed run opens the shard it was in, s
 
 import hashlib
 import itertools
+import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -44,6 +45,8 @@ logger = logging.getLogger(__name__)
 
 SHARD_STREAM = 3
 """Keys the order of shards and pairs apart from everything else that is drawn from the seed."""
+
+UNREADABLE = "shards break off or cannot be opened"
 
 
 class Position(NamedTuple):
@@ -85,7 +88,9 @@ def _class_of(content: bytes | None, class_names: Sequence[str]) -> str | None:
     if content is None:
         return None
     text = content.decode("utf-8", "replace").strip()
-    return class_names[int(text)] if text.isdigit() and int(text) < len(class_names) else text
+    if text in class_names or not text.isdecimal() or int(text) >= len(class_names):
+        return text
+    return class_names[int(text)]
 
 
 def _holding(content: bytes) -> Callable[[], bytes]:
@@ -105,10 +110,9 @@ def read_shard(shard: str, class_names: Sequence[str], problems: dict[str, list[
 
     def broken(error: Exception) -> bool:
         logger.debug("%s: %s", shard, error)
-        goes_on = isinstance(error, ValueError)  # two files of one name; anything else is the tar file's end
-        reason = "pairs have a file twice" if goes_on else f"files after one that cannot be read ({error})"
-        problems.setdefault(reason, []).append(shard)
-        return goes_on
+        is_double = isinstance(error, ValueError) and "duplicate file name" in str(error)
+        problems.setdefault("pairs have a file twice" if is_double else UNREADABLE, []).append(f"{shard} ({error})")
+        return is_double  # anything else is the tar file's end
 
     names: set[str] = set()
     for files in wds.DataPipeline(wds.SimpleShardList([shard]), wds.tarfile_to_samples(handler=broken)):
@@ -131,14 +135,35 @@ def read_shard(shard: str, class_names: Sequence[str], problems: dict[str, list[
         yield PhotoSketchPair(name, label, _holding(files[photos[0]]), sketches)
 
 
-def validation_pairs(shards: Sequence[str], class_names: Sequence[str], count: int) -> list[PhotoSketchPair]:
-    """The first `count` pairs that validate (8 of 100, by the hash of their names), read from the first shards."""
-    pairs = itertools.chain.from_iterable(read_shard(shard, class_names, {}) for shard in shards)
-    chosen = list(itertools.islice((pair for pair in pairs if in_validation(pair.stem)), count))
+def summary(problems: dict[str, list[str]], shown: int = 10) -> str:
+    """What was left out and why, in one line."""
+    counts = Counter({reason: len(names) for reason, names in problems.items()})
+    return "; ".join(f"{n} {reason}: {', '.join(problems[reason][:shown])}" for reason, n in counts.most_common())
+
+
+def validation_pairs(
+    shards: Sequence[str], class_names: Sequence[str], count: int, needs_class: bool = False
+) -> list[PhotoSketchPair]:
+    """
+    The first `count` pairs that validate (8 of 100, by the hash of their names), read from the first shards.
+
+    Args:
+        shards, class_names: see [`read_shard`]; pairs of other classes are left out.
+        count: how many at most.
+        needs_class: leave out pairs without a class, too.
+
+    Raises:
+        ValueError: there is none.
+    """
+    problems: dict[str, list[str]] = {}
+    usable = set(class_names) if needs_class else {*class_names, None}
+    pairs = itertools.chain.from_iterable(read_shard(shard, class_names, problems) for shard in shards)
+    validating = (pair for pair in pairs if in_validation(pair.stem) and pair.label in usable)
+    chosen = list(itertools.islice(validating, count))
     if not chosen:
         raise ValueError(
-            f"`train_shards` has no pair to validate with: of 100 pairs 8 are kept back by the hash of their names, and "
-            f"none of the {len(shards)} shard(s) has one."
+            f"`train_shards` has no pair to validate with in {len(shards)} shard(s): of 100 pairs 8 are kept back by the "
+            f"hash of their names. Left out: {summary(problems) or 'none'}."
         )
     return chosen
 
@@ -150,7 +175,9 @@ class ShardStream(IterableDataset):
     Args:
         shards: all shards, the same list in every process.
         class_names: see [`read_shard`].
-        make_sample: `(pair, rng) -> sample`; a pair for which it raises `ValueError` or `OSError` is left out.
+        make_sample:
+            `(pair, rng) -> sample`; a pair for which it raises what a damaged image does (`ValueError`, `OSError`,
+            `SyntaxError`, `Image.DecompressionBombError`) is left out.
         batch_size: samples per batch.
         seed: keys all that is random.
         process_index, num_processes: this process among all.
@@ -159,7 +186,8 @@ class ShardStream(IterableDataset):
         shuffle_buffer: pairs of a shard that are held in memory and shuffled together.
 
     Raises:
-        ValueError: there are fewer shards than readers, or `state` is that of a run with other readers.
+        ValueError: there are fewer shards than readers, or `state` is that of a run with other readers, shards or another
+            seed or buffer.
     """
 
     def __init__(
@@ -186,6 +214,8 @@ class ShardStream(IterableDataset):
                 f"`dataloader_num_workers` {num_workers} need {num_readers}, one for each reader: lower it, or write "
                 "smaller shards."
             )
+        settings = json.dumps([self.shards, seed, shuffle_buffer])
+        self.order = hashlib.sha256(settings.encode()).hexdigest()[:16]
         self.positions, self.turn = [Position()] * self.num_workers, 0
         if state is not None:
             if (state["num_processes"], len(state["positions"])) != (num_processes, self.num_workers):
@@ -193,6 +223,11 @@ class ShardStream(IterableDataset):
                     f"the checkpoint was read by {state['num_processes']} process(es) with {len(state['positions'])} "
                     f"data worker(s) each, which know where they were; now there are {num_processes} with "
                     f"{self.num_workers}: start as many, or a new `output_dir`."
+                )
+            if state["order"] != self.order:
+                raise ValueError(
+                    "the checkpoint is in the middle of shards that were read in another order: `train_shards`, `seed` "
+                    "and `shuffle_buffer` have to be those of the run that wrote it."
                 )
             self.positions = [Position(*position) for position in state["positions"]]
             self.turn = state["turn"]
@@ -203,6 +238,7 @@ class ShardStream(IterableDataset):
         self.turn = (batch.worker + 1) % self.num_workers
         return {
             "num_processes": self.num_processes,
+            "order": self.order,
             "turn": self.turn,
             "positions": [list(position) for position in self.positions],
         }
@@ -221,13 +257,13 @@ class ShardStream(IterableDataset):
     def _samples(self, worker: int) -> Iterator[tuple[Sample, Position]]:
         """Samples of one reader from its position on, each with the position after it."""
         reader, num_readers = self.process_index * self.num_workers + worker, self.num_processes * self.num_workers
-        start = self.positions[worker]
+        start, empty = self.positions[worker], 0
         for epoch in itertools.count(start.epoch):
-            is_whole, count = start[1:] == (0, 0), 0
             rng = np.random.default_rng(keyed_seed(self.seed, SHARD_STREAM, epoch))
             mine = rng.permutation(len(self.shards))[reader::num_readers]
             for number in range(start.shard, len(mine)):
                 problems: dict[str, list[str]] = {}
+                count = start.pair
                 pairs = self._shuffled(int(mine[number]), epoch, problems)
                 for k, pair in enumerate(itertools.islice(pairs, start.pair, None), start.pair):
                     sample = self._make(pair, epoch, problems)
@@ -235,10 +271,15 @@ class ShardStream(IterableDataset):
                         count += 1
                         yield sample, Position(epoch, number, k + 1)
                 start = Position(epoch, number + 1)
-                if epoch == 0:
-                    self._report(self.shards[mine[number]], problems)
-            if is_whole and count == 0:
-                raise ValueError(f"none of the {len(mine)} shard(s) of a reader has a pair to train on.")
+                # Once is enough, but not of what was there before and is not now.
+                if problems and (epoch == 0 or UNREADABLE in problems):
+                    logger.warning("%s: left out %s", self.shards[mine[number]], summary(problems))
+                empty = 0 if count else empty + 1
+                if empty > 2 * len(self.shards):  # any reader gets other shards in other epochs
+                    raise ValueError(
+                        f"`train_shards`: the last {empty} shards that were read have no pair to train on; of the last one "
+                        f"was left out: {summary(problems) or 'nothing'}."
+                    )
             start = Position(epoch + 1)
 
     def _shuffled(self, shard: int, epoch: int, problems: dict[str, list[str]]) -> Iterator[PhotoSketchPair]:
@@ -257,13 +298,5 @@ class ShardStream(IterableDataset):
         try:
             return self.make_sample(pair, np.random.default_rng([self.seed, epoch, key]))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            problems.setdefault(f"pairs cannot be used ({error})", []).append(pair.stem)
+            problems.setdefault("pairs cannot be used", []).append(f"{pair.stem} ({error})")
             return None
-
-    @staticmethod
-    def _report(shard: str, problems: dict[str, list[str]], shown: int = 10) -> None:
-        """One warning per shard, in the first epoch only."""
-        if problems:
-            counts = Counter({reason: len(names) for reason, names in problems.items()})
-            texts = [f"{n} {reason}: {', '.join(problems[reason][:shown])}" for reason, n in counts.most_common()]
-            logger.warning("%s: left out %s", shard, "; ".join(texts))

@@ -27,7 +27,7 @@ A script builds its modules, says how one sample is prepared and what the loss o
 Nothing random depends on the order in which things happen to run. The n-th draw of a run (n counts the samples of all
 processes from the first step on) decides which sample is taken, and (seed, n) decides its augmentation, noise and
 dropped conditions. So a run that was killed and resumed, or spread over several processes or data workers, sees
-exactly the samples of one that was not.
+exactly the samples of one that was not. (A dataset that is streamed depends on who reads it, see `shards.py`.)
 """
 
 import copy
@@ -596,9 +596,23 @@ class Trainer:
             plugin = self.accelerator.state.deepspeed_plugin
             if plugin.zero_stage > 2:
                 raise ValueError(f"DeepSpeed's ZeRO stage must be at most 2, but is {plugin.zero_stage}: use FSDP.")
+            if self.accelerator.mixed_precision != "no":
+                raise ValueError(
+                    "`mixed_precision` must be no with DeepSpeed, which would train half-precision weights, but is "
+                    f"{self.accelerator.mixed_precision}: speed it up by `--allow_tf32 true`, or use FSDP."
+                )
+            passes = self.args.gradient_accumulation_steps
+            if self.accelerator.gradient_accumulation_steps != passes:
+                raise ValueError(
+                    f"`gradient_accumulation_steps` is {passes}, but {self.accelerator.gradient_accumulation_steps} in "
+                    "accelerate's DeepSpeed config, which wins: write it there, too."
+                )
+            plugin.deepspeed_config["gradient_clipping"] = self.args.max_grad_norm
             # accelerate reads it off a data loader that it prepares, and this trainer's is not.
             plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = self.args.train_batch_size
             return False
+        if not self.accelerator.is_fsdp2:
+            raise ValueError("`fsdp_version` must be 2 in accelerate's config, see configs/accelerate/fsdp.yaml.")
         if any(has_lora(module) for module in modules.values()):
             raise ValueError("adapters are too small to be worth sharding: train them without FSDP.")
         return True
@@ -635,8 +649,8 @@ class Trainer:
 
     def unwrap(self, name: str) -> Any:
         """
-        The module itself, without the wrapper for several processes; its forward still autocasts. While it validates, a
-        module that is sharded is replaced by a copy with all its weights.
+        The module itself, without the wrapper for several processes; its forward still autocasts. In validation, one that
+        is sharded is replaced by a copy with all its weights, in float32.
         """
         if name in self._whole_copies:
             return self._whole_copies[name]
@@ -902,10 +916,12 @@ class Trainer:
         optimizer = self.optimizers[name]
         if self.accelerator.sync_gradients:
             grad_norm = self.accelerator.clip_grad_norm_(self._trainable[name], self.args.max_grad_norm)
-            # A float16 run skips the step and lowers its loss scale when the gradient overflows.
-            if self.accelerator.scaler is None and grad_norm is not None:
-                self._raise_if_not_finite(grad_norm, f"{prefix}gradient", batch)
-            outputs = outputs | {"grad_norm": grad_norm}
+            if grad_norm is not None:  # DeepSpeed clips on its own, and may not tell
+                grad_norm = torch.as_tensor(grad_norm)
+                # A float16 run skips the step and lowers its loss scale when the gradient overflows.
+                if self.accelerator.scaler is None:
+                    self._raise_if_not_finite(grad_norm, f"{prefix}gradient", batch)
+                outputs = outputs | {"grad_norm": grad_norm}
         optimizer.step()
         optimizer.zero_grad()
         for key, value in outputs.items():
@@ -1015,16 +1031,18 @@ class Trainer:
 
     def _validate(self, validate: ValidationFunction | None) -> None:
         self._last_validation_step = self.global_step
-        if validate is not None and (self.accelerator.is_main_process or self.is_sharded):
+        is_main = self.accelerator.is_main_process
+        # The parts of a sharded module come together on the main process, which validates, so all of them take part.
+        if self.is_sharded or (is_main and validate is not None):
             with ExitStack() as stack:
                 stack.enter_context(torch.no_grad())
                 stack.enter_context(self.ema_weights())
                 if self.is_sharded:
                     copies = {name: self.whole(name) for name in self.modules}
                     stack.callback(self._whole_copies.clear)  # before the modules get their own weights back
-                    if self.accelerator.is_main_process:
+                    if is_main:
                         self._whole_copies.update((n, c.to(self.accelerator.device)) for n, c in copies.items())
-                if self.accelerator.is_main_process:
+                if is_main and validate is not None:
                     for module in [self.unwrap(name) for name in self.modules]:
                         module.eval()
                         stack.callback(module.train)

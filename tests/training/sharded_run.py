@@ -68,7 +68,7 @@ def main(kind, output_dir):
         seen.append(net(torch.ones(1, 3)).tolist())
         return {"output": float(net(torch.ones(1, 3)).sum())}, {}
 
-    train(trainer, validate)
+    train(trainer, validate if trainer.accelerator.is_main_process else None)
     trainer.accelerator.wait_for_everyone()
     local = sum(p.to_local().numel() if kind == "sharded" else p.numel() for p in trainer._trainable["net"])
     averaged = trainer.ema_copy("net", torch.float32)

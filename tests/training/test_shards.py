@@ -25,7 +25,7 @@ from finetune_diffsketching import FinetuneArguments, ShardedChainData, check_fi
 from pairs import in_validation
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
-from shards import ShardStream, list_shards, read_shard, validation_pairs
+from shards import UNREADABLE, ShardStream, list_shards, read_shard, validation_pairs
 from test_finetune_diffsketching import TINY, pretrained_dir, tiny_args  # noqa: F401 (a fixture)
 from torch.utils.data import DataLoader
 
@@ -100,7 +100,17 @@ def test_a_shard_that_breaks_off_ends_there(tmp_path):
     problems = {}
     pairs = list(read_shard(str(path), [], problems))
     assert 1 <= len(pairs) < 4 and [pair.stem for pair in pairs] == [str(i) for i in range(len(pairs))]
-    assert list(problems.values()) == [[str(path)]]
+    assert list(problems) == [UNREADABLE] and problems[UNREADABLE][0].startswith(str(path))
+
+
+def test_classes_by_name_and_by_index(tmp_path):
+    files = [(f"{i}.{kind}", png(i)) for i in range(3) for kind in ("png", "sketch.png")]
+    files += [("0.cls", b"10"), ("1.cls", b"1"), ("2.cls", "\u00b2".encode())]
+    path = write_tar(tmp_path / "a.tar", sorted(files))
+    # Names that are numbers, as folders of ImageNet's indices are, and that another order than theirs.
+    labels = [pair.label for pair in read_shard(path, ["1", "10", "2"], {})]
+    assert labels == ["10", "1", "\u00b2"]
+    assert next(read_shard(path, [f"class {i}" for i in range(11)], {})).label == "class 10"
 
 
 def test_shards_are_found(shards, tmp_path):
@@ -147,7 +157,7 @@ def test_each_epoch_has_every_training_pair_once_in_another_order(shards, caplog
     first, second = (dict(b[0] for b in part) for part in (seen[: len(TRAINED)], seen[len(TRAINED) :]))
     assert all(first[name] != second[name] for name in TRAINED)  # augmented anew
     # What is left out is said once, and why.
-    assert caplog.text.count("left out") == 1 and f"its photo is torn): {TORN}" in caplog.text
+    assert caplog.text.count("left out") == 1 and f"{TORN} (its photo is torn)" in caplog.text
 
 
 def test_processes_and_workers_deal_the_shards_out(shards):
@@ -190,11 +200,37 @@ def test_what_cannot_be_read_is_refused(shards, tmp_path):
     _, states = run(stream(shards), 0, 1)
     with pytest.raises(ValueError, match=r"read by 1 process\(es\) with 1 data worker.* now there are 1 with 2"):
         stream(shards, state=states[0], num_workers=2)
-    empty = write_tar(tmp_path / "empty.tar", [("a.txt", b"")])
-    with pytest.raises(ValueError, match="none of the 1 shard"):
+    for other in ({"shuffle_buffer": 2}, {"shards": shards.replace("004", "003")}):
+        with pytest.raises(ValueError, match="another order: `train_shards`, `seed` and `shuffle_buffer`"):
+            stream(**{"shards": shards, "state": states[0]} | other)
+    empty = write_tar(tmp_path / "empty.tar", [("a.png", png(0))])
+    with pytest.raises(ValueError, match="the last 3 shards .* left out: 1 photos have no drawing: a"):
         next(iter(ShardStream([empty], NAMES, make_sample, 1, 0)))
-    with pytest.raises(ValueError, match="has no pair to validate with"):
+    with pytest.raises(ValueError, match="has no pair to validate with .* Left out: 1 photos have no drawing: a"):
         validation_pairs([empty], NAMES, 4)
+    with pytest.raises(
+        ValueError, match="no pair to validate with .* Left out: 1 shards break off or cannot be opened"
+    ):
+        validation_pairs(["nowhere://a.tar"], NAMES, 4)
+
+
+def test_one_bad_shard_among_as_many_as_readers_is_not_fatal(shards, tmp_path, caplog):
+    (tmp_path / "torn.tar").write_bytes(b"no tar file")
+    files = [*list_shards(shards)[:1], str(tmp_path / "torn.tar")]
+    for process_index in range(2):
+        readers = ShardStream(files, NAMES, make_sample, 2, 0, process_index, num_processes=2)
+        with caplog.at_level(logging.WARNING):
+            seen, states = run(readers, 0, 20)
+        assert {name for batch in seen for name, _ in batch} <= TRAINED
+    assert "torn.tar: left out 1 shards break off or cannot be opened" in caplog.text
+
+
+def test_validation_leaves_out_what_training_leaves_out(shards):
+    files = list_shards(shards)
+    everything = [pair.stem for pair in validation_pairs(files, NAMES, 99)]
+    assert everything and all(in_validation(name) for name in everything)
+    known = validation_pairs(files, ["disc"], 99)
+    assert {pair.label for pair in known} <= {"disc"} and len(known) < len(everything)
 
 
 # ---- fine-tuning ----------------------------------------------------------------------------------------------------

@@ -521,23 +521,54 @@ def test_sharded_weights_are_saved_averaged_and_validated_whole(tmp_path, script
     torch.testing.assert_close(torch.tensor(found["sharded"]["outputs"]), torch.tensor(found["plain"]["outputs"]))
 
 
+def strategy(trainer, monkeypatch, kind, zero_stage=2, mixed_precision="no", passes=1, is_fsdp2=True):
+    """`_check_strategy` with an accelerator of another kind; its DeepSpeed config."""
+    plugin = SimpleNamespace(zero_stage=zero_stage, deepspeed_config={})
+    accelerator = SimpleNamespace(
+        distributed_type=DistributedType[kind],
+        state=SimpleNamespace(deepspeed_plugin=plugin),
+        mixed_precision=mixed_precision,
+        gradient_accumulation_steps=passes,
+        is_fsdp2=is_fsdp2,
+    )
+    monkeypatch.setattr(trainer, "accelerator", accelerator)
+    monkeypatch.setattr("trainer.has_lora", lambda module: module == "lora")
+    return plugin
+
+
 @pytest.mark.parametrize(
-    "kind, zero_stage, modules, message",
+    "options, modules, message",
     [
-        ("FSDP", None, ("a", "b"), "FSDP trains one network per run, and this script has a, b"),
-        ("DEEPSPEED", 3, ("a",), "ZeRO stage must be at most 2, but is 3"),
-        ("FSDP", None, ("lora",), "train them without FSDP"),
+        ({"kind": "FSDP"}, ("a", "b"), "FSDP trains one network per run, and this script has a, b"),
+        ({"kind": "FSDP", "is_fsdp2": False}, ("a",), "`fsdp_version` must be 2"),
+        ({"kind": "FSDP"}, ("lora",), "train them without FSDP"),
+        ({"kind": "DEEPSPEED", "zero_stage": 3}, ("a",), "ZeRO stage must be at most 2, but is 3"),
+        ({"kind": "DEEPSPEED", "mixed_precision": "bf16"}, ("a",), "`mixed_precision` must be no .* but is bf16"),
+        ({"kind": "DEEPSPEED", "passes": 4}, ("a",), "`gradient_accumulation_steps` is 1, but 4 in"),
     ],
 )
-def test_what_cannot_be_sharded_is_refused(kind, zero_stage, modules, message, tmp_path, monkeypatch):
+def test_what_cannot_be_sharded_is_refused(options, modules, message, tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path)
-    plugin = SimpleNamespace(zero_stage=zero_stage, deepspeed_config={})
-    state = SimpleNamespace(distributed_type=DistributedType[kind], state=SimpleNamespace(deepspeed_plugin=plugin))
-    monkeypatch.setattr(trainer, "accelerator", state)
-    monkeypatch.setattr("trainer.has_lora", lambda module: module == "lora")
+    strategy(trainer, monkeypatch, **options)
     with pytest.raises(ValueError, match=message):
         trainer._check_strategy({name: name for name in modules})
-    if kind == "DEEPSPEED":
-        plugin.zero_stage = 2
-        assert trainer._check_strategy({"a": "a"}) is False  # every process has all weights
-        assert plugin.deepspeed_config == {"train_micro_batch_size_per_gpu": 3}
+
+
+def test_deepspeed_is_told_what_it_cannot_see(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, max_grad_norm=0.7)
+    plugin = strategy(trainer, monkeypatch, "DEEPSPEED")
+    assert trainer._check_strategy({"a": "a"}) is False  # every process has all weights
+    assert plugin.deepspeed_config == {"train_micro_batch_size_per_gpu": 3, "gradient_clipping": 0.7}
+    strategy(trainer, monkeypatch, "FSDP")
+    assert trainer._check_strategy({"a": "a"}) is True
+
+
+@pytest.mark.parametrize("norm", [None, 2.5, torch.tensor(2.5)])
+def test_the_gradient_norm_may_come_as_a_number_or_not_at_all(norm, tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, max_train_steps=1)
+    monkeypatch.setattr(trainer.accelerator, "clip_grad_norm_", lambda *args: norm)
+    logged = []
+    monkeypatch.setattr(trainer, "_log_metrics", lambda progress: logged.append(dict(trainer._metrics)))
+    trainer.args.logging_steps = 1
+    train(trainer)
+    assert logged[0].get("grad_norm") == (None if norm is None else [2.5])

@@ -12,7 +12,7 @@ sketchy=$(realpath "$2")
 mkdir -p "$3"
 work=$(realpath "$3")
 launch=("${@:4}")
-cd "$(dirname "$0")/.."
+training=$(realpath "$(dirname "$0")/..")
 # Which of Sketchy's renderings: drawings have to lie on their photo as they were drawn on it.
 photos=${PHOTOS:-$sketchy/photo/tx_000000000000}
 drawings=${DRAWINGS:-$sketchy/sketch/tx_000000000000}
@@ -21,10 +21,11 @@ drawings=${DRAWINGS:-$sketchy/sketch/tx_000000000000}
   --unet-checkpoint "$weights/256x256_diffusion.pt" --classifier-checkpoint "$weights/256x256_classifier.pt" \
   --output-dir "$work/adm-256"
 [ -d "$work/photosketch" ] || diffsketching convert-photosketch "$weights/latest_net_G.pth" --output-dir "$work/photosketch"
-[ -d "$work/pretrained" ] || python assemble.py --unet "$work/adm-256" --classifier "$work/adm-256/classifier" \
+[ -d "$work/pretrained" ] || python "$training/assemble.py" --unet "$work/adm-256" --classifier "$work/adm-256/classifier" \
   --sketcher "$work/photosketch" --save_dtype float32 --output_dir "$work/pretrained"
-[ -d "$work/pairs" ] || python prepare_sketchy.py --photo_dir "$photos" --sketch_dir "$drawings" --output_dir "$work/pairs"
+[ -d "$work/pairs" ] || python "$training/prepare_sketchy.py" --photo_dir "$photos" --sketch_dir "$drawings" --output_dir "$work/pairs"
 
-accelerate launch "${launch[@]}" finetune_diffsketching.py configs/finetune_sketchy256.yaml \
+accelerate launch "${launch[@]}" "$training/finetune_diffsketching.py" \
+  "$training/configs/finetune_sketchy256.yaml" \
   --pretrained_model_name_or_path "$work/pretrained" --train_data_dir "$work/pairs" --cache_dir "$work/cache" \
   --resume_from_checkpoint latest --output_dir "$work/finetuned"
