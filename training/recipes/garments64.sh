@@ -22,7 +22,8 @@ accelerate launch train_unet.py $configs/unet_garments64.yaml "${common[@]}" \
   --resolution 32 --train_batch_size 32 --max_train_steps 4000 --output_dir "$work/unet-32"
 accelerate launch train_unet.py $configs/unet_garments64.yaml "${common[@]}" \
   --pretrained_model_name_or_path "$work/unet-32/pipeline" --output_dir "$work/unet-64"
-accelerate launch train_classifier.py $configs/classifier_garments64.yaml "${common[@]}" --output_dir "$work/classifier"
+accelerate launch train_classifier.py $configs/classifier_garments64.yaml "${common[@]}" \
+  --unet_name_or_path "$work/unet-64/pipeline" --scheduler_name_or_path "$work/unet-64/pipeline" --output_dir "$work/classifier"
 for encoder in sketch_encoder image_encoder evaluation; do
   accelerate launch train_encoders.py $configs/${encoder}_garments64.yaml "${common[@]}" --output_dir "$work/$encoder"
 done
@@ -30,4 +31,5 @@ accelerate launch train_sketcher.py $configs/sketcher_garments64.yaml "${common[
 
 python assemble.py --unet "$work/unet-64/pipeline" --classifier "$work/classifier/classifier" \
   --sketcher "$work/sketcher/sketcher" --sketch_encoder "$work/sketch_encoder/sketch_encoder" \
-  --image_encoder "$work/image_encoder/image_encoder" --sketch_guidance_scale 2.0 --eta 1.0 --output_dir "$work/garments-64"
+  --image_encoder "$work/image_encoder/image_encoder" --sketch_guidance_scale 2.0 --classifier_guidance_scale 6.0 --eta 1.0 \
+  --output_dir "$work/garments-64"
