@@ -214,7 +214,8 @@ class ShardStream(IterableDataset):
                 f"`dataloader_num_workers` {num_workers} need {num_readers}, one for each reader: lower it, or write "
                 "smaller shards."
             )
-        settings = json.dumps([self.shards, seed, shuffle_buffer])
+        # By name: a folder may have moved.
+        settings = json.dumps([[shard.rsplit("/", 1)[-1] for shard in self.shards], seed, shuffle_buffer])
         self.order = hashlib.sha256(settings.encode()).hexdigest()[:16]
         self.positions, self.turn = [Position()] * self.num_workers, 0
         if state is not None:
