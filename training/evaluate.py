@@ -629,9 +629,13 @@ class _Precomputed(nn.Module):
         return features
 
 
+# Several processes generate, but one of them scores: a metric that waits for the others waits for ever.
+THIS_PROCESS: dict[str, Any] = {"sync_on_compute": False}
+
+
 def frechet_distance(features: Tensor, reference: Tensor) -> float:
     """Fréchet distance between Gaussians fitted to two sets of features `[N, D]` and `[M, D]` (Heusel et al., 2017)."""
-    metric = FrechetInceptionDistance(_Precomputed(features.shape[1])).set_dtype(torch.float64)
+    metric = FrechetInceptionDistance(_Precomputed(features.shape[1]), **THIS_PROCESS).set_dtype(torch.float64)
     metric.update(reference.double(), real=True)
     metric.update(features.double(), real=False)
     return float(metric.compute())
@@ -647,7 +651,8 @@ def kernel_distance(features: Tensor, reference: Tensor) -> float:
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore", UserWarning)
         torch.manual_seed(0)
-        metric = KernelInceptionDistance(_Precomputed(features.shape[1]), subsets=subsets, subset_size=size)
+        network = _Precomputed(features.shape[1])
+        metric = KernelInceptionDistance(network, subsets=subsets, subset_size=size, **THIS_PROCESS)
         metric.update(reference.double(), real=True)
         metric.update(features.double(), real=False)
         return float(metric.compute()[0])
@@ -1109,7 +1114,7 @@ def load_lpips(net: Literal["alex", "vgg", "squeeze"]) -> tuple[nn.Module | None
     path = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[-1]
     if not path.is_file():
         return None, f"no backbone weights: {path.name} is not in the torch hub folder ({path.parent})"
-    return LearnedPerceptualImagePatchSimilarity(net_type=net, reduction="none").eval(), None
+    return LearnedPerceptualImagePatchSimilarity(net_type=net, reduction="none", **THIS_PROCESS).eval(), None
 
 
 @torch.no_grad()
@@ -1410,8 +1415,12 @@ def evaluate(args: EvaluationArguments, inputs: Inputs, accelerator: Accelerator
 def main(args: EvaluationArguments) -> dict[str, Scores]:
     """Runs the evaluation; returns the measurements by system and metric."""
     accelerator = Accelerator()
-    scores = evaluate(args, prepare(args, accelerator), accelerator)
-    # The others wait for the main process: one that exits takes the connection down that the last barrier needs.
+    return finish(args, prepare(args, accelerator), accelerator)
+
+
+def finish(args: EvaluationArguments, inputs: Inputs, accelerator: Accelerator) -> dict[str, Scores]:
+    """[`evaluate`], after which all processes end together."""
+    scores = evaluate(args, inputs, accelerator)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return scores
@@ -1433,8 +1442,9 @@ def run() -> None:
     except ValueError as error:
         print(f"evaluate.py: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    evaluate(args, inputs, accelerator)
-    if accelerator.is_main_process:
+    is_main_process = accelerator.is_main_process
+    finish(args, inputs, accelerator)
+    if is_main_process:
         print(Path(args.output_dir) / "metrics.md")
 
 

@@ -11,10 +11,13 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+import dataclasses
 import hashlib
 import itertools
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import evaluate
@@ -463,7 +466,34 @@ def test_lpips_needs_its_backbone_and_equals_the_lpips_package(evaluator_dir, tm
     assert means == {0: pytest.approx(np.mean(expected), rel=1e-4)}
 
 
+def as_option(name, value):
+    """An argument as the command line takes it."""
+    if value is None:
+        return []
+    return [f"--{name}", *(map(str, value) if isinstance(value, list | tuple) else [str(value)])]
+
+
 # -- the whole script --
+
+
+def test_two_processes_generate_and_one_scores(arguments, model_dir, tmp_path, script_env):
+    args = arguments(
+        model=str(model_dir), num_images_per_sketch=2, eval_batch_size=4, output_dir=str(tmp_path / "two")
+    )
+    options = [part for key, value in dataclasses.asdict(args).items() for part in as_option(key, value)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    run = subprocess.run(
+        [*launch, evaluate.__file__, *options],
+        env={**script_env, "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == str(tmp_path / "two" / "metrics.md")
+    main(arguments(model=str(model_dir), num_images_per_sketch=2, eval_batch_size=4, output_dir=str(tmp_path / "one")))
+    one, two = (load(tmp_path / name / "metrics.json")["systems"]["generated"] for name in ("one", "two"))
+    for name in ("class_agreement", "retrieval_at_1", "pairwise_distance"):
+        assert two[name]["value"] == pytest.approx(one[name]["value"], rel=0.02, abs=1e-3)
 
 
 def test_generates_resumes_and_scores(arguments, model_dir, drawings_dir, evaluator_dir, tmp_path):
