@@ -56,19 +56,16 @@ class NetworkCost:
 def measure(name: str, module: torch.nn.Module, call: Callable[[torch.nn.Module], Any]) -> NetworkCost:
     """Costs of `call(module)`, `module` being on the device "meta"."""
     parameters = sum(parameter.numel() for parameter in module.parameters())
-    own = {id(parameter) for parameter in module.parameters()}
     kept: dict[int, int] = {}
     held = []
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if id(tensor) not in own:
-            storage = tensor.untyped_storage()
-            kept[storage._cdata] = storage.nbytes()
-            held.append(storage)  # its address is not to be used again
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage.nbytes()
+        held.append(storage)  # its address is not to be used again
         return tensor
 
     torch.nn.Module.to(module, torch.bfloat16)  # without the advice of ModelMixin.to
-    own |= {id(parameter) for parameter in module.parameters()}
     counter = FlopCounterMode(display=False)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), counter:
         call(module)

@@ -56,6 +56,8 @@ DEFAULT_LINE_GAIN = 1.8
 
 MAX_SQUASH = 4 / 3
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+IMAGE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+"""What PIL raises for a file that is damaged or no image."""
 _CACHE_VERSION = "contours-3"
 _LONGEST_SIDE = 4 * CONTOUR_SIZE
 
@@ -565,7 +567,7 @@ class PhotoSketchDataset(Dataset):
         for file in tqdm(files, desc=f"Drawing {split} photos", unit="photo", mininterval=interval, leave=False):
             try:
                 entry = self._cache_entry(file)
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            except IMAGE_ERRORS as error:
                 logger.debug("%s: %s", file, error)
                 self.corrupt_files.append(file)
                 continue

@@ -49,7 +49,7 @@ import torchmetrics
 import torchvision
 import transformers
 from accelerate import Accelerator
-from data import IMAGE_SUFFIXES, MAX_SQUASH
+from data import IMAGE_ERRORS, IMAGE_SUFFIXES, MAX_SQUASH, free_hand_distortion
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from safetensors import SafetensorError
@@ -76,6 +76,9 @@ CANNY_SIGMA = 3.0
 
 CHAMFER_CAP = 0.1
 """Distances are cut off at this share of the side, so that an edge of the background counts as one miss and no more."""
+
+REDRAWN_MARGIN = 1 / 6
+"""Paper, as a share of the side, that is put around a drawing before it is redrawn, so that nothing leaves the page."""
 
 MIN_DISTANCE_SAMPLES = 32
 """
@@ -140,6 +143,11 @@ class EvaluationArguments:
     class_labels: Literal["predicted", "folder"] = argument(
         "predicted", "class to generate: what the pipeline makes of the drawing, or the name of the drawing's folder"
     )
+    free_hand_strength: float = argument(
+        0.0,
+        "generate from copies of the drawings, redrawn as a hand of this unskill would: gaps, wobble, wrong proportions; 0 = "
+        "as they are, 1 = a poor hand. Faithfulness is still that to the drawings as they are",
+    )
     num_inference_steps: int | None = argument(None, "overrides the checkpoint's recommendation")
     eta: float | None = argument(None, "overrides the checkpoint's recommendation")
     sketch_guidance_scale: float | None = argument(None, "overrides the checkpoint's recommendation")
@@ -167,6 +175,8 @@ def check_evaluation_arguments(args: EvaluationArguments) -> None:
     }.items():
         if getattr(args, name) < minimum:
             raise ValueError(f"`{name}` must be at least {minimum}, but got {getattr(args, name)}.")
+    if args.free_hand_strength < 0:
+        raise ValueError(f"`free_hand_strength` must not be negative, but got {args.free_hand_strength}.")
     if args.resolution is not None and args.resolution < 8:
         raise ValueError(f"`resolution` must be at least 8, but got {args.resolution}.")
     for name in ("sketches", "reference", "train", "evaluator"):
@@ -239,7 +249,7 @@ def open_image(path: Path) -> Image.Image:
     try:
         with Image.open(path) as opened:
             return ImageOps.exif_transpose(opened).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except IMAGE_ERRORS as error:
         raise ValueError(f"{path} cannot be read as an image ({error}): replace or delete it.") from error
 
 
@@ -474,11 +484,34 @@ SAMPLING_NAMES = ("num_inference_steps", "eta", *SCALE_NAMES)
 
 
 class Job(NamedTuple):
-    """One image to generate."""
+    """One image to generate: from which file, for which drawing, to where."""
 
     drawing: Drawing
+    sketch: Path
     seed: int
     path: Path
+
+
+def redraw(drawings: list[Drawing], strength: float, folder: Path) -> None:
+    """
+    Writes a copy of each drawing, `folder/<class>/<sketch>.png`, as an unskilled hand would have made it. How depends on the
+    drawing's class and name alone, so that every system and every half is given the same copies.
+    """
+    for drawing in tqdm(drawings, desc="Redrawing", unit="drawing", leave=False):
+        page = SketchProcessor(CONTOUR_RESOLUTION).preprocess(str(drawing.path))[0, 0].numpy()
+        ink = np.pad(page < 0, round(REDRAWN_MARGIN * CONTOUR_RESOLUTION))
+        key = hashlib.sha256(f"{drawing.label}/{drawing.name}".encode()).digest()
+        redrawn = free_hand_distortion(ink, np.random.default_rng(list(key[:8])), strength)
+        image = Image.fromarray(np.where(redrawn, 0, 255).astype(np.uint8))
+        save_png(image, redrawn_path(drawing, folder))
+
+
+def redrawn_path(drawing: Drawing, folder: Path) -> Path:
+    return folder / drawing.label / f"{drawing.name}.png"
+
+
+def redrawn_dir(args: EvaluationArguments) -> Path:
+    return Path(args.output_dir) / "redrawn"
 
 
 def plan_jobs(args: EvaluationArguments, drawings: list[Drawing], selected: list[Drawing]) -> list[Job]:
@@ -489,7 +522,8 @@ def plan_jobs(args: EvaluationArguments, drawings: list[Drawing], selected: list
     jobs = []
     for n, drawing in itertools.product(range(args.num_images_per_sketch), selected):
         path = Path(args.output_dir) / "images" / drawing.label / f"{drawing.name}_{n}.png"
-        jobs.append(Job(drawing, args.seed + n * len(drawings) + drawing.position, path))
+        sketch = redrawn_path(drawing, redrawn_dir(args)) if args.free_hand_strength else drawing.path
+        jobs.append(Job(drawing, sketch, args.seed + n * len(drawings) + drawing.position, path))
     return jobs
 
 
@@ -525,6 +559,7 @@ def generation_settings(args: EvaluationArguments, pipeline: Any, drawings: list
         "scheduler": {"class": type(pipeline.scheduler).__name__, **scheduler},
         "recommended": pipeline.recommended,
         "sketches": sketches,
+        "free_hand_strength": args.free_hand_strength or None,
         **{name: getattr(args, name) for name in ("class_labels", "seed", *SAMPLING_NAMES)},
     }
     return json.loads(json.dumps(settings, default=str))
@@ -560,7 +595,7 @@ def generate(args: EvaluationArguments, pipeline: Any, jobs: list[Job], accelera
         for first in range(0, len(share), args.eval_batch_size):
             batch = share[first : first + args.eval_batch_size]
             output = pipeline(
-                [str(job.drawing.path) for job in batch],
+                [str(job.sketch) for job in batch],
                 class_labels=[job.drawing.label for job in batch] if args.class_labels == "folder" else None,
                 num_images_per_sketch=1,
                 generator=[torch.Generator().manual_seed(job.seed) for job in batch],
@@ -1303,6 +1338,14 @@ class Inputs:
     pipeline: Any = None
     jobs: list[Job] = field(default_factory=list)
 
+    def given_sketches(self, name: str) -> Tensor:
+        """The drawings that a system was given, `[len(drawings), 1, S, S]`."""
+        if name != "generated":
+            return self.sketches
+        given = {job.drawing.position: job.sketch for job in self.jobs}
+        paths = [str(given.get(drawing.position, drawing.path)) for drawing in self.drawings]
+        return SketchProcessor(CONTOUR_RESOLUTION).preprocess(paths)
+
 
 def prepare(args: EvaluationArguments, accelerator: Accelerator) -> Inputs:
     """Reads and checks all input; what is wrong with it is a `ValueError` before any long work."""
@@ -1349,6 +1392,8 @@ def read_generated(args: EvaluationArguments, inputs: Inputs) -> ImageSet:
         "sampling": f"{settings or 'pipeline defaults'}, class {args.class_labels}",
         "seeds": f"{len(seeds)} in {min(seeds)}-{max(seeds)}",
     }
+    if args.free_hand_strength:
+        generated.conditions["given"] = f"the drawings redrawn at strength {args.free_hand_strength:g}"
     return generated
 
 
@@ -1395,6 +1440,8 @@ def describe_run(args: EvaluationArguments, inputs: Inputs) -> dict[str, Any]:
 def evaluate(args: EvaluationArguments, inputs: Inputs, accelerator: Accelerator) -> dict[str, Scores]:
     """Generates what is missing, scores everything and writes the results; returns them on the main process."""
     if inputs.pipeline is not None:
+        if args.free_hand_strength and accelerator.is_main_process:
+            redraw(inputs.selected, args.free_hand_strength, redrawn_dir(args))
         generate(args, inputs.pipeline, inputs.jobs, accelerator)
     if inputs.train is None:
         return {}
@@ -1407,7 +1454,7 @@ def evaluate(args: EvaluationArguments, inputs: Inputs, accelerator: Accelerator
     write_text(make_table(scores), output_dir / "metrics.md")
     for name, images in inputs.systems.items():
         folder = output_dir / "sheets" / name
-        write_contact_sheets(images, inputs.drawings, inputs.sketches, inputs.evaluator.labels, folder)
+        write_contact_sheets(images, inputs.drawings, inputs.given_sketches(name), inputs.evaluator.labels, folder)
         write_nearest_sheet(images, inputs.train, folder / "nearest_training_photos.png")
     return scores
 

@@ -358,7 +358,7 @@ class ChainDataset:
 
     Args:
         photos: with `train=False`: the crops have to be the same at every epoch.
-        cache: where x_T of `views()` lies once [`fill_noise_cache`] is done.
+        cache: where x_T of what `views` yields lies once [`fill_noise_cache`] is done.
         args: see [`FinetuneArguments`].
         train: flip, and vary how badly is drawn.
         max_samples: keep this many photos only, chosen by the hash of their names.
@@ -385,16 +385,29 @@ class ChainDataset:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def views(self) -> Iterator[tuple[Tensor, int]]:
-        """Every photo [3, R, R] that a sample may hold, with its class: what has to be inverted."""
-        for index, label in zip(self.indices, self.class_labels, strict=True):
-            pixels = self.photos.view(index)[0]
-            yield pixels, label
-            if self.train:
-                yield pixels.flip(-1).contiguous(), label
+    def keys(self, draws: Iterable[tuple[int, int]] | None = None) -> list[tuple[int, bool]]:
+        """
+        Index and flip of each photo that has to be inverted: those of the samples `draws` (index and epoch of each), or
+        without it every one that a sample may hold.
+        """
+        if draws is None or not self.train:
+            return [
+                (index, flip) for index in range(len(self)) for flip in ((False, True) if self.train else (False,))
+            ]
+        return sorted({(index, self._is_flipped(self._rng(index, epoch))) for index, epoch in draws})
 
-    def num_views(self) -> int:
-        return len(self) * (2 if self.train else 1)
+    def views(self, keys: Iterable[tuple[int, bool]]) -> Iterator[tuple[Tensor, int]]:
+        """Photos [3, R, R] and classes of `keys`."""
+        for index, flip in keys:
+            pixels = self.photos.view(self.indices[index])[0]
+            yield pixels.flip(-1).contiguous() if flip else pixels, self.class_labels[index]
+
+    def _rng(self, index: int, epoch: int) -> np.random.Generator:
+        return np.random.default_rng([self.photos.seed, epoch, index])
+
+    def _is_flipped(self, rng: np.random.Generator) -> bool:
+        """The first thing that is drawn, so that it is known without making the rest of the sample."""
+        return self.train and bool(rng.random() < 0.5)
 
     def sample(self, index: int, epoch: int = 0) -> Sample:
         """
@@ -405,9 +418,10 @@ class ChainDataset:
             FileNotFoundError: x_T of the photo is not in the cache.
         """
         photo_index, label = self.indices[index], self.class_labels[index]
-        rng = np.random.default_rng([self.photos.seed, epoch, index])
+        rng = self._rng(index, epoch)
+        flip = self._is_flipped(rng)
         view, name = self.photos.view(photo_index), self.photos.ids[photo_index]
-        sample = draw_by_hand(view, rng, self.strength, self.num_steps, self.train)
+        sample = draw_by_hand(view, rng, self.strength, self.num_steps, self.train, flip)
         latents = self.cache.load(sample["pixel_values"], label)
         if latents is None:
             raise FileNotFoundError(
@@ -417,7 +431,12 @@ class ChainDataset:
 
 
 def draw_by_hand(
-    view: tuple[Tensor, np.ndarray, Box], rng: np.random.Generator, strength: float, num_steps: int, train: bool
+    view: tuple[Tensor, np.ndarray, Box],
+    rng: np.random.Generator,
+    strength: float,
+    num_steps: int,
+    train: bool,
+    flip: bool,
 ) -> Sample:
     """
     A photo and one of its drawings, redrawn by an unskilled hand.
@@ -427,7 +446,8 @@ def draw_by_hand(
         rng: the only source of randomness.
         strength: of the distortion, at most.
         num_steps: of the chain.
-        train: flip, and vary how badly is drawn.
+        train: vary how badly is drawn.
+        flip: mirror both.
 
     Returns:
         `dict`: `pixel_values` [3, R, R], `sketch` [1, R, R], `chain_step` int.
@@ -437,7 +457,7 @@ def draw_by_hand(
     drawn = free_hand_distortion(ink, rng, strength * (rng.random() if train else 0.5))
     gain = rng.uniform(1.2, 2.6) if train else DEFAULT_LINE_GAIN
     sketch = torch.from_numpy(contour_to_sketch(drawn, pixels.shape[-1], box, gain))[None]
-    if train and rng.random() < 0.5:
+    if flip:
         pixels, sketch = pixels.flip(-1).contiguous(), sketch.flip(-1)
     return {"pixel_values": pixels, "sketch": sketch, "chain_step": int(rng.integers(num_steps))}
 
@@ -467,7 +487,8 @@ class ShardedChainData:
     def make_sample(self, pair: PhotoSketchPair, rng: np.random.Generator) -> Sample:
         """See [`ChainDataset.sample`]."""
         view, label = self.reader.read(pair)
-        sample = draw_by_hand(view, rng, self.strength, self.args.num_train_inference_steps, train=True)
+        flip = bool(rng.random() < 0.5)
+        sample = draw_by_hand(view, rng, self.strength, self.args.num_train_inference_steps, train=True, flip=flip)
         return {**sample, "class_label": label, "id": pair.stem}
 
     def stream(
@@ -736,11 +757,10 @@ def main(args: FinetuneArguments) -> None:
     cache_folder = Path(args.cache_dir if args.cache_dir is not None else args.output_dir) / "inverted"
     cache = NoiseCache(cache_folder, pipeline.unet, pipeline.scheduler, args)
     validation_dataset = ChainDataset(photos["validation"], cache, args, False, args.num_validation_samples)
-    inverted, weights = [validation_dataset], None
+    weights = None
     dataset: Any = streamed
     if streamed is None:
         dataset = ChainDataset(photos["train"], cache, args, max_samples=args.max_train_samples)
-        inverted.insert(0, dataset)
         weights = class_balanced_weights(dataset.class_labels, args.class_balance_power)
 
     unet = type(pipeline.unet).from_config(pipeline.unet.config)
@@ -752,12 +772,14 @@ def main(args: FinetuneArguments) -> None:
     accelerator = trainer.accelerator
     pipeline.to(accelerator.device)
 
-    # 1. Photos to noise, each process its share
-    views = itertools.chain.from_iterable(each.views() for each in inverted)
+    # 1. Photos to noise, each process its share of those that this run will see
+    inverted = [(validation_dataset, validation_dataset.keys())]
+    if streamed is None:
+        inverted.insert(0, (dataset, dataset.keys(trainer.all_draws())))
     progress = tqdm(
-        views,
+        itertools.chain.from_iterable(each.views(keys) for each, keys in inverted),
         desc="Inverting photos",
-        total=sum(each.num_views() for each in inverted),
+        total=sum(len(keys) for _, keys in inverted),
         unit="photo",
         disable=not accelerator.is_local_main_process,
         mininterval=0.5 if sys.stderr.isatty() else 10,

@@ -35,6 +35,7 @@ from typing import Any
 import numpy as np
 from data import (
     CONTOUR_SIZE,
+    IMAGE_ERRORS,
     IMAGE_SUFFIXES,
     Box,
     CachedPhoto,
@@ -132,8 +133,8 @@ def find_pair_files(photo_dir: Path, sketch_dir: Path) -> list[tuple[str, Path, 
     Pairs of two folders: `<name>.png` and `<name>-<k>.png` are drawings of `<name>.jpg`, in the same subfolder. Each is the
     photo's path without suffix below `photo_dir`, its file and those of its drawings.
 
-    What has no partner, and photos that are there twice (under two
-    names, by content, or with two suffixes), is left out, counted and named in a warning.
+    What has no partner, and photos that are there twice (under two names, by content, or with two suffixes), is left
+    out, counted and named in a warning.
 
     Raises:
         ValueError: a folder is missing or has no images, or nothing matches.
@@ -350,7 +351,7 @@ class PairedPhotoDataset(PhotoSketchDataset):
             try:
                 with Image.open(io.BytesIO(sketch)) as opened:
                     drawn = self.sketch_processor.preprocess(opened, height=frame[1], width=frame[0])
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            except IMAGE_ERRORS as error:
                 logger.debug("%s, drawing %d: %s", self._reading, k, error)
                 self.unreadable_sketches.append(f"{self._reading} (drawing {k})")
                 continue

@@ -28,15 +28,13 @@ import hashlib
 import itertools
 import json
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from data import IMAGE_SUFFIXES
+from data import IMAGE_ERRORS, IMAGE_SUFFIXES
 from pairs import PhotoSketchPair, in_validation
-from PIL import Image
 from torch.utils.data import IterableDataset, default_collate, get_worker_info
 from trainer import Sample, keyed_seed
 
@@ -137,8 +135,8 @@ def read_shard(shard: str, class_names: Sequence[str], problems: dict[str, list[
 
 def summary(problems: dict[str, list[str]], shown: int = 10) -> str:
     """What was left out and why, in one line."""
-    counts = Counter({reason: len(names) for reason, names in problems.items()})
-    return "; ".join(f"{n} {reason}: {', '.join(problems[reason][:shown])}" for reason, n in counts.most_common())
+    most_first = sorted(problems.items(), key=lambda item: -len(item[1]))
+    return "; ".join(f"{len(names)} {reason}: {', '.join(names[:shown])}" for reason, names in most_first)
 
 
 def validation_pairs(
@@ -176,8 +174,7 @@ class ShardStream(IterableDataset):
         shards: all shards, the same list in every process.
         class_names: see [`read_shard`].
         make_sample:
-            `(pair, rng) -> sample`; a pair for which it raises what a damaged image does (`ValueError`, `OSError`,
-            `SyntaxError`, `Image.DecompressionBombError`) is left out.
+            `(pair, rng) -> sample`; a pair for which it raises what a damaged image does (`IMAGE_ERRORS`) is left out.
         batch_size: samples per batch.
         seed: keys all that is random.
         process_index, num_processes: this process among all.
@@ -298,6 +295,6 @@ class ShardStream(IterableDataset):
         key = int.from_bytes(hashlib.sha256(pair.stem.encode()).digest()[:8], "big")
         try:
             return self.make_sample(pair, np.random.default_rng([self.seed, epoch, key]))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except IMAGE_ERRORS as error:
             problems.setdefault("pairs cannot be used", []).append(f"{pair.stem} ({error})")
             return None

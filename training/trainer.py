@@ -64,13 +64,7 @@ from torchvision.utils import make_grid
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from diffsketching_pipeline.lora import (
-    LORA_WEIGHTS_NAME,
-    fuse_lora,
-    has_lora,
-    load_lora_state_dict,
-    save_lora,
-)
+from diffsketching_pipeline.lora import LORA_WEIGHTS_NAME, fuse_lora, has_lora, load_lora_state_dict, save_lora
 
 
 logger = get_logger(__name__)
@@ -851,6 +845,12 @@ class Trainer:
         self.accelerator.init_trackers(Path(sys.argv[0]).stem or "training", config=scalars)
 
     # -- one step --
+
+    def all_draws(self) -> list[tuple[int, int]]:
+        """`(index, draw)` of every sample of the whole run, of all processes, those seen before a resume included."""
+        draws = self.max_train_steps * self.samples_per_step
+        sampler = KeyedBatchSampler(len(self.dataset), draws, self.args.seed, sample_weights=self.sample_weights)
+        return next(iter(sampler))
 
     def batches(self) -> Iterator[dict[str, Any]]:
         """Batches of this process on its device, from the first draw that was not trained on yet, without end."""

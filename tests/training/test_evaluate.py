@@ -569,6 +569,41 @@ def test_generates_resumes_and_scores(arguments, model_dir, drawings_dir, evalua
     assert sheets == {"disc.png", "square.png", "all.png", "nearest_training_photos.png"}
 
 
+def test_redrawn_copies_are_what_the_model_is_given(arguments, model_dir, drawings_dir, tmp_path):
+    args = arguments(model=str(model_dir), num_images_per_sketch=1, free_hand_strength=1.0, split="all")
+    main(args)
+    out = tmp_path / "out"
+    copies = {f.relative_to(out / "redrawn"): np.asarray(Image.open(f)) for f in (out / "redrawn").glob("*/*.png")}
+    assert len(copies) == 12 and all(set(np.unique(copy)) == {0, 255} for copy in copies.values())
+
+    # 1. An image is that of the copy, and the drawing's contour is not quite the copy's.
+    name = Path("square") / "square4.png"
+    with Image.open(out / "images" / "square" / "square4_0.png") as image:
+        seed, pixels = int(image.info["seed"]), np.asarray(image).astype(int)
+    pipeline = DiffSketchingPipeline.from_pretrained(model_dir)
+    images = {}
+    for key, path in {"copy": out / "redrawn" / name, "drawing": drawings_dir / name}.items():
+        generator = [torch.Generator().manual_seed(seed)]
+        images[key] = np.asarray(pipeline(str(path), num_images_per_sketch=1, generator=generator).images[0])
+    assert np.abs(images["copy"].astype(int) - pixels).max() <= 2 < np.abs(images["drawing"] - pixels).max()
+    seen = SketchProcessor(64).preprocess([str(out / "redrawn" / name), str(drawings_dir / name)])
+    assert 0.01 < (seen[0] - seen[1]).abs().mean() < 0.5
+
+    # 2. Copies are keyed by the drawing alone: half of them are the same files.
+    half = dataclasses.replace(args, split="report", output_dir=str(tmp_path / "half"))
+    main(half)
+    others = list((tmp_path / "half" / "redrawn").glob("*/*.png"))
+    assert 0 < len(others) < 12
+    for file in others:
+        assert np.array_equal(np.asarray(Image.open(file)), copies[file.relative_to(tmp_path / "half" / "redrawn")])
+
+    # 3. The numbers say so, and images of the drawings as they are are not mixed in.
+    system = load(out / "metrics.json")["systems"]["generated"]
+    assert "given: the drawings redrawn at strength 1" in system["class_agreement"]["name"]
+    with pytest.raises(ValueError, match="generated with another free_hand_strength"):
+        main(dataclasses.replace(args, free_hand_strength=0.0))
+
+
 def test_filled_outlines_retrieve_their_drawings_and_blank_images_none(arguments, drawings_dir, tmp_path):
     filled = outlined_photos(drawings_dir, tmp_path / "filled")
     for path in sorted(filled.glob("*/*_0.png")):
@@ -677,6 +712,7 @@ def test_sheet_places_rows_in_columns():
         ({"images": ["nowhere"]}, "`images` must be folders, but 'nowhere' is none"),
         ({"model": "nowhere", "reference": "nowhere"}, "`reference` must be a folder, but 'nowhere' is none"),
         ({"model": "nowhere", "num_images_per_sketch": 0}, "`num_images_per_sketch` must be at least 1, but got 0"),
+        ({"model": "nowhere", "free_hand_strength": -1.0}, "`free_hand_strength` must not be negative, but got -1.0"),
         ({"model": "{tmp_path}"}, "cannot be loaded"),
         (
             {"model": "{model_dir}", "split": "all", "train": "{model_dir}"},

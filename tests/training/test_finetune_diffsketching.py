@@ -45,6 +45,7 @@ from finetune_diffsketching import (
 from PIL import Image
 from safetensors.torch import load_file
 from testing_utils import SIZE, kill_when, make_resnet, make_scheduler, make_unet, randn
+from trainer import KeyedBatchSampler, Trainer
 
 from diffsketching_pipeline import DiffSketchingPipeline, SketchPerceptualLoss, load_lora
 from diffsketching_pipeline.denoising import sampling_scheduler
@@ -267,8 +268,10 @@ def test_each_photo_is_inverted_once_and_sampling_returns_it(photos, pretrained_
     fill = (pipeline.unet, pipeline.scheduler, args, torch.device("cpu"))
     with pytest.raises(FileNotFoundError, match="is missing or damaged in .*: start again, and it is made anew"):
         dataset.sample(0)
-    assert fill_noise_cache(cache, in_groups(dataset.views(), 4), *fill) == dataset.num_views() == 10
-    assert fill_noise_cache(cache, in_groups(dataset.views(), 4), *fill) == 0
+    keys = dataset.keys()
+    assert len(keys) == 10
+    assert fill_noise_cache(cache, in_groups(dataset.views(keys), 4), *fill) == 10
+    assert fill_noise_cache(cache, in_groups(dataset.views(keys), 4), *fill) == 0
     seen = set()
     for epoch in range(8):
         sample = dataset.sample(1, epoch)
@@ -281,9 +284,32 @@ def test_each_photo_is_inverted_once_and_sampling_returns_it(photos, pretrained_
     assert len(seen) == 2  # as it is, and flipped
 
     # A file cut short, as by a full disk, is made again.
-    file = cache.path(*next(dataset.views()))
+    file = cache.path(*next(dataset.views(keys)))
     file.write_bytes(file.read_bytes()[:100])
-    assert fill_noise_cache(cache, in_groups(dataset.views(), 4), *fill) == 1
+    assert fill_noise_cache(cache, in_groups(dataset.views(keys), 4), *fill) == 1
+
+
+def test_what_a_run_will_see_is_inverted_and_nothing_else(photos, pretrained_dir, tmp_path):
+    pipeline, args = DiffSketchingPipeline.from_pretrained(pretrained_dir), tiny_args(max_train_steps=3)
+    cache = NoiseCache(tmp_path, pipeline.unet, pipeline.scheduler, args)
+    dataset = ChainDataset(photos, cache, args)
+    trainer = Trainer(
+        dataclasses.replace(args, output_dir=str(tmp_path / "out")), {"unet": pipeline.unet}, dataset, None, None
+    )
+    draws = trainer.all_draws()
+    sampler = iter(KeyedBatchSampler(len(dataset), args.train_batch_size, args.seed))
+    assert draws == [draw for _ in range(3) for draw in next(sampler)]
+    keys = dataset.keys(draws)
+    assert 1 < len(keys) <= len(draws) < len(dataset.keys()) and {flip for _, flip in keys} == {False, True}
+    fill_noise_cache(
+        cache, in_groups(dataset.views(keys), 4), pipeline.unet, pipeline.scheduler, args, torch.device("cpu")
+    )
+    assert len(list(tmp_path.glob("*/*.safetensors"))) == len(keys)
+    for index, epoch in draws:
+        dataset.sample(index, epoch)
+    with pytest.raises(FileNotFoundError):
+        for epoch in range(100, 200):
+            dataset.sample(draws[0][0] ^ 1, epoch)
 
 
 def test_the_cache_is_keyed_by_all_that_changes_the_noise(pretrained_dir, tmp_path):
@@ -309,7 +335,9 @@ def test_samples_are_keyed_and_drawn_by_hand(photos, pretrained_dir, tmp_path):
     pipeline, args = DiffSketchingPipeline.from_pretrained(pretrained_dir), tiny_args(free_hand_strength=1.0)
     cache = NoiseCache(tmp_path, pipeline.unet, pipeline.scheduler, args)
     one, other = ChainDataset(photos, cache, args), ChainDataset(photos, cache, args)
-    fill_noise_cache(cache, in_groups(one.views(), 8), pipeline.unet, pipeline.scheduler, args, torch.device("cpu"))
+    fill_noise_cache(
+        cache, in_groups(one.views(one.keys()), 8), pipeline.unet, pipeline.scheduler, args, torch.device("cpu")
+    )
     for epoch in range(6):
         samples = [dataset.sample(3, epoch) for dataset in (one, other)]
         assert torch.equal(samples[0]["sketch"], samples[1]["sketch"])
@@ -405,7 +433,7 @@ def test_a_run_killed_anywhere_resumes_to_the_bit(shapes_dir, pretrained_dir, tm
         one, other = (weights(root / "checkpoint-12" / name) for root in (cut, tmp_path / "whole"))
         assert all(torch.equal(one[key], other[key]) for key in one)
     files = [sorted(p.name for p in (root / "inverted").rglob("*.safetensors")) for root in (cut, tmp_path / "whole")]
-    assert files[0] == files[1] and len(files[0]) == 2 * 6 + 4
+    assert files[0] == files[1] and 6 + 4 < len(files[0]) <= 2 * 6 + 4
 
 
 @pytest.mark.parametrize("layout", ["folders", "dataset", "no classes"])
