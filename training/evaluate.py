@@ -153,6 +153,9 @@ class EvaluationArguments:
     sketch_guidance_scale: float | None = argument(None, "overrides the checkpoint's recommendation")
     classifier_guidance_scale: float | None = argument(None, "overrides the checkpoint's recommendation")
     perceptual_guidance_scale: float | None = argument(None, "overrides the checkpoint's recommendation")
+    dtype: Literal["float32", "bfloat16", "float16"] = argument(
+        "float32", "type of the model's weights for sampling; bfloat16 is nearly twice as fast on many machines"
+    )
     seed: int = argument(0, "first seed: image n of drawing i of D has the seed `seed + n * D + i`")
     resolution: int | None = argument(
         None, "side of the evaluation network's input; what its preprocessor says, else 64"
@@ -546,7 +549,7 @@ def load_model(args: EvaluationArguments, evaluator: Evaluator, drawings: list[D
     if args.class_labels == "folder":
         for label in sorted({drawing.label for drawing in drawings}):
             pipeline.get_label_id(label)
-    return pipeline
+    return pipeline.to(getattr(torch, args.dtype))
 
 
 def generation_settings(args: EvaluationArguments, pipeline: Any, drawings: list[Drawing]) -> dict[str, Any]:
@@ -560,6 +563,7 @@ def generation_settings(args: EvaluationArguments, pipeline: Any, drawings: list
         "recommended": pipeline.recommended,
         "sketches": sketches,
         "free_hand_strength": args.free_hand_strength or None,
+        "dtype": None if args.dtype == "float32" else args.dtype,
         **{name: getattr(args, name) for name in ("class_labels", "seed", *SAMPLING_NAMES)},
     }
     return json.loads(json.dumps(settings, default=str))
@@ -1386,6 +1390,8 @@ def read_generated(args: EvaluationArguments, inputs: Inputs) -> ImageSet:
     generated = read_system("generated", [(job.drawing, job.path) for job in jobs], inputs.evaluator.resolution)
     pipeline, seeds = inputs.pipeline, [job.seed for job in jobs]
     used = {name: value for name in SAMPLING_NAMES if (value := getattr(args, name)) is not None}
+    if args.dtype != "float32":
+        used["dtype"] = args.dtype
     settings = ", ".join(f"{name}={value}" for name, value in {**pipeline.recommended, **used}.items())
     generated.conditions = {
         "model": f"{Path(str(args.model)).name}-{fingerprint(pipeline.unet)[:8]}",

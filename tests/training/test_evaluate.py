@@ -597,7 +597,16 @@ def test_redrawn_copies_are_what_the_model_is_given(arguments, model_dir, drawin
     for file in others:
         assert np.array_equal(np.asarray(Image.open(file)), copies[file.relative_to(tmp_path / "half" / "redrawn")])
 
-    # 3. The numbers say so, and images of the drawings as they are are not mixed in.
+    # 3. Weights of another type make other images, if only slightly, and the numbers say so.
+    coarse = dataclasses.replace(half, output_dir=str(tmp_path / "coarse"), dtype="bfloat16")
+    main(coarse)
+    name = others[0].relative_to(tmp_path / "half" / "redrawn").with_name(f"{others[0].stem}_0.png")
+    exact, found = (np.asarray(Image.open(tmp_path / run / "images" / name)).astype(int) for run in ("half", "coarse"))
+    assert 0 < np.abs(exact - found).mean() < 8
+    system = load(tmp_path / "coarse" / "metrics.json")["systems"]["generated"]
+    assert "dtype=bfloat16" in system["class_agreement"]["name"]
+
+    # 4. So they do of the copies, and images of the drawings as they are are not mixed in.
     system = load(out / "metrics.json")["systems"]["generated"]
     assert "given: the drawings redrawn at strength 1" in system["class_agreement"]["name"]
     with pytest.raises(ValueError, match="generated with another free_hand_strength"):
