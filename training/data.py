@@ -58,6 +58,9 @@ MAX_SQUASH = 4 / 3
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 IMAGE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 """What PIL raises for a file that is damaged or no image."""
+STRAIGHTENED_SHARE = 0.5
+"""Share of the drawings by an unskilled hand that are made of few straight strokes."""
+
 _CACHE_VERSION = "contours-3"
 _LONGEST_SIDE = 4 * CONTOUR_SIZE
 
@@ -366,6 +369,14 @@ def straightened_outline(contour: np.ndarray, tolerance: float) -> np.ndarray | 
     return np.asarray(page)
 
 
+def maybe_straightened(ink: np.ndarray, rng: np.random.Generator, share: float) -> np.ndarray:
+    """With probability `share` the drawing's [`straightened_outline`], more or less exact, where it has one."""
+    if rng.random() >= share:
+        return ink
+    straightened = straightened_outline(ink, tolerance=rng.uniform(1.5, 5.0) * min(ink.shape) / 128)
+    return ink if straightened is None else straightened
+
+
 def free_hand_distortion(sketch: np.ndarray, rng: np.random.Generator, strength: float = 1.0) -> np.ndarray:
     """
     Redraws a binary contour as an unskilled hand would: parts missing, wrong proportions, shaky lines, gaps, strokes
@@ -496,6 +507,9 @@ class PhotoSketchDataset(Dataset):
         contour_probabilities (`Sequence[float]`): how often each of `CONTOUR_NAMES` is drawn.
         line_gain (`tuple[float, float]`): range of the darkness of lines, see `contour_to_sketch`.
         jitter (`float`): free-hand jitter of the sketch relative to the photo: at most 1.5 `jitter` pixels at 64.
+        free_hand_share (`float`): share of the drawings that are redrawn as an unskilled hand would, half of them
+            straightened first, so that they are only roughly where the photo's contours are.
+        free_hand_strength (`float`): largest strength of that, see `free_hand_distortion`.
         color_jitter (`float`): range of brightness and contrast changes; above 0.2 the hue changes, too.
         zoom (`float`): up to this share of both sides is cut away, as far as the object stays whole.
         keep (`Callable[[str], bool]`, *optional*): takes a file's stem, tells whether the photo is in the dataset.
@@ -517,6 +531,8 @@ class PhotoSketchDataset(Dataset):
         contour_probabilities: Sequence[float] = (0.12, 0.18, 0.2, 0.2, 0.3),
         line_gain: tuple[float, float] = (1.0, 2.6),
         jitter: float = 1.0,
+        free_hand_share: float = 0.0,
+        free_hand_strength: float = 1.0,
         color_jitter: float = 0.1,
         zoom: float = 0.12,
         keep: Callable[[str], bool] | None = None,
@@ -527,6 +543,7 @@ class PhotoSketchDataset(Dataset):
             )
         self.resolution, self.seed, self.train = resolution, seed, train
         self.contours, self.line_gain, self.jitter = contours, line_gain, jitter
+        self.free_hand_share, self.free_hand_strength = free_hand_share, free_hand_strength
         self.color_jitter, self.zoom = color_jitter, zoom
         self.contour_probabilities = np.asarray(contour_probabilities, dtype=np.float64)
         self.contour_probabilities /= self.contour_probabilities.sum()
@@ -691,6 +708,10 @@ class PhotoSketchDataset(Dataset):
             return contour_to_sketch(contours[index % len(contours)], self.resolution, box, sum(self.line_gain) / 2)
         contour = self._choose_contour(contours, rng)
         gain = rng.uniform(*self.line_gain)
+        if self.free_hand_share > 0 and rng.random() < self.free_hand_share:
+            ink = maybe_straightened(half_size(contour), rng, STRAIGHTENED_SHARE)
+            drawn = free_hand_distortion(ink, rng, self.free_hand_strength * rng.random())
+            return contour_to_sketch(drawn, self.resolution, box, gain)
         if self.jitter == 0:
             return contour_to_sketch(contour, self.resolution, box, gain)
         return _render_jittered(contour, self.resolution, box, gain, self.jitter * self.resolution / 64, rng)

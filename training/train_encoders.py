@@ -38,11 +38,12 @@ import torch
 import torch.nn.functional as F
 from data import (
     DEFAULT_LINE_GAIN,
+    STRAIGHTENED_SHARE,
     PhotoSketchDataset,
     contour_to_sketch,
     free_hand_distortion,
     half_size,
-    straightened_outline,
+    maybe_straightened,
 )
 from doodles import DOODLES, draw_doodle
 from torch import Tensor, nn
@@ -66,7 +67,6 @@ logger = logging.getLogger(__name__)
 COMPONENT_NAMES = {"sketch": "sketch_encoder", "image": "image_encoder", "evaluation": "evaluation"}
 # Users' drawings are mostly outlines with few lines inside.
 SKETCH_CONTOUR_PROBABILITIES = (0.08, 0.14, 0.2, 0.25, 0.33)
-STRAIGHTENED_SHARE = 0.5
 
 
 @dataclass
@@ -133,10 +133,7 @@ class FreeHandDataset:
         """One of the contours of a photo, bool [H, W], as they are or straightened."""
         contours = self.photos.photo(index).contours
         ink = half_size(contours[rng.choice(len(contours), p=SKETCH_CONTOUR_PROBABILITIES)])
-        if rng.random() < STRAIGHTENED_SHARE:
-            straightened = straightened_outline(ink, tolerance=rng.uniform(1.5, 5.0) * min(ink.shape) / 128)
-            ink = ink if straightened is None else straightened
-        return ink
+        return maybe_straightened(ink, rng, STRAIGHTENED_SHARE)
 
     def sample(self, index: int, epoch: int = 0) -> dict[str, Any]:
         """`pixel_values` float32 [1, R, R], -1 = stroke, +1 = paper; `class_label` int; `id` str."""

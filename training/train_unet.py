@@ -93,6 +93,12 @@ class UNetTrainingArguments(TrainingArguments):
     )
     class_balance_power: float = argument(0.5, "0 samples photos evenly, 1 classes, between them in proportion")
 
+    free_hand_share: float = argument(
+        0.0,
+        "share of the drawings that are redrawn as an unskilled hand would: wrong proportions, gaps, straight lines",
+    )
+    free_hand_strength: float = argument(1.0, "largest strength of that")
+
     num_validation_samples: int = argument(64, "validation photos on which losses are measured")
     num_validation_images: int = argument(12, "validation drawings in the picture")
     ddpm_num_inference_steps: int = argument(25, "sampling steps for the picture")
@@ -101,9 +107,12 @@ class UNetTrainingArguments(TrainingArguments):
 
 def check_unet_arguments(args: UNetTrainingArguments) -> None:
     """Raises `ValueError` for a proportion outside [0, 1], a gamma that is not positive, or sizes that do not fit."""
-    for name in ("proportion_empty_class_labels", "proportion_empty_sketches", "proportion_empty_conditioning"):
+    shares = ("proportion_empty_class_labels", "proportion_empty_sketches", "proportion_empty_conditioning")
+    for name in (*shares, "free_hand_share"):
         if not 0 <= getattr(args, name) <= 1:
             raise ValueError(f"`{name}` must be in [0, 1], but got {getattr(args, name)}.")
+    if args.free_hand_strength < 0:
+        raise ValueError(f"`free_hand_strength` must not be negative, but got {args.free_hand_strength}.")
     if args.snr_gamma is not None and args.snr_gamma <= 0:
         raise ValueError(f"`snr_gamma` must be positive, but got {args.snr_gamma}.")
     factor = 2 ** (len(args.block_out_channels) - 1)
@@ -302,7 +311,16 @@ def main(args: UNetTrainingArguments) -> None:
     """Trains as the arguments say; the pipeline lies in `output_dir/pipeline` afterwards."""
     check_unet_arguments(args)
     root = resolve_data_dir(args)
-    dataset = PhotoSketchDataset(root, "train", args.resolution, args.seed, train=True, cache_dir=args.cache_dir)
+    dataset = PhotoSketchDataset(
+        root,
+        "train",
+        args.resolution,
+        args.seed,
+        train=True,
+        cache_dir=args.cache_dir,
+        free_hand_share=args.free_hand_share,
+        free_hand_strength=args.free_hand_strength,
+    )
     validation_dataset = PhotoSketchDataset(
         root, "validation", args.resolution, args.seed, train=False, cache_dir=args.cache_dir
     )

@@ -213,6 +213,8 @@ def test_pretrained_weights_that_do_not_fit_are_refused(tmp_path):
 @pytest.mark.parametrize(
     "kwargs, message",
     [
+        ({"free_hand_share": -0.1}, r"`free_hand_share` must be in \[0, 1\], but got -0.1"),
+        ({"free_hand_strength": -1.0}, "`free_hand_strength` must not be negative, but got -1.0"),
         ({"proportion_empty_sketches": 1.5}, r"`proportion_empty_sketches` must be in \[0, 1\], but got 1.5"),
         (
             {"proportion_empty_conditioning": -0.1},
