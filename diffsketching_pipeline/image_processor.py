@@ -117,7 +117,7 @@ class SketchProcessor(ConfigMixin):
             `"content"` centres the drawing and scales it to `margin`; `"page"` keeps its place and size on the page.
         resize_mode (`"pad"` or `"stretch"`, defaults to `"pad"`):
             `"pad"` keeps the aspect ratio and fills up with paper; `"stretch"` takes on that of the output.
-        margin (`float`, defaults to 0.08):
+        margin (`float`, defaults to 0.03):
             Share of the output left free on each side by `fit="content"`, in [0, 0.4].
         line_width (`float`, *optional*, defaults to 0.014):
             Width of the lines as a share of the output's shorter side (0.9 pixels of 64), in (0, 0.25]; never below
@@ -134,7 +134,7 @@ class SketchProcessor(ConfigMixin):
         invert: bool | None = None,
         fit: str = "content",
         resize_mode: str = "pad",
-        margin: float = 0.08,
+        margin: float = 0.03,
         line_width: float | None = 0.014,
     ):
         super().__init__()

@@ -94,7 +94,7 @@ def test_convention(processor, reference):
 def test_lines_come_out_alike_whatever_their_width_and_the_page(processor, reference, size, width):
     sketch = processor.preprocess(draw(size, width))
     # Where thick lines meet or end, their centre is uncertain by half their width.
-    assert farthest(sketch, reference) <= max(2, 1 + 64 * width / min(size) / 2)
+    assert farthest(sketch, reference) <= max(2, 1.2 + 64 * width / min(size) / 2)
     assert (1 - sketch).sum().item() == pytest.approx((1 - reference).sum().item(), rel=0.12)
 
 
@@ -118,7 +118,7 @@ def test_content_is_centred_and_scaled_to_the_margin(processor, reference, scale
     sketch = processor.preprocess(draw((2000, 2000), 3, scale=scale, shift=shift))
     assert farthest(sketch, reference) <= 1.5
     left, top, right, bottom = dark_box(sketch)
-    assert [left, 64 - right] == pytest.approx([5, 5], abs=1.1)
+    assert [left, 64 - right] == pytest.approx([2, 2], abs=1.1)
     assert abs(top - (64 - bottom)) <= 1
 
 
@@ -139,7 +139,7 @@ def test_aspect_ratio_is_kept_unless_asked(processor):
     left, top, right, bottom = dark_box(processor.preprocess(box))
     assert (right - left) / (bottom - top) == pytest.approx(4, rel=0.15)
     left, top, right, bottom = dark_box(processor.preprocess(box, resize_mode="stretch"))
-    assert [right - left, bottom - top] == pytest.approx([54, 54], abs=2)
+    assert [right - left, bottom - top] == pytest.approx([60, 60], abs=2)
 
 
 def test_every_pil_mode_gives_the_same(processor, reference):
@@ -491,7 +491,7 @@ def test_example_drawings_are_what_the_script_draws(processor, tmp_path):
         assert path.stat().st_size < 20_000
         drawn, kept = (np.asarray(Image.open(folder / path.name), dtype=float) for folder in (tmp_path, DRAWINGS))
         assert np.abs(drawn - kept).mean() < 1
-        assert max(dark_box(processor.preprocess(path))) <= 60
+        assert max(dark_box(processor.preprocess(path))) <= 63
 
 
 # ---- photos -----------------------------------------------------------------------------------------------------------
