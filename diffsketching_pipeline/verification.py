@@ -178,9 +178,9 @@ def _weight_files(folder: Path, variant: str | None, where: str) -> list[Path]:
 
 def _shards(index: Path, where: str) -> list[Path]:
     weight_map = _read_json(index, where).get("weight_map")
-    names = set(weight_map.values()) if isinstance(weight_map, dict) else {None}
+    names = {str(name) for name in weight_map.values()} if isinstance(weight_map, dict) else {"no list"}
     for name in names:
-        if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*\.safetensors", name):
+        if not re.fullmatch(r"\w[\w.-]*\.safetensors", name):
             raise ValueError(
                 f"{where}: `{index.parent.name}/{index.name}` lists {name!r}, which is no file beside it."
             )
@@ -242,7 +242,7 @@ def _check_numbers(config: dict[str, Any], at: str, limit: int, layers: int) -> 
             raise ValueError(f"{at} has the {key} {number}; with these weights it can be {most} at most.")
 
 
-def _check_architecture(component: type, config: dict[str, Any], shapes: dict[str, tuple[int, ...]], at: str) -> None:
+def _check_architecture(component: Any, config: dict[str, Any], shapes: dict[str, tuple[int, ...]], at: str) -> None:
     """Builds the network without memory for its weights, and compares its tensors with those of the files."""
     # First roughly: a network with more layers than the files have tensors would take its time even without memory.
     _check_numbers(config, at, max(1024, sum(map(math.prod, shapes.values()))), max(1, len(shapes)))
@@ -251,7 +251,7 @@ def _check_architecture(component: type, config: dict[str, Any], shapes: dict[st
             if issubclass(component, PreTrainedModel):
                 network = component(component.config_class.from_dict(config))
             else:
-                network = component.from_config(config)  # type: ignore[attr-defined]
+                network = component.from_config(config)
     except Exception as error:
         # Whatever a hostile config makes a constructor raise, it is the config that is at fault.
         raise ValueError(f"{at} describes no {component.__name__} ({error}).") from error
