@@ -26,6 +26,7 @@ from diffsketching_pipeline.files import (
     MANIFEST_NAME,
     check_manifest,
     check_output_dir,
+    forget_origins,
     listed_files,
     parse_manifest,
     staged_folder,
@@ -336,6 +337,43 @@ def push_folder(
             " files or the new ones; push again to go on."
         ) from error
     return str(commit.pr_url or commit.commit_url)
+
+
+def push_component(
+    folder: str | os.PathLike, repo_id: str, *, token: str | bool | None = None, private: bool | None = None
+) -> str | None:
+    """
+    Uploads the folder of one model, that a `save_pretrained` wrote, with a short README.md and `SHA256SUMS`; see
+    [`push_folder`].
+    """
+    from diffsketching_pipeline.model_card import component_card
+
+    folder = Path(folder)
+    with tempfile.TemporaryDirectory() as temporary:
+        copied = Path(shutil.copytree(folder, Path(temporary) / folder.name))
+        forget_origins(copied)
+        (copied / "README.md").write_text(component_card(copied, repo_id), encoding="utf-8")
+        write_manifest(copied)
+        return push_folder(copied, repo_id, token=token, private=private)
+
+
+def create_repo(repo_id: str, *, token: str | bool | None = None, private: bool | None = None) -> None:
+    """
+    Makes a repository if there is none, on the main process only.
+
+    Raises:
+        ValueError: `repo_id` is no name.
+        OSError: the hub refuses or cannot be reached.
+    """
+    if not _is_main_process():
+        return
+    _check_push(repo_id, None, False)
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True)
+    except Exception as error:
+        raise OSError(f"`{repo_id}` cannot be pushed to ({type(error).__name__}: {error}).") from error
 
 
 def _is_main_process() -> bool:

@@ -121,3 +121,27 @@ def make_card(pipe: Any, title: str, license: str | None) -> str:
             "",
         ]
     )
+
+
+def component_card(folder: str | os.PathLike, repo_id: str) -> str:
+    """A card for the folder of one model, from its config."""
+    config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
+    name = config.get("_class_name") or (config.get("architectures") or ["model"])[0]
+    library = "diffusers" if "_class_name" in config else "transformers"
+    source = "diffsketching_pipeline" if name in ("NoisyImageClassifier", "PhotoSketcher") else library
+    return f"""---
+library_name: {library}
+tags:
+- diffsketching
+---
+
+# {repo_id.split("/")[-1]}
+
+A component for a [DiffSketching](https://arxiv.org/abs/2305.18812) pipeline.
+
+```python
+from {source} import {name}
+
+model = {name}.from_pretrained("{repo_id}")
+```
+"""

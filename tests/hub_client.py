@@ -21,6 +21,7 @@ Its own process, because huggingface_hub reads the address of its hub, and wheth
 
 import hashlib
 import json
+import os
 import sys
 import traceback
 
@@ -52,7 +53,15 @@ def load(task):
     kwargs = dict(task.get("kwargs", {}))
     if "torch_dtype" in kwargs:
         kwargs["torch_dtype"] = getattr(torch, kwargs["torch_dtype"])
-    return find_class(task["class"]).from_pretrained(task["source"], **kwargs)
+    source = task["source"]
+    if task.get("from_cache"):
+        from huggingface_hub import hf_hub_download
+
+        index = hf_hub_download(
+            source, "model_index.json", revision=kwargs.pop("revision", None), local_files_only=True
+        )
+        source = kwargs["custom_pipeline"] = os.path.dirname(index)
+    return find_class(task["class"]).from_pretrained(source, **kwargs)
 
 
 def describe(loaded, run):
@@ -122,6 +131,31 @@ def push_folder(task):
     return push(task["source"], task["repo_id"], **task.get("kwargs", {}))
 
 
+def command(task):
+    """Exit code and output of the `diffsketching` command."""
+    import contextlib
+    import io
+
+    from diffsketching_pipeline import cli
+
+    out, err = io.StringIO(), io.StringIO()
+    sys.argv = ["diffsketching", *task["arguments"]]
+    code = None
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code
+    return {"code": code, "out": out.getvalue(), "err": err.getvalue()}
+
+
+def execute(task):
+    """Runs a piece of code, and describes the pipeline it leaves under a name."""
+    names = {}
+    exec(compile(task["code"], "snippet", "exec"), names)
+    return describe(names[task["name"]], run=False)
+
+
 def download(task):
     """The sha256 sum of a file as huggingface_hub brings it, and what it left in its cache besides."""
     from huggingface_hub import hf_hub_download
@@ -154,7 +188,12 @@ def main(tasks_path, results_path, *options):
         sys.meta_path.insert(0, _NotInstalled())
     with open(tasks_path) as file:
         tasks = json.load(file)
-    results = {name: perform(task) for name, task in tasks.items()}
+    results = {}
+    for name, task in tasks.items():
+        revision = task.get("kwargs", {}).get("revision")
+        if isinstance(revision, dict):  # the commit that an earlier task made
+            task["kwargs"]["revision"] = results[revision["of"]]["result"].rsplit("/")[-1]
+        results[name] = perform(task)
     with open(results_path, "w") as file:
         json.dump(results, file)
 

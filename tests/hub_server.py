@@ -91,9 +91,10 @@ class Repo:
 
 
 class Refusal(Exception):
-    def __init__(self, status: int, message: str, code: str | None = None, **headers: str):
+    def __init__(self, status: int, message: str, code: str | None = None, url: str | None = None, **headers: str):
         super().__init__(message)
         self.status, self.message, self.code, self.headers = status, message, code, headers
+        self.body = {"error": message} if url is None else {"error": message, "url": url}
 
 
 class Cut(Exception):
@@ -108,7 +109,8 @@ class HubServer:
         log: `(method, path, status)` of every request that was answered, and 0 for one that was cut.
         ranges: the first byte of every download of a large file.
         faults: `[method, substring of the path, status, times]`: the next requests to be answered with a status.
-        cuts: `{substring of the path: bytes}`: a download of it breaks off after as many bytes, once.
+        cuts: `{substring of the path: (bytes, refusals)}`: a download of it breaks off after as many bytes, once, and
+            is then refused as often.
         upload_budgets: `{repository: bytes}` it may still receive; when they are spent its connections are cut, and
             every further request is refused. The last byte is the answer to the commit.
         received: bytes that each repository received in uploads and commits.
@@ -120,7 +122,7 @@ class HubServer:
         self.log: list[tuple[str, str, int]] = []
         self.ranges: list[int] = []
         self.faults: list[list[Any]] = []
-        self.cuts: dict[str, int] = {}
+        self.cuts: dict[str, tuple[int, int]] = {}
         self.upload_budgets: dict[str, int] = {}
         self.received: dict[str, int] = {}
         self.lock = threading.RLock()
@@ -241,7 +243,7 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"X-Error-Message": refusal.message, **refusal.headers}
         if refusal.code:
             headers["X-Error-Code"] = refusal.code
-        self.send_json({"error": refusal.message}, refusal.status, headers)
+        self.send_json(refusal.body, refusal.status, headers)
 
     def send(
         self, status: int, body: bytes = b"", headers: dict[str, str] | None = None, size: int | None = None
@@ -359,7 +361,7 @@ class _Handler(BaseHTTPRequestHandler):
         url = f"{self.hub.endpoint}/{owner}/{name}"
         with self.hub.lock:
             if f"{owner}/{name}" in self.hub.repos:
-                raise Refusal(409, "You already created this model repo")
+                raise Refusal(409, "You already created this model repo", url=url)
             # Older clients say `private`, newer ones `visibility`.
             repo = Repo(asked.get("private") is True or asked.get("visibility") == "private")
             repo.commit("main", {".gitattributes": File(b"*.safetensors filter=lfs\n", False)})
@@ -414,7 +416,7 @@ class _Handler(BaseHTTPRequestHandler):
             if not isinstance(file["size"], int) or len(sample) != min(file["size"], 512):
                 raise Refusal(400, f"Sample and size of {path} do not agree")
             mode = "lfs" if is_lfs_path(path, file["size"]) else "regular"
-            oid = known[path].blob_id if path in known else None
+            oid = known[path].etag if path in known else None  # by which a client tells what has not changed
             files.append({"path": path, "uploadMode": mode, "shouldIgnore": False, **({"oid": oid} if oid else {})})
         self.send_json({"files": files, "commitOid": self.commit_of(repo, revision)})
 
@@ -447,6 +449,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def lfs_put(self, repo_id: str, oid: str) -> None:
         self.check_signature()
+        if self.hub.upload_budgets.get(repo_id, 0) < 0:
+            raise Refusal(403, "This hub is gone")
         content = self.read_body(repo_id)
         if len(content) != int(self.query["size"]) or hashlib.sha256(content).hexdigest() != oid:
             raise Refusal(400, "The content is not what was announced")
@@ -544,7 +548,9 @@ class _Handler(BaseHTTPRequestHandler):
                 self.hub.ranges.append(start)
             cut = next((part for part in self.hub.cuts if part in self.path and self.command == "GET"), None)
             if cut is not None:
-                body = body[: max(0, self.hub.cuts.pop(cut) - start)]
+                after, refusals = self.hub.cuts.pop(cut)
+                body = body[: max(0, after - start)]
+                self.hub.faults.append(["GET", cut, 403, refusals])
         self.send(status, body, headers, size)
         if len(body) < size and self.command == "GET":
             self.wfile.flush()
