@@ -131,6 +131,12 @@ def push_folder(task):
     return push(task["source"], task["repo_id"], **task.get("kwargs", {}))
 
 
+def push_component(task):
+    from diffsketching_pipeline.hub import push_component as push
+
+    return push(task["source"], task["repo_id"], **task.get("kwargs", {}))
+
+
 def command(task):
     """Exit code and output of the `diffsketching` command."""
     import contextlib

@@ -195,3 +195,19 @@ def test_what_is_refused_is_refused_before_anything_is_sent(hub, tmp_path):
         assert re.search(message, results[name]["message"], re.S), results[name]["message"]
         assert "hf_" not in results[name]["message"]
     assert not [path for method, path, _ in hub.log if method == "PUT" or "/commit/" in path]
+
+
+def test_one_component_is_pushed_with_a_card(hub, tmp_path):
+    folder = write_checkpoint(tmp_path / "classifier", 0)
+    (folder / "config.json").write_text(
+        json.dumps({"_class_name": "NoisyImageClassifier", "_name_or_path": "/home/me"})
+    )
+    before = content_of(folder)
+    tasks = {"push": {"do": "push_component", "source": str(folder), "repo_id": "ana/classifier", "kwargs": {}}}
+    results = run_client(hub, tasks, tmp_path / "run", tmp_path / "home")
+    pushed = hub.repos["ana/classifier"].files()
+    assert results["push"]["result"].endswith(hub.repos["ana/classifier"].refs["main"])
+    assert json.loads(pushed["config.json"]) == {"_class_name": "NoisyImageClassifier"}
+    assert b'NoisyImageClassifier.from_pretrained("ana/classifier")' in pushed["README.md"]
+    assert pushed["model-0.safetensors"] == before["model-0.safetensors"]
+    assert content_of(folder) == before

@@ -986,13 +986,13 @@ class Trainer:
             or self.global_step < self.max_train_steps
         ):
             return
-        options = {"token": self.args.hub_token, "private": self.args.hub_private_repo}
+        repo_id, token, private = str(self.args.hub_model_id), self.args.hub_token, self.args.hub_private_repo
         if (folder / "model_index.json").is_file():
             dtype = getattr(torch, self.args.save_dtype)
             pipeline = DiffSketchingPipeline.from_pretrained(folder, torch_dtype=dtype)
-            print(push_pipeline(pipeline, str(self.args.hub_model_id), **options))
+            print(push_pipeline(pipeline, repo_id, token=token, private=private))
         else:
-            print(push_component(folder, str(self.args.hub_model_id), **options))
+            print(push_component(folder, repo_id, token=token, private=private))
 
     def train(
         self, losses: LossFunction | Mapping[str, LossFunction], validate: ValidationFunction | None = None
