@@ -178,8 +178,16 @@ class DiffSketchingPipeline(DiffusionPipeline):
     @classmethod
     def download(cls, pretrained_model_name, **kwargs):
         """[`DiffusionPipeline.download`] and the checks of [`~DiffSketchingPipeline.from_pretrained`]."""
-        # Left at None a repository of pickles comes down too, so that the check can say what is wrong with it.
-        folder = super().download(pretrained_model_name, **{**kwargs, "use_safetensors": None})
+        try:
+            folder = super().download(pretrained_model_name, **{**kwargs, "use_safetensors": True})
+        except OSError as error:
+            if "the necessary `safetensors` weights" not in str(error):
+                raise
+            raise ValueError(
+                f"{pretrained_model_name}: a component has no safetensors weights. Other files may be pickles, which can run"
+                " any program when they are read, so they are never loaded. Ask for safetensors files, or convert them where"
+                " that can do no harm."
+            ) from error
         options = {name: kwargs.get(name) for name in ("cache_dir", "token")}
         options |= {name: bool(kwargs.get(name)) for name in ("force_download", "local_files_only")}
         fetch_manifest(pretrained_model_name, folder, **options)

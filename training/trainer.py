@@ -162,9 +162,7 @@ class TrainingArguments:
 
     push_to_hub: bool = argument(False, "upload the final weights to the Hub")
     hub_model_id: str | None = argument(None, "repository to upload to, user/name; made if there is none")
-    hub_private_repo: bool | None = argument(
-        None, "whether a new repository is private; the account's default if left out"
-    )
+    hub_private_repo: bool = argument(False, "make a new repository private")
     # Not in the text of the arguments either, which errors and logs may show.
     hub_token: str | None = field(
         default=None,
@@ -856,7 +854,9 @@ class Trainer:
                     _remove_folder(old)
             if self.args.push_to_hub:
                 # Now rather than after days of training: a wrong name or token is an error.
-                create_repo(str(self.args.hub_model_id), token=self.args.hub_token, private=self.args.hub_private_repo)
+                create_repo(
+                    str(self.args.hub_model_id), token=self.args.hub_token, private=self.args.hub_private_repo or None
+                )
             config = yaml.safe_dump(public_arguments(self.args), sort_keys=False)
             (self.output_dir / "training_args.yaml").write_text(config)
         self.accelerator.wait_for_everyone()
@@ -986,7 +986,7 @@ class Trainer:
             or self.global_step < self.max_train_steps
         ):
             return
-        repo_id, token, private = str(self.args.hub_model_id), self.args.hub_token, self.args.hub_private_repo
+        repo_id, token, private = str(self.args.hub_model_id), self.args.hub_token, self.args.hub_private_repo or None
         if (folder / "model_index.json").is_file():
             dtype = getattr(torch, self.args.save_dtype)
             pipeline = DiffSketchingPipeline.from_pretrained(folder, torch_dtype=dtype)
