@@ -15,18 +15,24 @@
 
 import hashlib
 import json
+import os
 import random
 import re
+import socket
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
-from hub_server import OTHER_TOKEN, READ_TOKEN, HubServer
+from hub_server import OTHER_TOKEN, READ_TOKEN, WRITE_TOKEN, HubServer
 from safetensors.numpy import save
 from test_hub_load_matrix import run_client
 
 from diffsketching_pipeline.files import write_manifest
 
 
+ROOT = Path(__file__).parents[1]
 CARD = "---\nlicense: apache-2.0\n---\n\n# Nothing\n"
 
 
@@ -211,3 +217,30 @@ def test_one_component_is_pushed_with_a_card(hub, tmp_path):
     assert b'NoisyImageClassifier.from_pretrained("ana/classifier")' in pushed["README.md"]
     assert pushed["model-0.safetensors"] == before["model-0.safetensors"]
     assert content_of(folder) == before
+
+
+def test_of_several_processes_only_the_main_one_pushes(hub, tmp_path):
+    folder = write_checkpoint(tmp_path / "model", 0)
+    code = "import sys\nfrom accelerate import PartialState\nPartialState(cpu=True)\n"
+    code += "from diffsketching_pipeline import push_folder\nprint(push_folder(sys.argv[1], 'ana/model'))"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    env = {**os.environ, **hub.client_env(tmp_path / "home"), "HF_TOKEN": WRITE_TOKEN, "OMP_NUM_THREADS": "1"}
+    env |= {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo", "WORLD_SIZE": "2"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(folder)],
+            env={**env, "RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    printed = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], printed
+    assert printed[0][0].strip().endswith(hub.repos["ana/model"].refs["main"])
+    assert printed[1][0].strip() == "None"
+    assert sum(method == "POST" and "/commit/" in path for method, path, _ in hub.log) == 1
