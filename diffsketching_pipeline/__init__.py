@@ -37,9 +37,12 @@ _MODULES = {
     "add_lora": "lora",
     "bundled_checkpoint": "hub",
     "expand_unet_for_sketch": "convert_guided_diffusion",
+    "export_pipeline": "hub",
     "fuse_lora": "lora",
     "interpolate_unets": "weights",
     "load_lora": "lora",
+    "push_folder": "hub",
+    "push_pipeline": "hub",
     "save_lora": "lora",
     "unload_lora": "lora",
 }
@@ -51,6 +54,9 @@ if TYPE_CHECKING:
     from diffsketching_pipeline.guidance import GuidanceCallback as GuidanceCallback
     from diffsketching_pipeline.guidance import SketchGuidanceCallback as SketchGuidanceCallback
     from diffsketching_pipeline.hub import bundled_checkpoint as bundled_checkpoint
+    from diffsketching_pipeline.hub import export_pipeline as export_pipeline
+    from diffsketching_pipeline.hub import push_folder as push_folder
+    from diffsketching_pipeline.hub import push_pipeline as push_pipeline
     from diffsketching_pipeline.image_processor import SketchProcessor as SketchProcessor
     from diffsketching_pipeline.lora import add_lora as add_lora
     from diffsketching_pipeline.lora import fuse_lora as fuse_lora
@@ -71,7 +77,7 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     hub = importlib.import_module(f"{__name__}.hub")
-    if name != "bundled_checkpoint":
+    if _MODULES[name] != "hub":
         hub.register()
     value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
     globals()[name] = value

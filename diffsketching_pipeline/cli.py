@@ -440,6 +440,97 @@ def info(
     console.print(f"recommended: {recommended}", highlight=False)
 
 
+_MODEL_ARGUMENT = typer.Argument(help="Pipeline folder or hub id; `garments-64` is the bundled one.")
+_CARD_OPTION = typer.Option(help="Markdown file for README.md. [default: the model's own]")
+_METRICS_OPTION = typer.Option(help="metrics.json of training/evaluate.py, to be added to README.md.")
+_LICENSE_OPTION = typer.Option(help="Licence of the weights for a new README.md, e.g. apache-2.0.")
+_SHARD_OPTION = typer.Option(help="Largest weight file, e.g. 15MB.")
+_DTYPE_OPTION = typer.Option(help="Type of the weights: float32, float16 or bfloat16.")
+_FP16_OPTION = typer.Option("--fp16-variant", help='Also write float16 weights, for `variant="fp16"`.')
+
+
+@app.command()
+def export(
+    model: Annotated[str, _MODEL_ARGUMENT],
+    output_dir: Annotated[Path, typer.Argument(help="New folder.")],
+    save_dtype: Annotated[str, _DTYPE_OPTION] = "float32",
+    fp16_variant: Annotated[bool, _FP16_OPTION] = False,
+    max_shard_size: Annotated[str, _SHARD_OPTION] = "10GB",
+    model_card: Annotated[Optional[Path], _CARD_OPTION] = None,
+    metrics: Annotated[Optional[Path], _METRICS_OPTION] = None,
+    license: Annotated[Optional[str], _LICENSE_OPTION] = None,
+) -> None:
+    """Write a folder that loads anywhere: with this package, or with its own code where that is not installed."""
+    from diffsketching_pipeline import export_pipeline
+    from diffsketching_pipeline.files import check_output_dir
+
+    with _user_errors((ValueError, OSError)):
+        check_output_dir(output_dir)
+        export_pipeline(
+            _load_to_save(model, save_dtype),
+            output_dir,
+            fp16_variant=fp16_variant,
+            max_shard_size=max_shard_size,
+            model_card=model_card,
+            metrics=metrics,
+            license=license,
+        )
+    print(output_dir)
+
+
+@app.command()
+def push(
+    model: Annotated[str, _MODEL_ARGUMENT],
+    repo_id: Annotated[str, typer.Argument(help="Repository, user/name; made if there is none.")],
+    private: Annotated[
+        Optional[bool], typer.Option("--private/--public", help="For a new repository. [default: the account's]")
+    ] = None,
+    revision: Annotated[Optional[str], typer.Option(help="Branch; made if there is none. [default: main]")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Propose a pull request to main instead.")] = False,
+    commit_message: Annotated[Optional[str], typer.Option(help="First line of the commit.")] = None,
+    save_dtype: Annotated[str, _DTYPE_OPTION] = "float32",
+    fp16_variant: Annotated[bool, _FP16_OPTION] = False,
+    max_shard_size: Annotated[str, _SHARD_OPTION] = "10GB",
+    model_card: Annotated[Optional[Path], _CARD_OPTION] = None,
+    metrics: Annotated[Optional[Path], _METRICS_OPTION] = None,
+    license: Annotated[Optional[str], _LICENSE_OPTION] = None,
+) -> None:
+    """Export a model and upload it as one commit, with the token of `hf auth login` or HF_TOKEN."""
+    from diffsketching_pipeline import push_pipeline
+
+    with _user_errors((ValueError, OSError)):
+        address = push_pipeline(
+            _load_to_save(model, save_dtype),
+            repo_id,
+            private=private,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message,
+            fp16_variant=fp16_variant,
+            max_shard_size=max_shard_size,
+            model_card=model_card,
+            metrics=metrics,
+            license=license,
+        )
+    print(address)
+
+
+def _load_to_save(model: str, save_dtype: str) -> "DiffSketchingPipeline":
+    """
+    A pipeline on the CPU, in the type it is to be saved in.
+
+    Raises:
+        ValueError: for another type than the three.
+    """
+    if save_dtype not in ("float32", "float16", "bfloat16"):
+        raise ValueError(f"`--save-dtype` has to be float32, float16 or bfloat16 but is {save_dtype!r}.")
+    import torch
+
+    bundled = model == "garments-64" and not Path(model).exists()
+    pipe = _load_pipeline(None if bundled else model, "cpu")
+    return pipe.to(getattr(torch, save_dtype))
+
+
 @app.command("convert-guided-diffusion")
 def convert_guided_diffusion_command(
     unet_checkpoint: Annotated[Path, typer.Option(help="Diffusion model: state dict, .pt or .safetensors.")],

@@ -22,9 +22,7 @@ import difflib
 import json
 import os
 import re
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +32,7 @@ from diffusers import DDIMScheduler, UNet2DModel
 from diffusers.utils import logging
 from safetensors.torch import load_file
 
+from diffsketching_pipeline.files import check_output_dir, staged_folder
 from diffsketching_pipeline.modeling_noisy_classifier import NoisyImageClassifier
 
 
@@ -386,33 +385,6 @@ def read_checkpoint(path: str | os.PathLike, argument: str) -> dict[str, torch.T
     if not is_state_dict or not state_dict:
         raise ValueError(f"`{argument}` {path} holds no state dict: it must map parameter names to tensors.")
     return state_dict
-
-
-def check_output_dir(output_dir: str | os.PathLike) -> None:
-    """Raises a `ValueError` unless `output_dir` is free: missing below an existing folder, or an empty folder."""
-    output_dir = Path(output_dir)
-    existing = next(path for path in (output_dir, *output_dir.parents) if path.exists())
-    if not existing.is_dir() or (existing == output_dir and any(output_dir.iterdir())):
-        raise ValueError(f"`output_dir` must not exist or be an empty folder, and {existing} is in the way.")
-
-
-@contextmanager
-def staged_folder(output_dir: str | os.PathLike) -> Iterator[Path]:
-    """
-    Yields an empty folder beside `output_dir` to write into. It takes the name `output_dir` when the block ends, and
-    is removed when the block raises, so `output_dir` is never half written.
-    """
-    check_output_dir(output_dir)
-    output_dir = Path(output_dir)
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}-") as temporary:
-        # One level down, because the temporary folder itself is readable by its owner only.
-        folder = Path(temporary) / output_dir.name
-        folder.mkdir()
-        yield folder
-        if output_dir.exists():
-            output_dir.rmdir()
-        folder.rename(output_dir)
 
 
 def _named_flags(flags: Mapping[str, Any] | str | os.PathLike | None, preset: str | None) -> Mapping[str, Any]:

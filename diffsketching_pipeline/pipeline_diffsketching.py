@@ -15,6 +15,7 @@ import difflib
 import inspect
 import math
 import numbers
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any, Optional
@@ -39,6 +40,7 @@ from diffsketching_pipeline.denoising import (
     sampling_scheduler,
     scheduler_step_kwargs,
 )
+from diffsketching_pipeline.files import forget_origins, write_manifest
 from diffsketching_pipeline.guidance import (
     ClassifierGuidanceCallback,
     SketchGuidanceCallback,
@@ -52,6 +54,7 @@ from diffsketching_pipeline.image_processor import SketchProcessor, preprocess_p
 from diffsketching_pipeline.modeling_noisy_classifier import NoisyImageClassifier
 from diffsketching_pipeline.modeling_photo_sketcher import PhotoSketcher
 from diffsketching_pipeline.pipeline_output import DiffSketchingPipelineOutput
+from diffsketching_pipeline.verification import check_checkpoint, fetch_manifest
 
 
 register()
@@ -146,18 +149,68 @@ class DiffSketchingPipeline(DiffusionPipeline):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         """
-        [`DiffusionPipeline.from_pretrained`], in float32 for every component unless a dtype is given.
+        [`DiffusionPipeline.from_pretrained`] of a folder or a hub id, checked first, and in float32 for every component
+        unless a dtype is given.
 
         Without one diffusers would load its own components in float32 and those of transformers as they were saved.
-        Components that are passed in stay as they are.
+        Components that are passed in stay as they are. Weights are read from safetensors files only, which are compared
+        with the checkpoint's `SHA256SUMS` if it has one; see [`~verification.check_checkpoint`].
+
+        Raises:
+            ValueError: for a checkpoint that is damaged, was altered, or brings a pickle or a class of its own; names the
+                file.
         """
-        pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if kwargs.get("use_safetensors", True) not in (None, True):
+            raise ValueError(
+                f"`use_safetensors` has to be True or left out but is {kwargs['use_safetensors']!r}: other files may be"
+                " pickles, which can run any program when they are read."
+            )
+        if os.path.isdir(pretrained_model_name_or_path):
+            check_checkpoint(pretrained_model_name_or_path, passed=kwargs, variant=kwargs.get("variant"))
+        pipe = super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True})
         # Cast here because diffusers renames its argument for it, from `torch_dtype` to `dtype`.
         if kwargs.get("torch_dtype") is None and kwargs.get("dtype") is None:
             for name, component in pipe.components.items():
                 if isinstance(component, torch.nn.Module) and name not in kwargs and component.dtype != torch.float32:
                     component.float()
         return pipe
+
+    @classmethod
+    def download(cls, pretrained_model_name, **kwargs):
+        """[`DiffusionPipeline.download`] and the checks of [`~DiffSketchingPipeline.from_pretrained`]."""
+        try:
+            folder = super().download(pretrained_model_name, **{**kwargs, "use_safetensors": True})
+        except OSError as error:
+            if "the necessary `safetensors` weights" not in str(error):
+                raise
+            raise ValueError(
+                f"{pretrained_model_name}: a component has no safetensors weights. Other files may be pickles, which can run"
+                " any program when they are read, so they are never loaded. Ask for safetensors files, or convert them where"
+                " that can do no harm."
+            ) from error
+        options = {name: kwargs.get(name) for name in ("cache_dir", "token")}
+        options |= {name: bool(kwargs.get(name)) for name in ("force_download", "local_files_only")}
+        fetch_manifest(pretrained_model_name, folder, **options)
+        check_checkpoint(folder, where=pretrained_model_name, passed=kwargs, variant=kwargs.get("variant"))
+        return folder
+
+    def save_pretrained(self, save_directory, safe_serialization: bool = True, **kwargs):
+        """
+        [`DiffusionPipeline.save_pretrained`], with a list of sha256 sums that `from_pretrained` verifies.
+
+        The configs do not keep the folders that the components were loaded from. To push, see
+        [`~diffsketching_pipeline.push_pipeline`].
+
+        Raises:
+            ValueError: `safe_serialization` is off or `push_to_hub` is on.
+        """
+        if not safe_serialization:
+            raise ValueError("`safe_serialization` has to be True: pickles are never loaded.")
+        if kwargs.get("push_to_hub"):
+            raise ValueError("`push_to_hub` is not supported here: use `diffsketching_pipeline.push_pipeline`.")
+        super().save_pretrained(save_directory, **kwargs)
+        forget_origins(save_directory)
+        write_manifest(save_directory)
 
     @classmethod
     def from_pipe(cls, pipeline, **kwargs):

@@ -833,6 +833,7 @@ def main(args: FinetuneArguments) -> None:
             with write_folder(Path(args.output_dir) / "lora") as folder, trainer.ema_weights():
                 save_lora(trainer.unwrap("unet"), folder)
         print(Path(args.output_dir) / "pipeline")
+        trainer.push(Path(args.output_dir) / "pipeline")
 
 
 if __name__ == "__main__":

@@ -271,6 +271,7 @@ def main(args: ClassifierTrainingArguments) -> None:
         with write_folder(Path(args.output_dir) / "classifier") as folder:
             averaged.save_pretrained(folder)
         print(Path(args.output_dir) / "classifier")
+        trainer.push(Path(args.output_dir) / "classifier")
 
 
 if __name__ == "__main__":

@@ -369,6 +369,7 @@ def main() -> None:
         model.to(getattr(torch, args.save_dtype)).save_pretrained(folder)
     write_json(report, Path(args.output_dir) / "metrics.json")
     print(json.dumps(report, indent=2))
+    trainer.push(Path(args.output_dir) / name)
 
 
 if __name__ == "__main__":

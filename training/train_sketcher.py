@@ -225,6 +225,7 @@ def main() -> None:
     if averaged is not None:
         with write_folder(Path(args.output_dir) / "sketcher") as folder:
             averaged.save_pretrained(folder)
+        trainer.push(Path(args.output_dir) / "sketcher")
 
 
 if __name__ == "__main__":

@@ -355,6 +355,7 @@ def main(args: UNetTrainingArguments) -> None:
         with write_folder(Path(args.output_dir) / "pipeline") as folder:
             pipeline.save_pretrained(folder)
         print(Path(args.output_dir) / "pipeline")
+        trainer.push(Path(args.output_dir) / "pipeline")
 
 
 if __name__ == "__main__":

@@ -64,6 +64,8 @@ from torchvision.utils import make_grid
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
+from diffsketching_pipeline import DiffSketchingPipeline, push_pipeline
+from diffsketching_pipeline.hub import create_repo, push_component
 from diffsketching_pipeline.lora import LORA_WEIGHTS_NAME, fuse_lora, has_lora, load_lora_state_dict, save_lora
 
 
@@ -158,6 +160,16 @@ class TrainingArguments:
     report_to: str = argument("tensorboard", "`tensorboard`, any other tracker accelerate knows, `all` or `none`")
     save_dtype: Literal["float32", "float16", "bfloat16"] = argument("float32", "type of the final weights")
 
+    push_to_hub: bool = argument(False, "upload the final weights to the Hub")
+    hub_model_id: str | None = argument(None, "repository to upload to, user/name; made if there is none")
+    hub_private_repo: bool = argument(False, "make a new repository private")
+    # Not in the text of the arguments either, which errors and logs may show.
+    hub_token: str | None = field(
+        default=None,
+        repr=False,
+        metadata={"help": "token to upload with, instead of that of `hf auth login` or HF_TOKEN"},
+    )
+
 
 def parse_args(
     arguments_class: type[ArgumentsT], args: Sequence[str] | None = None, description: str | None = None
@@ -234,6 +246,13 @@ def check_arguments(args: TrainingArguments) -> None:
         value = getattr(args, name)
         if value is not None and not value > 0:
             raise ValueError(f"`{name}` must be positive, but got {value}.")
+    if args.push_to_hub and not args.hub_model_id:
+        raise ValueError("`push_to_hub` needs `hub_model_id`, the repository to upload to: user/name.")
+
+
+def public_arguments(args: TrainingArguments) -> dict[str, Any]:
+    """The arguments that may be written down: all but the token."""
+    return {name: value for name, value in dataclasses.asdict(args).items() if name != "hub_token"}
 
 
 def resolve_data_dir(args: TrainingArguments) -> Path:
@@ -833,7 +852,12 @@ class Trainer:
             if self.resume_folder is None:
                 for old in self.checkpoints():
                     _remove_folder(old)
-            config = yaml.safe_dump(dataclasses.asdict(self.args), sort_keys=False)
+            if self.args.push_to_hub:
+                # Now rather than after days of training: a wrong name or token is an error.
+                create_repo(
+                    str(self.args.hub_model_id), token=self.args.hub_token, private=self.args.hub_private_repo or None
+                )
+            config = yaml.safe_dump(public_arguments(self.args), sort_keys=False)
             (self.output_dir / "training_args.yaml").write_text(config)
         self.accelerator.wait_for_everyone()
         if self.resume_folder is not None:
@@ -841,7 +865,7 @@ class Trainer:
             # Checkpoints lie between two optimizer steps, also if the number of passes per step has changed since.
             self.accelerator.step = 0
             logger.info(f"resuming from {self.resume_folder} at step {self.global_step}")
-        scalars = {k: v for k, v in dataclasses.asdict(self.args).items() if isinstance(v, (bool, int, float, str))}
+        scalars = {k: v for k, v in public_arguments(self.args).items() if isinstance(v, (bool, int, float, str))}
         self.accelerator.init_trackers(Path(sys.argv[0]).stem or "training", config=scalars)
 
     # -- one step --
@@ -948,6 +972,27 @@ class Trainer:
         self._metrics.setdefault("lr", []).append(learning_rate)
 
     # -- the run --
+
+    def push(self, folder: Path) -> None:
+        """
+        Uploads the pipeline or the model in a folder if `push_to_hub` is set and the run is finished, from the main process.
+
+        Raises:
+            OSError: the hub refuses or cannot be reached; the folder stays, to be pushed by `diffsketching push`.
+        """
+        if (
+            not self.args.push_to_hub
+            or not self.accelerator.is_main_process
+            or self.global_step < self.max_train_steps
+        ):
+            return
+        repo_id, token, private = str(self.args.hub_model_id), self.args.hub_token, self.args.hub_private_repo or None
+        if (folder / "model_index.json").is_file():
+            dtype = getattr(torch, self.args.save_dtype)
+            pipeline = DiffSketchingPipeline.from_pretrained(folder, torch_dtype=dtype)
+            print(push_pipeline(pipeline, repo_id, token=token, private=private))
+        else:
+            print(push_component(folder, repo_id, token=token, private=private))
 
     def train(
         self, losses: LossFunction | Mapping[str, LossFunction], validate: ValidationFunction | None = None

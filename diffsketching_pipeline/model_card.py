@@ -1,0 +1,147 @@
+# Copyright 2026 The DiffSketching Pipeline Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The README.md of an exported checkpoint: a card that says what is in it, how to load it, and what was measured."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def read_metrics(path: str | os.PathLike) -> dict[str, Any]:
+    """
+    The measurements in a `metrics.json` of `training/evaluate.py`, by system and metric.
+
+    Raises:
+        ValueError: if it is no such file.
+    """
+    try:
+        systems = json.loads(Path(path).read_text(encoding="utf-8"))["systems"]
+        measured = {name: system for name, system in systems.items() if system}
+        for measurement in measured["generated"].values():
+            measurement["title"], measurement["value"], measurement["reason"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"`metrics` has to be a metrics.json of training/evaluate.py --model but is {path}."
+        ) from error
+    return measured
+
+
+def metrics_section(measured: dict[str, Any]) -> str:
+    """A table of what was measured, beside real photos and noise, with the conditions of the measurement."""
+    names = ["generated", *sorted(name for name in measured if name != "generated")]
+    lines = ["## Evaluation", ""]
+    conditions = next(iter(measured["generated"].values())).get("conditions", {})
+    shown = [f"{key}: {conditions[key]}" for key in ("model", "drawings", "sampling", "seeds") if key in conditions]
+    if shown:
+        lines += [f"By `training/evaluate.py` ({'; '.join(shown)}).", ""]
+    lines += [f"| | {' | '.join(names)} |", f"| --- |{' --- |' * len(names)}"]
+    for key, measurement in measured["generated"].items():
+        cells = [_cell(measured[name].get(key)) for name in names]
+        lines.append(f"| {measurement['title']} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(measurement: dict[str, Any] | None) -> str:
+    if measurement is None:
+        return ""
+    if measurement["value"] is None:
+        return f"not measured: {measurement['reason']}"
+    interval = measurement.get("interval")
+    return f"{measurement['value']:.3g}" + (f" [{interval[0]:.3g}, {interval[1]:.3g}]" if interval else "")
+
+
+def loading_section(repo_id: str | None) -> str:
+    """How to load the checkpoint, with this package and without it."""
+    name = repo_id or "path-or-hub-id"
+    return f"""## Load
+
+With [diffsketching_pipeline](https://arxiv.org/abs/2305.18812) installed no code of this repository runs, and its files
+are compared with `SHA256SUMS`:
+
+```python
+from diffsketching_pipeline import DiffSketchingPipeline
+
+pipe = DiffSketchingPipeline.from_pretrained("{name}")
+images = pipe("my-drawing.png").images
+```
+
+Without it, diffusers runs `pipeline.py` of this repository; read it first, and pin `revision` and `custom_revision` to
+the commit that you read:
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{name}", custom_pipeline="{name}", trust_remote_code=True)
+```
+"""
+
+
+def make_card(pipe: Any, title: str, license: str | None) -> str:
+    """A card with what can be read off the pipeline itself: components, sizes, classes, recommended settings."""
+    matter = ["---", *([f"license: {license}"] if license else []), "library_name: diffusers"]
+    matter += ["pipeline_tag: image-to-image", "tags:", "- sketch-to-image", "- diffusion", "- diffsketching", "---"]
+    rows = ["| component | class | parameters |", "| --- | --- | --- |"]
+    for name, component in pipe.components.items():
+        if component is not None:
+            parameters = getattr(component, "parameters", None)
+            count = f"{sum(p.numel() for p in parameters()):,}" if parameters is not None else ""
+            rows.append(f"| `{name}` | `{type(component).__name__}` | {count} |")
+    classes = ", ".join(pipe.id2label.values()) if pipe.id2label else f"{pipe.num_classes}, by number"
+    recommended = ", ".join(f"`{key}` {value}" for key, value in pipe.recommended.items()) or "none"
+    what = "photo and sketch" if pipe.unet.config.in_channels == 4 else "photo only"
+    return "\n".join(
+        [
+            *matter,
+            "",
+            f"# {title}",
+            "",
+            "A [DiffSketching](https://arxiv.org/abs/2305.18812) checkpoint: photos of the shape of a drawing.",
+            "",
+            *rows,
+            "",
+            f"- Images: {pipe.height}x{pipe.width} pixels; input of the UNet: {what}; it predicts"
+            f" `{pipe.scheduler.config.get('prediction_type', 'epsilon')}`.",
+            f"- Classes: {classes}.",
+            f"- Recommended settings: {recommended}.",
+            "",
+            "This card was written from the files alone. What the checkpoint was trained on, and what it may be used for,"
+            " is for its author to add.",
+            "",
+        ]
+    )
+
+
+def component_card(folder: str | os.PathLike, repo_id: str) -> str:
+    """A card for the folder of one model, from its config."""
+    config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
+    name = config.get("_class_name") or (config.get("architectures") or ["model"])[0]
+    library = "diffusers" if "_class_name" in config else "transformers"
+    source = "diffsketching_pipeline" if name in ("NoisyImageClassifier", "PhotoSketcher") else library
+    return f"""---
+library_name: {library}
+tags:
+- diffsketching
+---
+
+# {repo_id.split("/")[-1]}
+
+A component for a [DiffSketching](https://arxiv.org/abs/2305.18812) pipeline.
+
+```python
+from {source} import {name}
+
+model = {name}.from_pretrained("{repo_id}")
+```
+"""

@@ -1,0 +1,195 @@
+# Copyright 2026 The DiffSketching Pipeline Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What an exported folder holds, and what cannot be exported."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hub_client import describe
+from hub_server import metadata_errors
+
+from diffsketching_pipeline import (
+    DiffSketchingPipeline,
+    DiffSketchingPipelineOutput,
+    add_lora,
+    bundled_checkpoint,
+    cli,
+    export_pipeline,
+    fuse_lora,
+)
+from diffsketching_pipeline.files import read_manifest
+from diffsketching_pipeline.flatten import flatten_modules
+
+
+def measurement(title, value, interval=None, reason=None):
+    conditions = {"model": "tiny-1", "drawings": "all 3 of 3", "sampling": "default", "seeds": "0-2"}
+    return {"title": title, "value": value, "interval": interval, "reason": reason, "conditions": conditions}
+
+
+@pytest.fixture
+def metrics(tmp_path):
+    systems = {
+        "generated": {
+            "a": measurement("class agreement", 0.43, [0.35, 0.5]),
+            "b": measurement("LPIPS diversity", None, reason="no weights"),
+        },
+        "noise": {"a": measurement("class agreement", 0.056)},
+    }
+    path = tmp_path / "metrics.json"
+    path.write_text(json.dumps({"settings": {"arguments": {"train": "/home/somebody"}}, "systems": systems}))
+    return path
+
+
+def test_an_export_holds_what_it_needs_to_load_anywhere(tiny_pipeline, metrics, tmp_path):
+    out = export_pipeline(
+        tiny_pipeline,
+        tmp_path / "tiny-garments",
+        max_shard_size="100KB",
+        fp16_variant=True,
+        metrics=metrics,
+        license="cc0-1.0",
+        notices=["The sketcher was converted from somebody's."],
+        repo_id="ana/tiny-garments",
+    )
+    names = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    models = {f"{name}/diffsketching_pipeline.py" for name in ("classifier", "sketcher")}
+    assert {"pipeline.py", "README.md", "NOTICE", "SHA256SUMS", "model_index.json", *models} <= names
+    assert {name for name in names if name.endswith(".py")} == {"pipeline.py", *models}
+    # diffusers copies them under one name.
+    assert len({(out / name).read_text() for name in models}) == 1
+    assert set(read_manifest(out, "it")) == names - {"README.md", "SHA256SUMS"}
+    assert len(list((out / "unet").glob("*-of-*.safetensors"))) == 2
+    assert all(path.stat().st_size < 110_000 for path in out.rglob("*.safetensors"))
+    index = json.loads((out / "model_index.json").read_text())
+    assert index["_class_name"] == "DiffSketchingPipeline"
+    assert index["classifier"] == ["diffsketching_pipeline", "NoisyImageClassifier"]
+    assert "somebody's" in (out / "NOTICE").read_text()
+
+    card = (out / "README.md").read_text()
+    assert metadata_errors(card) == ([], []) and "license: cc0-1.0" in card and "# tiny-garments\n" in card
+    parameters = sum(p.numel() for p in tiny_pipeline.unet.parameters())
+    assert f"| `unet` | `UNet2DModel` | {parameters:,} |" in card and "Classes: a, b, c." in card
+    assert "| class agreement | 0.43 [0.35, 0.5] | 0.056 |" in card
+    assert "| LPIPS diversity | not measured: no weights |  |" in card
+    assert 'from_pretrained("ana/tiny-garments")' in card and "/home/somebody" not in card
+
+    original = describe(tiny_pipeline, run=True)
+    assert describe(DiffSketchingPipeline.from_pretrained(out), run=True)["pixels"] == original["pixels"]
+    half = DiffSketchingPipeline.from_pretrained(out, variant="fp16", torch_dtype=torch.float16)
+    assert torch.equal(half.unet.conv_in.weight, tiny_pipeline.unet.conv_in.weight.half())
+    assert torch.equal(
+        half.sketch_encoder.classifier[1].weight, tiny_pipeline.sketch_encoder.classifier[1].weight.half()
+    )
+    assert tiny_pipeline.unet.dtype == torch.float32
+
+
+def test_the_bundled_checkpoint_keeps_its_card(tmp_path):
+    pipe = DiffSketchingPipeline.from_pretrained(bundled_checkpoint(), classifier=None)
+    out = export_pipeline(pipe, tmp_path / "garments")
+    card = (out / "README.md").read_text()
+    assert "# garments-64" in card and "## Results" in card and card.count("## Load") == 1
+    assert metadata_errors(card) == ([], [])
+    assert json.loads((out / "model_index.json").read_text())["classifier"] == [None, None]
+    # It is kept from export to export.
+    again = export_pipeline(DiffSketchingPipeline.from_pretrained(out), tmp_path / "again")
+    assert (again / "README.md").read_text() == card
+
+
+def test_the_generated_code_needs_nothing_of_the_package(tmp_path):
+    (tmp_path / "pipeline.py").write_text(flatten_modules(["pipeline_diffsketching"], "A pipeline."))
+    code = "import sys\nsys.modules['diffsketching_pipeline'] = None\nimport pipeline\n"
+    code += "import diffusers.utils.dynamic_modules_utils as m\nprint(m.find_pipeline_class(pipeline).__name__)"
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.stdout == "DiffSketchingPipeline\n", done.stderr
+
+
+def test_modules_that_do_not_fit_into_one_file_are_refused(tmp_path, monkeypatch):
+    from diffsketching_pipeline import flatten
+
+    sources = {
+        "one": "import math\n\nSIZE = 1\n",
+        "same": "SIZE = 1\n",
+        "other": "from diffsketching_pipeline.one import SIZE\n\n\ndef SIZE():\n    pass\n",
+        "imports": "from os import path as math\n",
+        "renames": "from diffsketching_pipeline.one import SIZE as size\n",
+        "uses": "from diffsketching_pipeline.hub import register\n\nagain = register\n",
+        "calls": '"""Text."""\n\nfrom diffsketching_pipeline.hub import register\n\nregister()\nDONE = True\n',
+        "flatten": '# Licence\n"""Text."""\n',
+    }
+    monkeypatch.setattr(flatten, "_read", sources.__getitem__)
+    assert (
+        flatten_modules(["one", "same"], "Joined.") == '# Licence\n"""Joined."""\n\nimport math\n\n\nSIZE = 1\n\n\n\n'
+    )
+    assert flatten_modules(["calls"], "Joined.").endswith("\nDONE = True\n")
+    for name, message in {
+        "other": "`other` defines another `SIZE`",
+        "imports": "`imports` imports another `math`",
+        "renames": "`renames` renames what it imports from `one`",
+        "uses": r"`uses` uses \['register'\], which one file cannot have",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            flatten_modules(["one", name], "Joined.")
+
+
+def test_what_others_could_not_load_is_refused_and_leaves_nothing(tiny_pipeline, metrics, tmp_path):
+    class MyUNet(type(tiny_pipeline.unet)):
+        pass
+
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match="`pipe` has to be a DiffSketchingPipeline of this package but is a .*Output"):
+        export_pipeline(DiffSketchingPipelineOutput([], [], None), out)
+    with pytest.raises(ValueError, match="`metrics` has to be a metrics.json .* but is .*missing.json"):
+        export_pipeline(tiny_pipeline, out, metrics=tmp_path / "missing.json")
+    with pytest.raises(ValueError, match="`model_card` has to be a text file but is .*missing.md"):
+        export_pipeline(tiny_pipeline, out, model_card=tmp_path / "missing.md")
+    with pytest.raises(ValueError, match="`output_dir` must not exist or be an empty folder"):
+        export_pipeline(tiny_pipeline, tmp_path)
+    add_lora(tiny_pipeline.unet, 2)
+    with pytest.raises(ValueError, match="`pipe.unet` carries an adapter: call `fuse_lora`"):
+        export_pipeline(tiny_pipeline, out)
+    tiny_pipeline.register_modules(unet=MyUNet.from_config(fuse_lora(tiny_pipeline.unet).config))
+    with pytest.raises(ValueError, match="`pipe.unet` is a MyUNet of 'test_hub_export', which others do not have"):
+        export_pipeline(tiny_pipeline, out)
+    assert sorted(os.listdir(tmp_path)) == ["metrics.json"]
+
+
+def run_command(arguments, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["diffsketching", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return stop.value.code, *capsys.readouterr()
+
+
+def test_the_export_command(tiny_pipeline, tmp_path, monkeypatch, capsys):
+    tiny_pipeline.save_pretrained(tmp_path / "tiny")
+    capsys.readouterr()
+    command = ["export", tmp_path / "tiny", tmp_path / "out"]
+    code, out, err = run_command([*command, "--save-dtype", "float16"], monkeypatch, capsys)
+    assert code == 0 and out == f"{tmp_path / 'out'}\n", err
+    kept = DiffSketchingPipeline.from_pretrained(tmp_path / "out", torch_dtype=torch.float16)
+    assert torch.equal(kept.unet.conv_in.weight, tiny_pipeline.unet.conv_in.weight.half())
+    for arguments, message in (
+        (command, "`output_dir` must not exist"),
+        ([*command[:2], tmp_path / "new", "--save-dtype", "int8"], "`--save-dtype` has to be float32"),
+        (["export", tmp_path / "none/of/these", tmp_path / "new"], "none/of/these"),
+    ):
+        code, out, err = run_command(arguments, monkeypatch, capsys)
+        assert code == 2 and out == "" and err.startswith("diffsketching: error: ") and message in err
+        assert err.count("\n") == 1
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,83 @@
+# Copyright 2026 The DiffSketching Pipeline Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""`--push_to_hub` of the training scripts, against a hub on loopback."""
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+from conftest import TRAINING
+from hub_server import READ_TOKEN, WRITE_TOKEN, HubServer
+from test_train_unet import TINY
+from trainer import TrainingArguments, check_arguments, public_arguments
+
+
+@pytest.fixture
+def hub():
+    with HubServer() as hub:
+        yield hub
+
+
+def train(hub, shapes_dir, tmp_path, script_env, token):
+    """Trains for a step with the token in the config file; what was printed, and the exit code."""
+    config = tmp_path / "config.yaml"
+    arguments = {
+        "train_data_dir": str(shapes_dir),
+        "max_train_steps": 1,
+        "report_to": "tensorboard",
+        "hub_token": token,
+    }
+    config.write_text(yaml.safe_dump({**TINY, **arguments}))
+    command = [sys.executable, str(TRAINING / "train_unet.py"), str(config), "--output_dir", str(tmp_path / "out")]
+    command += ["--push_to_hub", "--hub_model_id", "ana/trained", "--hub_private_repo"]
+    env = {**script_env, **hub.client_env(tmp_path / "home")}
+    return subprocess.run(command, env=env, capture_output=True, text=True)
+
+
+def test_a_finished_run_is_pushed_and_the_token_stays_with_its_owner(hub, shapes_dir, tmp_path, script_env):
+    run = train(hub, shapes_dir, tmp_path, script_env, WRITE_TOKEN)
+    assert run.returncode == 0, run.stderr
+    repo = hub.repos["ana/trained"]
+    assert repo.private and len(repo.commits) == 2
+    assert run.stdout.splitlines() == [
+        str(tmp_path / "out" / "pipeline"),
+        f"{hub.endpoint}/ana/trained/commit/{repo.refs['main']}",
+    ]
+    pushed, written = repo.files(), tmp_path / "out" / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"
+    assert pushed["unet/diffusion_pytorch_model.safetensors"] == written.read_bytes()
+    assert {"model_index.json", "pipeline.py", "README.md", "SHA256SUMS"} <= pushed.keys()
+
+    token = WRITE_TOKEN.encode()
+    assert token not in run.stdout.encode() + run.stderr.encode() and not any(token in c for c in pushed.values())
+    out = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert len(out) > 5 and not [path for path in out if token in path.read_bytes()]
+    saved = yaml.safe_load((tmp_path / "out" / "training_args.yaml").read_text())
+    assert saved["hub_model_id"] == "ana/trained" and "hub_token" not in saved
+
+
+def test_a_token_that_may_not_write_is_an_error_before_training(hub, shapes_dir, tmp_path, script_env):
+    run = train(hub, shapes_dir, tmp_path, script_env, READ_TOKEN)
+    assert run.returncode != 0
+    assert "`ana/trained` cannot be pushed to" in run.stderr and READ_TOKEN not in run.stderr
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+def test_arguments_of_a_push():
+    with pytest.raises(ValueError, match="`push_to_hub` needs `hub_model_id`"):
+        check_arguments(TrainingArguments(push_to_hub=True))
+    args = TrainingArguments(push_to_hub=True, hub_model_id="ana/a", hub_token="hf_secret")
+    check_arguments(args)
+    assert "hf_secret" not in repr(args) and "hf_secret" not in str(public_arguments(args))
+    assert public_arguments(args)["hub_model_id"] == "ana/a"
