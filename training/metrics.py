@@ -42,6 +42,9 @@ CHAMFER_CAP = 0.1
 MIN_GROUPS = 10
 """A bootstrap over fewer drawings (or photos) than this says nothing about the spread."""
 
+MANIFOLD_NEIGHBOURS = 3
+"""The k of improved precision and recall, as in the paper."""
+
 
 # ---- statistics -----------------------------------------------------------------------------------------------------
 
@@ -186,6 +189,48 @@ def nearest(queries: Tensor, keys: Tensor, count: int = 1) -> tuple[Tensor, Tens
     keys = keys.double()
     found = [torch.cdist(chunk.double(), keys).topk(count, largest=False) for chunk in queries.split(256)]
     return torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])
+
+
+def manifold_membership(queries: Tensor, keys: Tensor, neighbours: int = MANIFOLD_NEIGHBOURS) -> Tensor:
+    """
+    Which balls around `keys` each query is in, bool `[N, M]` for features `[N, D]` and `[M, D]`.
+
+    A ball reaches as far as the key's `neighbours`-th nearest other key; together they are what improved precision and
+    recall take for the support of a distribution (Kynkäänniemi et al., 2019).
+    """
+    keys = keys.double()
+    # The nearest of all keys is the key itself.
+    radii = nearest(keys, keys, neighbours + 1)[0][:, -1]
+    return torch.cat([torch.cdist(chunk.double(), keys) <= radii for chunk in queries.split(256)])
+
+
+def precision(features: Tensor, reference: Tensor) -> float:
+    """Share of `features` `[N, D]` inside the support of `reference` `[M, D]`: how many images might be real ones."""
+    return float(manifold_membership(features, reference).any(1).double().mean())
+
+
+def recall(features: Tensor, reference: Tensor) -> float:
+    """Share of `reference` `[M, D]` inside the support of `features` `[N, D]`: how many real ones might be generated."""
+    return precision(reference, features)
+
+
+def bootstrap_recall(covered: Tensor, groups: np.ndarray, num_samples: int, seed: int = 0) -> np.ndarray:
+    """
+    Recall of resampled groups of images, minus its mean, `[num_samples]`.
+
+    Args:
+        covered: bool `[M, N]`, the balls of N images that M real photos are in. The balls stay as they are: a doubled
+            image would shrink its own to nothing.
+        groups: int `[N]`, the images that are drawn together.
+    """
+    members = [torch.from_numpy(np.flatnonzero(groups == group)) for group in np.unique(groups)]
+    rng = np.random.default_rng(seed)
+    samples = []
+    for _ in range(num_samples):
+        chosen = torch.cat([members[i] for i in rng.integers(len(members), size=len(members))])
+        samples.append(float(covered[:, chosen].any(1).double().mean()))
+    # As for distances: fewer distinct images cover less, so only the spread counts.
+    return np.asarray(samples) - np.mean(samples) if samples else np.empty(0)
 
 
 # ---- contours -------------------------------------------------------------------------------------------------------

@@ -30,18 +30,23 @@ from metrics import (
     CANNY_SIGMA,
     CHAMFER_CAP,
     CONTOUR_RESOLUTION,
+    MANIFOLD_NEIGHBOURS,
     SET_DISTANCES,
     THIS_PROCESS,
     THUMBNAIL_SIDE,
     bootstrap_distances,
     bootstrap_means,
+    bootstrap_recall,
     contour_distances,
     edge_map,
+    manifold_membership,
     nearest,
     pairwise_means,
     percentile_interval,
+    precision,
     random_halves,
     random_pair_distance,
+    recall,
     retrieval_ranks,
     thumbnails,
 )
@@ -73,6 +78,10 @@ METRICS = {
     "frechet_distance_drawn_classes": ("Fréchet distance, classes of the drawings", "lower"),
     "kernel_distance": ("kernel distance", "lower"),
     "kernel_distance_drawn_classes": ("kernel distance, classes of the drawings", "lower"),
+    "precision": ("improved precision", "higher"),
+    "precision_drawn_classes": ("improved precision, classes of the drawings", "higher"),
+    "recall": ("improved recall", "higher"),
+    "recall_drawn_classes": ("improved recall, classes of the drawings", "higher"),
     "pairwise_distance": ("mean pairwise feature distance", "higher"),
     "pairwise_distance_same_class": ("mean pairwise feature distance within a class", "higher"),
     "pairwise_lpips": ("mean pairwise LPIPS", "higher"),
@@ -283,12 +292,33 @@ class Scorer:
     # -- realism
 
     def realism(self, images: ImageSet) -> Scores:
-        """Fréchet and kernel distance to all reference photos, and to those of the drawings' classes."""
+        """Distances, precision and recall against all reference photos, and against those of the drawings' classes."""
         scores: Scores = {}
         for suffix, reference in (("", self.reference), ("_drawn_classes", self.drawn_reference)):
             for name, distance in SET_DISTANCES.items():
                 scores |= self.set_distance(name + suffix, distance, images, reference)
+            scores |= self.precision_and_recall(suffix, images, reference)
         return scores
+
+    def precision_and_recall(self, suffix: str, images: ImageSet, reference: ImageSet) -> Scores:
+        """Shares of images inside the support of the reference photos, and of photos inside that of the images."""
+        conditions = {
+            **self.evaluator.conditions,
+            "reference": f"{len(reference)} {reference.name}",
+            "neighbours": str(MANIFOLD_NEIGHBOURS),
+        }
+        if min(len(images), len(reference)) < MIN_DISTANCE_SAMPLES:
+            reason = f"fewer than {MIN_DISTANCE_SAMPLES} images: {len(images)} against {len(reference)}"
+            names = (f"precision{suffix}", f"recall{suffix}")
+            return {k: v for n in names for k, v in self.measure(n, None, images, conditions, reason=reason).items()}
+        inside = manifold_membership(images.features, reference.features).any(1).numpy()
+        scores = self.measure_mean(f"precision{suffix}", inside, images, conditions)
+        covered = manifold_membership(reference.features, images.features)
+        value = float(covered.any(1).double().mean())
+        num_samples = min(self.num_bootstrap_samples, MAX_DISTANCE_RESAMPLES)
+        spread = bootstrap_recall(covered, images.groups, num_samples)
+        interval = percentile_interval(np.clip(value + spread, 0, 1), len(np.unique(images.groups)))
+        return scores | self.measure(f"recall{suffix}", value, images, conditions, interval)
 
     def set_distance(
         self, key: str, distance: Callable[[Tensor, Tensor], float], images: ImageSet, reference: ImageSet
@@ -304,12 +334,12 @@ class Scorer:
         return self.measure(key, value, images, conditions, interval)
 
     def halves(self, photos: ImageSet) -> Scores:
-        """Distances between random halves of the photos: mean, smallest and largest of `NUM_HALVES` splits."""
+        """Realism of random halves of the photos against each other: mean, smallest, largest of `NUM_HALVES` splits."""
         suffix = "_drawn_classes" if photos is self.drawn_reference else ""
         half = photos.select(range(len(photos) // 2), photos.name)
         conditions = {**self.evaluator.conditions, "reference": f"the other half of {len(photos)} {photos.name}"}
         scores: Scores = {}
-        for name, distance in SET_DISTANCES.items():
+        for name, distance in {**SET_DISTANCES, "precision": precision, "recall": recall}.items():
             if len(half) < MIN_DISTANCE_SAMPLES:
                 reason = f"fewer than {MIN_DISTANCE_SAMPLES} images in a half"
                 scores |= self.measure(name + suffix, None, half, conditions, reason=reason)
@@ -319,7 +349,8 @@ class Scorer:
                 first, second = random_halves(photos.labels, seed)
                 values.append(distance(photos.features[first], photos.features[second]))
             interval = (min(values), max(values))
-            more = {**conditions, "interval": f"smallest and largest of {NUM_HALVES} splits"}
+            more = {**conditions} if name in SET_DISTANCES else {**conditions, "neighbours": str(MANIFOLD_NEIGHBOURS)}
+            more |= {"interval": f"smallest and largest of {NUM_HALVES} splits"}
             scores |= self.measure(name + suffix, float(np.mean(values)), half, more, interval)
         return scores
 

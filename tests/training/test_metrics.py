@@ -64,6 +64,43 @@ def test_kernel_distance_uses_all_of_a_larger_set():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_precision_and_recall_are_those_of_the_definition():
+    rng = torch.Generator().manual_seed(0)
+    images, photos = torch.randn(40, 3, generator=rng), torch.randn(50, 3, generator=rng) + 0.5
+
+    def share_inside(queries, keys, k=3):
+        radii = [sorted(float((key - other).norm()) for other in keys)[k] for key in keys]
+        inside = [any((q - key).norm() <= r for key, r in zip(keys, radii, strict=True)) for q in queries]
+        return np.mean(inside)
+
+    assert 0.2 < share_inside(images, photos) < 0.98
+    assert metrics.precision(images, photos) == pytest.approx(share_inside(images, photos))
+    assert metrics.recall(images, photos) == pytest.approx(share_inside(photos, images))
+
+
+@pytest.mark.parametrize(
+    ("left", "width", "precision", "recall"),
+    [(0.0, 1.0, 1.0, 1.0), (0.5, 1.0, 0.5, 0.5), (0.0, 0.5, 1.0, 0.5), (0.0, 4.0, 0.25, 1.0), (3.0, 1.0, 0.0, 0.0)],
+)
+def test_precision_and_recall_find_a_known_overlap(left, width, precision, recall):
+    """Real ones fill a square; generated ones fill it, half of it, more than it, or miss it."""
+    rng = torch.Generator().manual_seed(0)
+    photos = torch.rand(1500, 2, generator=rng)
+    images = torch.rand(1500, 2, generator=rng) * torch.tensor([width, 1.0]) + torch.tensor([left, 0.0])
+    assert metrics.precision(images, photos) == pytest.approx(precision, abs=0.06)
+    assert metrics.recall(images, photos) == pytest.approx(recall, abs=0.06)
+
+
+def test_recall_interval_widens_with_images_that_come_together():
+    rng = torch.Generator().manual_seed(0)
+    centres = torch.rand(40, 1, 2, generator=rng)
+    images = (centres + 0.02 * torch.randn(40, 5, 2, generator=rng)).flatten(0, 1)
+    covered = metrics.manifold_membership(torch.rand(300, 2, generator=rng), images)
+    together = metrics.bootstrap_recall(covered, np.repeat(np.arange(40), 5), 200)
+    alone = metrics.bootstrap_recall(covered, np.arange(200), 200)
+    assert abs(together.mean()) < 1e-12 and together.std() > 1.5 * alone.std() > 0
+
+
 # -- intervals --
 
 
