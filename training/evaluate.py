@@ -31,9 +31,10 @@ import hashlib
 import itertools
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 import diffusers
 import numpy as np
@@ -60,7 +61,18 @@ from image_sets import (
 )
 from metrics import CONTOUR_RESOLUTION, sample_like
 from PIL import Image
-from scoring import Scorer, Scores, make_noise
+from scoring import Scorer, Scores, check_perceptual_components, make_noise, perceptual_sketch_distances
+from systems import (
+    SAMPLING_NAMES,
+    Job,
+    Plan,
+    System,
+    generate,
+    labels_to_give,
+    measure_memory,
+    read_systems,
+    with_defaults,
+)
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from train_encoders import in_first_half
@@ -94,6 +106,11 @@ class EvaluationArguments:
     images: list[str] | None = argument(
         None, "folders of images `<sketch>_<n>.png`, flat or in class folders, each as DIR or NAME=DIR"
     )
+    systems: str | None = argument(
+        None,
+        "YAML file of several ways to generate with `model`, each a column of the table; see the head of systems.py. The "
+        "scales and steps below hold for what it leaves open",
+    )
     split: Literal["tune", "report", "all"] = argument(
         "all", "half of the drawings, by hash of the name: choices are made on `tune`, numbers quoted from `report`"
     )
@@ -118,6 +135,14 @@ class EvaluationArguments:
     eval_batch_size: int = argument(32, "images per forward pass")
     num_bootstrap_samples: int = argument(1000, "resamples of the 95%% intervals; 0 = no intervals")
     lpips_net: Literal["alex", "vgg", "squeeze"] = argument("alex", "backbone of LPIPS, used where its weights are")
+    perceptual_sketch_distance: bool = argument(
+        False,
+        "also give L_p of eq. 5 by the sketcher and sketch encoder of `model`: a loss to watch, not a judge, because what "
+        "is trained or guided on it may please it without looking better",
+    )
+    measure_memory: bool = argument(
+        False, "also measure each system's peak memory; on a CPU one batch more, in a process of its own"
+    )
     cache_dir: str | None = argument(None, "where the decoded training photos and their features are kept")
 
 
@@ -125,6 +150,9 @@ def check_evaluation_arguments(args: EvaluationArguments) -> None:
     """Raises `ValueError` for a missing or impossible argument, before anything is read."""
     if args.model is None and not args.images:
         raise ValueError("give `model` to generate images, `images` to score folders of them, or both.")
+    for name in ("systems", "perceptual_sketch_distance", "measure_memory"):
+        if args.model is None and getattr(args, name):
+            raise ValueError(f"`{name}` needs a `model`.")
     for name, minimum in {
         "num_images_per_sketch": 1,
         "eval_batch_size": 1,
@@ -143,19 +171,6 @@ def check_evaluation_arguments(args: EvaluationArguments) -> None:
 
 
 # ---- generating -----------------------------------------------------------------------------------------------------
-
-
-SCALE_NAMES = ("sketch_guidance_scale", "classifier_guidance_scale", "perceptual_guidance_scale")
-SAMPLING_NAMES = ("num_inference_steps", "eta", *SCALE_NAMES)
-
-
-class Job(NamedTuple):
-    """One image to generate: from which file, for which drawing, to where."""
-
-    drawing: Drawing
-    sketch: Path
-    seed: int
-    path: Path
 
 
 def redraw(drawings: list[Drawing], strength: float, folder: Path) -> None:
@@ -180,17 +195,41 @@ def redrawn_dir(args: EvaluationArguments) -> Path:
     return Path(args.output_dir) / "redrawn"
 
 
-def plan_jobs(args: EvaluationArguments, drawings: list[Drawing], selected: list[Drawing]) -> list[Job]:
+def images_dir(args: EvaluationArguments, system: System) -> Path:
+    """Where a system's images lie: those of several have a folder each."""
+    folder = Path(args.output_dir) / "images"
+    return folder if args.systems is None else folder / system.name
+
+
+def plan_jobs(
+    args: EvaluationArguments, system: System, drawings: list[Drawing], selected: list[Drawing]
+) -> list[Job]:
     """
-    Every image of the selected drawings. Each has its own seed, the same for every model, split and number of images:
+    Every image of the selected drawings. Each has its own seed, the same for every model, system, split and number of images:
     with one seed for all drawings, all images would share a few tints and layouts, and realism would suffer.
     """
     jobs = []
     for n, drawing in itertools.product(range(args.num_images_per_sketch), selected):
-        path = Path(args.output_dir) / "images" / drawing.label / f"{drawing.name}_{n}.png"
+        path = images_dir(args, system) / drawing.label / f"{drawing.name}_{n}.png"
         sketch = redrawn_path(drawing, redrawn_dir(args)) if args.free_hand_strength else drawing.path
         jobs.append(Job(drawing, sketch, args.seed + n * len(drawings) + drawing.position, path))
     return jobs
+
+
+def make_plans(
+    args: EvaluationArguments, pipeline: DiffSketchingPipeline, drawings: list[Drawing], selected: list[Drawing]
+) -> list[Plan]:
+    """What each system is to generate, checked; arguments of the script hold for what a system leaves open."""
+    systems = [System()] if args.systems is None else read_systems(args.systems)
+    defaults = {name: getattr(args, name) for name in SAMPLING_NAMES}
+    plans = []
+    for system in [with_defaults(system, defaults) for system in systems]:
+        plan = Plan(system, system.build(pipeline), plan_jobs(args, system, drawings, selected))
+        system.check(plan.pipeline)
+        plans.append(plan)
+    if len(plans[0].jobs) < 2:
+        raise ValueError("`num_images_per_sketch` must be at least 2 for a single drawing.")
+    return plans
 
 
 def load_model(args: EvaluationArguments, evaluator: Evaluator, drawings: list[Drawing]) -> DiffSketchingPipeline:
@@ -209,24 +248,33 @@ def load_model(args: EvaluationArguments, evaluator: Evaluator, drawings: list[D
     for name, component in pipeline.components.items():
         if isinstance(component, nn.Module) and fingerprint(component) == evaluator.fingerprint:
             raise ValueError(f"`evaluator` is the `{name}` of `model`: judge it by a network that no loss has used.")
+    if args.perceptual_sketch_distance:
+        check_perceptual_components(pipeline)
     if args.class_labels == "folder":
         for label in sorted({drawing.label for drawing in drawings}):
             pipeline.get_label_id(label)
     return pipeline
 
 
-def generation_settings(args: EvaluationArguments, pipeline: Any, drawings: list[Drawing]) -> dict[str, Any]:
-    """What the images depend on beside the drawing's name and the image's number."""
-    weights = {name: fingerprint(c) for name, c in pipeline.components.items() if isinstance(c, nn.Module)}
-    scheduler = {key: value for key, value in pipeline.scheduler.config.items() if not key.startswith("_")}
+def generation_settings(
+    args: EvaluationArguments, plan: Plan, weights: dict[str, str], drawings: list[Drawing]
+) -> dict[str, Any]:
+    """What the images depend on beside the drawing's name and the image's number; `weights` are the model's."""
+    scheduler = plan.pipeline.scheduler
+    config = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
     sketches = hashlib.sha256(b"".join(hashlib.sha256(d.path.read_bytes()).digest() for d in drawings)).hexdigest()
+    plain, system = System(), plan.system
+    # What is as in a plain call is left out, so that images made before a setting existed are still known.
+    more = ("withhold", "strength", "guidance_start", "guidance_end")
     settings = {
         "weights": weights,
-        "scheduler": {"class": type(pipeline.scheduler).__name__, **scheduler},
-        "recommended": pipeline.recommended,
+        "scheduler": {"class": type(scheduler).__name__, **config},
+        "recommended": plan.pipeline.recommended,
         "sketches": sketches,
         "free_hand_strength": args.free_hand_strength or None,
-        **{name: getattr(args, name) for name in ("class_labels", "seed", *SAMPLING_NAMES)},
+        **{name: getattr(args, name) for name in ("class_labels", "seed")},
+        **{name: getattr(system, name) for name in SAMPLING_NAMES},
+        **{n: None if getattr(system, n) == getattr(plain, n) else getattr(system, n) for n in more},
     }
     return json.loads(json.dumps(settings, default=str))
 
@@ -248,40 +296,13 @@ def check_generation_settings(settings: dict[str, Any], folder: Path) -> None:
         )
 
 
-def generate(args: EvaluationArguments, pipeline: Any, jobs: list[Job], accelerator: Accelerator) -> None:
-    """Generates the images that do not exist yet, shared among the processes."""
-    pipeline.to(accelerator.device)
-    # Shared out before looking what exists, or a slow process would see a fast one's images and share differently.
-    accelerator.wait_for_everyone()
-    with accelerator.split_between_processes(jobs) as share:
-        share = [job for job in share if not job.path.is_file()]
-        progress = tqdm(
-            total=len(share), desc="Generating", unit="image", disable=not accelerator.is_local_main_process
-        )
-        for first in range(0, len(share), args.eval_batch_size):
-            batch = share[first : first + args.eval_batch_size]
-            output = pipeline(
-                [str(job.sketch) for job in batch],
-                class_labels=[job.drawing.label for job in batch] if args.class_labels == "folder" else None,
-                num_images_per_sketch=1,
-                generator=[torch.Generator().manual_seed(job.seed) for job in batch],
-                **{name: getattr(args, name) for name in SAMPLING_NAMES},
-            )
-            for job, image, label in zip(batch, output.images, output.class_labels, strict=True):
-                texts = {"seed": str(job.seed)} | ({} if label is None else {"class_label": str(label)})
-                save_png(image, job.path, texts)
-            progress.update(len(batch))
-        progress.close()
-    accelerator.wait_for_everyone()
-
-
 # ---- the script -----------------------------------------------------------------------------------------------------
 
 
-RESERVED_NAMES = ("generated", "training_photos", "reference_photos", "reference_photos_drawn_classes", "noise")
+RESERVED_NAMES = ("training_photos", "reference_photos", "reference_photos_drawn_classes", "noise")
 
 
-def parse_systems(images: list[str] | None) -> dict[str, Path]:
+def parse_images(images: list[str] | None) -> dict[str, Path]:
     """`["DIR", "NAME=DIR"]` -> folders by name; `ValueError` for a folder that does not exist or a name used twice."""
     systems: dict[str, Path] = {}
     for entry in images or []:
@@ -289,10 +310,21 @@ def parse_systems(images: list[str] | None) -> dict[str, Path]:
         if not Path(folder).is_dir():
             raise ValueError(f"`images` must be folders, but {folder!r} is none.")
         name = name or Path(folder).resolve().name
-        if name in systems or name in RESERVED_NAMES:
+        if name in systems:
             raise ValueError(f"`images` has the name {name!r} twice: say NAME={folder}.")
         systems[name] = Path(folder)
     return systems
+
+
+def check_names(plans: list[Plan], folders: Iterable[str]) -> None:
+    """Raises `ValueError` for a name of a column that is used twice."""
+    taken = {*RESERVED_NAMES, *(plan.system.name for plan in plans)}
+    for name in folders:
+        if name in taken:
+            raise ValueError(f"`images` has the name {name!r}, which is taken: say NAME=DIR.")
+    for plan in plans:
+        if plan.system.name in RESERVED_NAMES:
+            raise ValueError(f"`systems` has the name {plan.system.name!r}, which is taken: take another.")
 
 
 @dataclass
@@ -306,14 +338,14 @@ class Inputs:
     systems: dict[str, ImageSet]
     reference: ImageSet
     train: ImageSet | None = None
-    pipeline: Any = None
-    jobs: list[Job] = field(default_factory=list)
+    pipeline: DiffSketchingPipeline | None = None
+    plans: list[Plan] = field(default_factory=list)
 
     def given_sketches(self, name: str) -> Tensor:
         """The drawings that a system was given, `[len(drawings), 1, S, S]`."""
-        if name != "generated":
-            return self.sketches
-        given = {job.drawing.position: job.sketch for job in self.jobs}
+        given = {
+            job.drawing.position: job.sketch for plan in self.plans if plan.system.name == name for job in plan.jobs
+        }
         paths = [str(given.get(drawing.position, drawing.path)) for drawing in self.drawings]
         return SketchProcessor(CONTOUR_RESOLUTION).preprocess(paths)
 
@@ -321,7 +353,7 @@ class Inputs:
 def prepare(args: EvaluationArguments, accelerator: Accelerator) -> Inputs:
     """Reads and checks all input; what is wrong with it is a `ValueError` before any long work."""
     check_evaluation_arguments(args)
-    folders = parse_systems(args.images)
+    folders = parse_images(args.images)
     drawings = read_drawings(Path(args.sketches))
     selected = select_drawings(drawings, args.split)
     matched = {name: match_images(folder, drawings, selected) for name, folder in folders.items()}
@@ -341,31 +373,51 @@ def prepare(args: EvaluationArguments, accelerator: Accelerator) -> Inputs:
     inputs = Inputs(evaluator, drawings, selected, sketches, systems, reference)
     if args.model is not None:
         inputs.pipeline = load_model(args, evaluator, selected)
-        inputs.jobs = plan_jobs(args, drawings, selected)
-        if len(inputs.jobs) < 2:
-            raise ValueError("`num_images_per_sketch` must be at least 2 for a single drawing.")
+        inputs.plans = make_plans(args, inputs.pipeline, drawings, selected)
+    check_names(inputs.plans, folders)
     if accelerator.is_main_process:
         inputs.train = read_training_photos(train_files, evaluator, args.eval_batch_size, args.cache_dir)
         if inputs.pipeline is not None:
-            settings = generation_settings(args, inputs.pipeline, drawings)
-            check_generation_settings(settings, Path(args.output_dir) / "images")
+            networks = inputs.pipeline.components.items()
+            weights = {name: fingerprint(network) for name, network in networks if isinstance(network, nn.Module)}
+            for plan in inputs.plans:
+                settings = generation_settings(args, plan, weights, drawings)
+                check_generation_settings(settings, images_dir(args, plan.system))
     return inputs
 
 
-def read_generated(args: EvaluationArguments, inputs: Inputs) -> ImageSet:
-    jobs = sorted(inputs.jobs, key=lambda job: (job.drawing.position, job.seed))
-    generated = read_system("generated", [(job.drawing, job.path) for job in jobs], inputs.evaluator.resolution)
-    pipeline, seeds = inputs.pipeline, [job.seed for job in jobs]
-    used = {name: value for name in SAMPLING_NAMES if (value := getattr(args, name)) is not None}
-    settings = ", ".join(f"{name}={value}" for name, value in {**pipeline.recommended, **used}.items())
+def read_generated(args: EvaluationArguments, inputs: Inputs, plan: Plan) -> ImageSet:
+    """The images of a system of the model, with what belongs into the names of their numbers."""
+    jobs = sorted(plan.jobs, key=lambda job: (job.drawing.position, job.seed))
+    images = [(job.drawing, job.path) for job in jobs]
+    generated = read_system(plan.system.name, images, inputs.evaluator.resolution)
+    seeds = [job.seed for job in jobs]
     generated.conditions = {
-        "model": f"{Path(str(args.model)).name}-{fingerprint(pipeline.unet)[:8]}",
-        "sampling": f"{settings or 'pipeline defaults'}, class {args.class_labels}",
+        "model": f"{Path(str(args.model)).name}-{fingerprint(inputs.pipeline.unet)[:8]}" if inputs.pipeline else "",
+        "sampling": describe_sampling(args, plan),
         "seeds": f"{len(seeds)} in {min(seeds)}-{max(seeds)}",
     }
     if args.free_hand_strength:
         generated.conditions["given"] = f"the drawings redrawn at strength {args.free_hand_strength:g}"
+    memory = images_dir(args, plan.system) / "memory.json"
+    if memory.is_file():
+        generated.memory = json.loads(memory.read_text())
     return generated
+
+
+def describe_sampling(args: EvaluationArguments, plan: Plan) -> str:
+    """How a system generates, in one line; what is as in a plain call is left out."""
+    settings = plan.system.resolve(plan.pipeline)
+    scheduler, withhold = settings.pop("scheduler"), settings.pop("withhold")
+    for name in ("strength", "guidance_start", "guidance_end"):
+        if settings[name] == getattr(System(), name):
+            del settings[name]
+    parts = [scheduler, *(f"{name}={value}" for name, value in settings.items())]
+    if withhold:
+        parts.append(f"the UNet is not told the {' and the '.join(reversed(withhold))}")
+    if plan.system.uses_class(plan.pipeline):
+        parts.append(f"class {args.class_labels}")
+    return ", ".join(parts)
 
 
 def score_all(args: EvaluationArguments, inputs: Inputs, train: ImageSet) -> dict[str, Scores]:
@@ -383,6 +435,9 @@ def score_all(args: EvaluationArguments, inputs: Inputs, train: ImageSet) -> dic
     for images in [*systems, noise]:
         images.conditions = {**scorer.drawn, **images.conditions}
         scores[images.name] = scorer.score_system(evaluator.look_at(images, batch_size))
+        if args.perceptual_sketch_distance and inputs.pipeline is not None:
+            distances = perceptual_sketch_distances(inputs.pipeline, images, inputs.drawings, batch_size)
+            scores[images.name] |= scorer.perceptual_sketch_distance(images, distances)
 
     # The evaluation network of `train_encoders.py` knows the first half by heart: its features lie farther away.
     unseen = np.array([not in_first_half(path.stem) for path in train.files])
@@ -405,20 +460,25 @@ def describe_run(args: EvaluationArguments, inputs: Inputs) -> dict[str, Any]:
         "evaluator": {"fingerprint": inputs.evaluator.fingerprint, **inputs.evaluator.conditions},
         "drawings": [f"{drawing.label}/{drawing.name}" for drawing in inputs.selected],
         "recommended": inputs.pipeline.recommended if inputs.pipeline is not None else None,
+        "systems": {plan.system.name: plan.system.resolve(plan.pipeline) for plan in inputs.plans},
         "versions": {library.__name__: library.__version__ for library in libraries},
     }
 
 
 def evaluate(args: EvaluationArguments, inputs: Inputs, accelerator: Accelerator) -> dict[str, Scores]:
     """Generates what is missing, scores everything and writes the results; returns them on the main process."""
-    if inputs.pipeline is not None:
-        if args.free_hand_strength and accelerator.is_main_process:
-            redraw(inputs.selected, args.free_hand_strength, redrawn_dir(args))
-        generate(args, inputs.pipeline, inputs.jobs, accelerator)
+    if inputs.plans and args.free_hand_strength and accelerator.is_main_process:
+        redraw(inputs.selected, args.free_hand_strength, redrawn_dir(args))
+    for plan in inputs.plans:
+        generate(plan, args.class_labels, args.eval_batch_size, accelerator)
     if inputs.train is None:
         return {}
-    if inputs.pipeline is not None:
-        inputs.systems = {"generated": read_generated(args, inputs), **inputs.systems}
+    for plan in inputs.plans if args.measure_memory and accelerator.device.type == "cpu" else []:
+        batch = plan.jobs[: args.eval_batch_size]
+        labels = labels_to_give(batch, args.class_labels)
+        measure_memory(str(args.model), plan.system, batch, labels, images_dir(args, plan.system))
+    generated = {plan.system.name: read_generated(args, inputs, plan) for plan in inputs.plans}
+    inputs.systems = {**generated, **inputs.systems}
     scores = score_all(args, inputs, inputs.train)
     output_dir = Path(args.output_dir)
     content = {"settings": describe_run(args, inputs), "systems": scores_to_json(scores)}

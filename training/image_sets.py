@@ -13,13 +13,14 @@
 # limitations under the License.
 """What `evaluate.py` scores: drawings, sets of images and the files they come from."""
 
+import json
 import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -53,6 +54,8 @@ class ImageSet:
         files: where the images lie; none for noise.
         probabilities, features, mirrored_features: float32 `[N, num_classes]` and `[N, D]`.
         given_labels: the class each image was generated with, where that is known.
+        costs: what each image took to make (see `systems.CostMeter`), where its file says so.
+        memory: peak memory of a batch (see `systems.measure_memory`), where it was measured.
         conditions: what belongs into the name of every number about them.
     """
 
@@ -65,6 +68,8 @@ class ImageSet:
     features: Tensor = field(default_factory=lambda: torch.empty(0))
     mirrored_features: Tensor = field(default_factory=lambda: torch.empty(0))
     given_labels: list[str | None] = field(default_factory=list)
+    costs: list[dict[str, Any] | None] = field(default_factory=list)
+    memory: dict[str, Any] | None = None
     conditions: dict[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -195,18 +200,30 @@ def read_system(name: str, images: list[tuple[Drawing, Path]], resolution: int) 
     if len(images) < 2:
         raise ValueError(f"{name!r} has {len(images)} image: at least 2 are needed.")
     sizes: dict[tuple[int, int], Path] = {}
-    given_labels = []
+    given_labels, costs = [], []
     for _, path in images:
         image = open_image(path)
         sizes.setdefault(image.size, path)
         given_labels.append(image.info.get("class_label"))
+        costs.append(_read_cost(image, path))
     if len(sizes) > 1:
         examples = " and ".join(f"{w} x {h} ({path})" for (w, h), path in list(sizes.items())[:2])
         raise ValueError(f"`images` of {name!r} must all have one size, but there are {examples}.")
     system = read_photos([(drawing.label, path) for drawing, path in images], name, resolution)
     system.groups = np.array([drawing.position for drawing, _ in images])
-    system.given_labels = given_labels
+    system.given_labels, system.costs = given_labels, costs
     return system
+
+
+def _read_cost(image: Image.Image, path: Path) -> dict[str, Any] | None:
+    """The cost that a PNG's text chunk tells, if it does."""
+    if "cost" not in image.info:
+        return None
+    try:
+        cost = json.loads(image.info["cost"])
+        return {**cost, "seconds": float(cost["seconds"]), "network_evaluations": dict(cost["network_evaluations"])}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} has an unreadable `cost` ({error}): make it again.") from error
 
 
 def save_png(image: Image.Image, path: Path, texts: dict[str, str] | None = None) -> None:

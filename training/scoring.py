@@ -18,14 +18,14 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
 from evaluation_network import Evaluator
-from image_sets import Drawing, ImageSet
+from image_sets import Drawing, ImageSet, squash
 from metrics import (
     CANNY_SIGMA,
     CHAMFER_CAP,
@@ -53,6 +53,9 @@ from metrics import (
 from torch import Tensor, nn
 from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 from tqdm.auto import tqdm
+
+from diffsketching_pipeline import DiffSketchingPipeline, SketchProcessor
+from diffsketching_pipeline.losses import SketchPerceptualLoss
 
 
 MIN_DISTANCE_SAMPLES = 32
@@ -88,6 +91,10 @@ METRICS = {
     "nearest_training_distance": ("nearest training photo, feature distance", "higher"),
     "nearest_training_pixel_distance": ("nearest training photo, pixel distance", "higher"),
     "near_copy_share": ("share of near copies of training photos", "lower"),
+    "perceptual_sketch_distance": ("perceptual distance L_p to the drawing, eq. 5 (a loss, not a judge)", "lower"),
+    "network_evaluations": ("network evaluations per image", "lower"),
+    "seconds_per_image": ("seconds per image", "lower"),
+    "peak_memory": ("peak memory while generating, MiB", "lower"),
 }
 """Title and better direction of each metric, in the order of the table."""
 
@@ -165,6 +172,7 @@ class Scorer:
             **self.realism(images),
             **self.diversity(images),
             **self.memorisation(images),
+            **self.cost(images),
         }
 
     def score_reference(self, photos: ImageSet) -> Scores:
@@ -419,6 +427,48 @@ class Scorer:
         more = {"limit": f"{self.near_copy_limit:.4g}, {share}", **conditions}
         return scores | self.measure_mean("near_copy_share", distances < self.near_copy_limit, images, more)
 
+    # -- what is watched, not judged by
+
+    def perceptual_sketch_distance(self, images: ImageSet, distances: np.ndarray) -> Scores:
+        """L_p by the model's own networks, which losses and guidance use."""
+        conditions = {"networks": "P and F_s of the model, which its losses use"}
+        return self.measure_mean("perceptual_sketch_distance", distances, images, conditions)
+
+    def cost(self, images: ImageSet) -> Scores:
+        """What an image took to make; left out where the files do not say."""
+        costs = [cost for cost in images.costs if cost is not None]
+        if not costs or len(costs) < len(images):
+            return {}
+        seconds, machines = np.array([c["seconds"] for c in costs]), Counter(str(c.get("machine")) for c in costs)
+        batches = sorted({int(c.get("batch_size", 1)) for c in costs})
+        made = {"machine": " and ".join(machines), "batch": f"{batches[0]}-{batches[-1]}"}
+        evaluations = np.array([sum(c["network_evaluations"].values()) for c in costs])
+        mean = {
+            k: np.mean([c["network_evaluations"].get(k, 0) for c in costs]) for k in costs[0]["network_evaluations"]
+        }
+        parts = {"forwards": ", ".join(f"{count:.4g} of {name}" for name, count in sorted(mean.items()))}
+        spread = {"value": "median", "interval": "95% of the images", **made}
+        interval = tuple(float(value) for value in np.percentile(seconds, [2.5, 97.5]))
+        return {
+            **self.measure("network_evaluations", float(evaluations.mean()), images, parts),
+            **self.measure("seconds_per_image", float(np.median(seconds)), images, spread, cast(Any, interval)),
+            **self.peak_memory(images, costs),
+        }
+
+    def peak_memory(self, images: ImageSet, costs: list[dict[str, Any]]) -> Scores:
+        """Peak memory of a batch: what was allocated on a GPU, or what a fresh process needed beyond the loaded model."""
+        conditions, value, reason = {}, None, None
+        if all("peak_memory" in cost for cost in costs):
+            value = max(cost["peak_memory"] for cost in costs)
+            conditions = {"batch": str(max(cost["batch_size"] for cost in costs)), "memory": "allocated on the GPU"}
+        elif images.memory is not None:
+            value, reason = images.memory["peak_memory"], images.memory.get("reason")
+            conditions = {"batch": str(images.memory["batch_size"]), "memory": "resident, beyond the loaded model"}
+        else:
+            return {}
+        mebibytes = None if value is None else value / 2**20
+        return self.measure("peak_memory", mebibytes, images, conditions, reason=reason)
+
 
 def load_lpips(net: Literal["alex", "vgg", "squeeze"]) -> tuple[nn.Module | None, str | None]:
     """LPIPS on a pretrained backbone, or why there is none: its weights are never downloaded and never random."""
@@ -448,3 +498,29 @@ def make_noise(images: ImageSet, seed: int = 0) -> ImageSet:
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(0, 256, images.pixels.shape, generator=generator, dtype=torch.uint8)
     return ImageSet("noise", pixels, images.labels, images.groups, [])
+
+
+def check_perceptual_components(pipeline: DiffSketchingPipeline) -> None:
+    """Raises `ValueError` for a pipeline without the networks of L_p."""
+    for name in ("sketcher", "sketch_encoder"):
+        if getattr(pipeline, name) is None:
+            raise ValueError(f"`perceptual_sketch_distance` needs a `model` with the component `{name}`.")
+
+
+@torch.no_grad()
+def perceptual_sketch_distances(
+    pipeline: DiffSketchingPipeline, images: ImageSet, drawings: list[Drawing], batch_size: int
+) -> np.ndarray:
+    """
+    L_p(P(x), s) of eq. 5 for each image and its drawing, `[N]`, by the pipeline's sketcher and sketch encoder.
+    """
+    sketcher, loss = pipeline.sketcher, SketchPerceptualLoss(pipeline.sketch_encoder)
+    device, side = next(sketcher.parameters()).device, max(pipeline.height, pipeline.width)
+    distances = []
+    for first in tqdm(range(0, len(images), batch_size), desc=f"L_p of {images.name}", leave=False):
+        indices = range(first, min(first + batch_size, len(images)))
+        photos = np.stack([np.asarray(squash(images.image(i), side)) for i in indices])
+        pixels = torch.from_numpy(photos).permute(0, 3, 1, 2).to(device, torch.float32) / 127.5 - 1
+        sketch = SketchProcessor(side).preprocess([str(drawings[images.groups[i]].path) for i in indices]).to(device)
+        distances.append(loss(sketcher(pixels), sketch).float().cpu())
+    return torch.cat(distances).numpy()
