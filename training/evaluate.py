@@ -46,6 +46,7 @@ from accelerate import Accelerator
 from data import free_hand_distortion
 from evaluation_network import Evaluator, fingerprint, read_training_photos
 from evaluation_report import make_table, scores_to_json, write_contact_sheets, write_nearest_sheet
+from free_hand_gap import free_hand_gap, read_contour_metrics
 from image_sets import (
     Drawing,
     ImageSet,
@@ -55,6 +56,7 @@ from image_sets import (
     read_drawings,
     read_photos,
     read_system,
+    required,
     save_png,
     select_drawings,
     write_text,
@@ -87,10 +89,6 @@ REDRAWN_MARGIN = 1 / 6
 
 
 # ---- arguments ------------------------------------------------------------------------------------------------------
-
-
-def required(help: str) -> Any:
-    return field(metadata={"help": help})
 
 
 @dataclass
@@ -142,6 +140,11 @@ class EvaluationArguments:
     )
     measure_memory: bool = argument(
         False, "also measure each system's peak memory; on a CPU one batch more, in a process of its own"
+    )
+    contour_metrics: str | None = argument(
+        None,
+        "`metrics.json` of the same systems on contours of photos (see draw_contours.py); each metric's difference from it, "
+        "the free-hand gap, is then part of the result",
     )
     cache_dir: str | None = argument(None, "where the decoded training photos and their features are kept")
 
@@ -337,6 +340,7 @@ class Inputs:
     sketches: Tensor
     systems: dict[str, ImageSet]
     reference: ImageSet
+    on_contours: dict[str, dict[str, Any]] = field(default_factory=dict)
     train: ImageSet | None = None
     pipeline: DiffSketchingPipeline | None = None
     plans: list[Plan] = field(default_factory=list)
@@ -359,6 +363,7 @@ def prepare(args: EvaluationArguments, accelerator: Accelerator) -> Inputs:
     matched = {name: match_images(folder, drawings, selected) for name, folder in folders.items()}
     reference_files, train_files = (list_class_folders(Path(getattr(args, n)), n) for n in ("reference", "train"))
     evaluator = Evaluator(args.evaluator, args.resolution, accelerator.device)
+    on_contours = read_contour_metrics(args.contour_metrics, evaluator.settings) if args.contour_metrics else {}
     for name, labels in {
         "sketches": [drawing.label for drawing in drawings],
         "reference": [label for label, _ in reference_files],
@@ -370,7 +375,7 @@ def prepare(args: EvaluationArguments, accelerator: Accelerator) -> Inputs:
     sketches = SketchProcessor(CONTOUR_RESOLUTION).preprocess([str(drawing.path) for drawing in drawings])
     systems = {name: read_system(name, images, evaluator.resolution) for name, images in matched.items()}
     reference = read_photos(reference_files, f"{Path(args.reference).name} photos", evaluator.resolution)
-    inputs = Inputs(evaluator, drawings, selected, sketches, systems, reference)
+    inputs = Inputs(evaluator, drawings, selected, sketches, systems, reference, on_contours)
     if args.model is not None:
         inputs.pipeline = load_model(args, evaluator, selected)
         inputs.plans = make_plans(args, inputs.pipeline, drawings, selected)
@@ -457,7 +462,7 @@ def describe_run(args: EvaluationArguments, inputs: Inputs) -> dict[str, Any]:
     libraries = (torch, torchmetrics, torchvision, diffusers, transformers)
     return {
         "arguments": asdict(args),
-        "evaluator": {"fingerprint": inputs.evaluator.fingerprint, **inputs.evaluator.conditions},
+        "evaluator": inputs.evaluator.settings,
         "drawings": [f"{drawing.label}/{drawing.name}" for drawing in inputs.selected],
         "recommended": inputs.pipeline.recommended if inputs.pipeline is not None else None,
         "systems": {plan.system.name: plan.system.resolve(plan.pipeline) for plan in inputs.plans},
@@ -481,9 +486,11 @@ def evaluate(args: EvaluationArguments, inputs: Inputs, accelerator: Accelerator
     inputs.systems = {**generated, **inputs.systems}
     scores = score_all(args, inputs, inputs.train)
     output_dir = Path(args.output_dir)
+    gaps = {n: free_hand_gap(scores[n], inputs.on_contours[n]) for n in inputs.systems if n in inputs.on_contours}
     content = {"settings": describe_run(args, inputs), "systems": scores_to_json(scores)}
+    content |= {"free_hand_gap": scores_to_json(gaps)} if gaps else {}
     write_text(json.dumps(content, indent=2) + "\n", output_dir / "metrics.json")
-    write_text(make_table(scores), output_dir / "metrics.md")
+    write_text(make_table(scores, gaps), output_dir / "metrics.md")
     for name, images in inputs.systems.items():
         folder = output_dir / "sheets" / name
         write_contact_sheets(images, inputs.drawings, inputs.given_sketches(name), inputs.evaluator.labels, folder)

@@ -81,6 +81,11 @@ class Evaluator:
             "resize": f"squash4:3-bicubic-{self.resolution}px",
         }
 
+    @property
+    def settings(self) -> dict[str, str]:
+        """What tells one judge from another."""
+        return {"fingerprint": self.fingerprint, **self.conditions}
+
     def _read_preprocessor(self, path: Path, resolution: int | None) -> None:
         settings = json.loads(path.read_text()) if path.is_file() else {}
         size = settings.get("crop_size") or settings.get("size") or 64

@@ -127,8 +127,8 @@ def format_measurement(measurement: Measurement | None) -> str:
     return f"{text} (N={measurement.n})"
 
 
-def make_table(scores: dict[str, Scores]) -> str:
-    """A Markdown table of metrics by systems, then the full name of every number and the reasons for missing ones."""
+def table_lines(scores: dict[str, Scores]) -> tuple[list[str], list[str]]:
+    """A Markdown table of metrics by systems, and the full name of every number with the reason for a missing one."""
     lines = [f"| | {' | '.join(scores)} |", "| --- |" + " --- |" * len(scores)]
     names = []
     for key, (title, better) in METRICS.items():
@@ -140,12 +140,24 @@ def make_table(scores: dict[str, Scores]) -> str:
         for name, cell in zip(scores, cells, strict=True):
             if cell is not None:
                 names.append(f"- {name}: {cell.name}" + (f": none, {cell.reason}" if cell.value is None else ""))
+    return lines, names
+
+
+def make_table(scores: dict[str, Scores], gaps: dict[str, Scores] | None = None) -> str:
+    """The report in Markdown: the table, the free-hand gap if it is known, then what each number is."""
+    lines, names = table_lines(scores)
     note = (
         "Values with 95% bootstrap intervals over drawings (over photos for real ones). A share of exactly 0 or 1 leaves"
-        " nothing to resample: its interval has no width. Fréchet distances grow as N falls: compare them at one N, and"
-        " with the training photos, which are as many as the first system's images and of the same classes."
+        " nothing to resample: its interval has no width. Fréchet distances and recall depend on N: compare them at one"
+        " N, and with the training photos, which are as many as the first system's images and of the same classes."
     )
-    return "\n".join(["# Evaluation", "", note, "", *lines, "", "## What each number is", "", *names, ""])
+    parts = ["# Evaluation", "", note, "", *lines, ""]
+    if gaps:
+        gap_lines, gap_names = table_lines(gaps)
+        about = "Each metric on human drawings minus the same on contours of photos."
+        parts += ["## Free-hand gap", "", about, "", *gap_lines, ""]
+        names += gap_names
+    return "\n".join([*parts, "## What each number is", "", *names, ""])
 
 
 def scores_to_json(scores: dict[str, Scores]) -> dict[str, Any]:

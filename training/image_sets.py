@@ -32,6 +32,11 @@ from tqdm.auto import tqdm
 from train_encoders import in_first_half
 
 
+def required(help: str) -> Any:
+    """A dataclass field without a default, with a help text."""
+    return field(metadata={"help": help})
+
+
 class Drawing(NamedTuple):
     """A drawing by name and class; `position` is its place among all drawings of the folder, whatever the split."""
 
