@@ -22,7 +22,6 @@ name, or as many as there are. A second call makes only what is missing.
 """
 
 import hashlib
-import json
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 from data import CONTOUR_NAMES, CONTOUR_SIZE, photo_to_contours
-from image_sets import Drawing, list_class_folders, open_image, read_drawings, required, save_png, write_text
+from image_sets import Drawing, check_settings, list_class_folders, open_image, read_drawings, required, save_png
 from PIL import Image
 from tqdm.auto import tqdm
 from train_encoders import in_first_half
@@ -76,26 +75,13 @@ def choose_photos(photos: list[tuple[str, Path]], drawings: list[Drawing]) -> di
     return groups
 
 
-def check_settings(args: ContourArguments, counts: Counter, photos: list[tuple[str, Path]]) -> None:
-    """Writes the settings beside the contours; `ValueError` where contours of other settings lie there already."""
+def contour_settings(args: ContourArguments, counts: Counter, photos: list[tuple[str, Path]]) -> dict[str, Any]:
+    """What the contours depend on."""
     digest = hashlib.sha256()
     for label, path in photos:
         digest.update(f"{label}/{path.name}:{path.stat().st_size}\n".encode())
-    settings = {
-        "contour": args.contour,
-        "photos": digest.hexdigest(),
-        "counts": {f"{label}/{'tune' if half else 'report'}": n for (label, half), n in sorted(counts.items())},
-    }
-    path = Path(args.output_dir) / SETTINGS_NAME
-    if path.is_file():
-        earlier = json.loads(path.read_text())
-        changed = [name for name in settings if settings[name] != earlier.get(name)]
-        if changed:
-            raise ValueError(
-                f"`output_dir` holds contours of another {', '.join(changed)}: take another, or delete it."
-            )
-        return
-    write_text(json.dumps(settings, indent=2) + "\n", path)
+    halves = {f"{label}/{'tune' if half else 'report'}": n for (label, half), n in sorted(counts.items())}
+    return {"contour": args.contour, "photos": digest.hexdigest(), "counts": halves}
 
 
 def main(args: ContourArguments) -> int:
@@ -109,7 +95,8 @@ def main(args: ContourArguments) -> int:
     if not groups:
         raise ValueError(f"`reference` {args.reference!r} has no photo of a class of the drawings.")
     counts = Counter((drawing.label, in_first_half(drawing.name)) for drawing in drawings)
-    check_settings(args, counts, photos)
+    settings = contour_settings(args, counts, photos)
+    check_settings(settings, Path(args.output_dir) / SETTINGS_NAME, "`output_dir` holds contours made")
     total = 0
     for key, wanted in tqdm(sorted(counts.items()), desc="Drawing contours", unit="class"):
         made = 0

@@ -51,6 +51,8 @@ from image_sets import (
     Drawing,
     ImageSet,
     check_labels,
+    check_settings,
+    file_digest,
     list_class_folders,
     match_images,
     read_drawings,
@@ -265,38 +267,19 @@ def generation_settings(
     """What the images depend on beside the drawing's name and the image's number; `weights` are the model's."""
     scheduler = plan.pipeline.scheduler
     config = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
-    sketches = hashlib.sha256(b"".join(hashlib.sha256(d.path.read_bytes()).digest() for d in drawings)).hexdigest()
     plain, system = System(), plan.system
     # What is as in a plain call is left out, so that images made before a setting existed are still known.
     more = ("withhold", "strength", "guidance_start", "guidance_end")
-    settings = {
+    return {
         "weights": weights,
         "scheduler": {"class": type(scheduler).__name__, **config},
         "recommended": plan.pipeline.recommended,
-        "sketches": sketches,
+        "sketches": file_digest(drawing.path for drawing in drawings),
         "free_hand_strength": args.free_hand_strength or None,
         **{name: getattr(args, name) for name in ("class_labels", "seed")},
         **{name: getattr(system, name) for name in SAMPLING_NAMES},
         **{n: None if getattr(system, n) == getattr(plain, n) else getattr(system, n) for n in more},
     }
-    return json.loads(json.dumps(settings, default=str))
-
-
-def check_generation_settings(settings: dict[str, Any], folder: Path) -> None:
-    """
-    Writes the settings beside the images; `ValueError` where images of other settings lie there already.
-    """
-    path = folder / "generation.json"
-    if not path.is_file():
-        write_text(json.dumps(settings, indent=2) + "\n", path)
-        return
-    earlier = json.loads(path.read_text())
-    changed = [name for name in settings if settings[name] != earlier.get(name)]
-    if changed:
-        raise ValueError(
-            f"`output_dir` holds images generated with another {', '.join(changed)}: take another `output_dir`, or"
-            f" delete {folder}."
-        )
 
 
 # ---- the script -----------------------------------------------------------------------------------------------------
@@ -387,7 +370,8 @@ def prepare(args: EvaluationArguments, accelerator: Accelerator) -> Inputs:
             weights = {name: fingerprint(network) for name, network in networks if isinstance(network, nn.Module)}
             for plan in inputs.plans:
                 settings = generation_settings(args, plan, weights, drawings)
-                check_generation_settings(settings, images_dir(args, plan.system))
+                path = images_dir(args, plan.system) / "generation.json"
+                check_settings(settings, path, "`output_dir` holds images generated")
     return inputs
 
 

@@ -13,6 +13,7 @@
 # limitations under the License.
 """What `evaluate.py` scores: drawings, sets of images and the files they come from."""
 
+import hashlib
 import json
 import os
 import re
@@ -247,3 +248,23 @@ def write_text(text: str, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+def file_digest(paths: Iterable[Path]) -> str:
+    """SHA-256 of the contents of files, in their order."""
+    return hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in paths)).hexdigest()
+
+
+def check_settings(settings: dict[str, Any], path: Path, what: str) -> None:
+    """
+    Writes what a folder's pictures depend on into `path`; `ValueError`, which begins with `what`, where pictures of other
+    settings lie there already.
+    """
+    settings = json.loads(json.dumps(settings, default=str))
+    if not path.is_file():
+        write_text(json.dumps(settings, indent=2) + "\n", path)
+        return
+    earlier = json.loads(path.read_text())
+    changed = [name for name in settings if settings[name] != earlier.get(name)]
+    if changed:
+        raise ValueError(f"{what} with another {', '.join(changed)}: take another folder, or delete {path.parent}.")

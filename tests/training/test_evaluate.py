@@ -300,7 +300,8 @@ def test_generates_resumes_and_scores(arguments, model_dir, drawings_dir, evalua
         assert condition in system["frechet_distance"]["name"]
     assert "seeds: 36 in 0-35" in system["class_agreement"]["name"]
     assert (
-        "sampling: num_inference_steps=2, sketch_guidance_scale=1.5, class predicted"
+        "sampling: DDIMScheduler, timestep_spacing=leading, num_inference_steps=2, eta=0.0, sketch_guidance_scale=1.5,"
+        " classifier_guidance_scale=0.0, perceptual_guidance_scale=0.0, class predicted"
         in system["retrieval_at_1"]["name"]
     )
 
@@ -318,7 +319,7 @@ def test_generates_resumes_and_scores(arguments, model_dir, drawings_dir, evalua
     with torch.no_grad():
         pipeline.unet.conv_in.bias.add_(1)
     pipeline.save_pretrained(tmp_path / "pipeline")
-    with pytest.raises(ValueError, match="generated with another weights: take another `output_dir`"):
+    with pytest.raises(ValueError, match="generated with another weights: take another folder"):
         main(arguments(model=str(tmp_path / "pipeline")))
     sheets = {path.name for path in (out / "sheets" / "generated").iterdir()}
     assert sheets == {"disc.png", "square.png", "all.png", "nearest_training_photos.png"}

@@ -55,7 +55,7 @@ def test_contours_are_made_once_and_not_mixed(contours_dir, photos_dir, drawings
     assert {path for path in stamps if path.stat().st_mtime_ns != stamps[path]} == {gone}
     assert gone.read_bytes() == content
     args.contour = "fine"
-    with pytest.raises(ValueError, match="`output_dir` holds contours of another contour: take another"):
+    with pytest.raises(ValueError, match="`output_dir` holds contours made with another contour: take another folder"):
         draw_contours.main(args)
 
 
