@@ -99,7 +99,8 @@ def read_answers(paths: Sequence[str], key: dict[str, Any]) -> list[dict[str, An
     Raises:
         ValueError: a file of another study or with other content, or two files of one judge; names it.
     """
-    judges, seen = [], {}
+    judges: list[dict[str, Any]] = []
+    seen: dict[str, str] = {}
     for path in paths:
         content = read_json(path, "answers")
         try:
