@@ -18,7 +18,8 @@
     python training/evaluate.py --images GAN_OUTPUT OTHER=FOLDER --sketches DRAWINGS ...
 
 The first generates photos of every drawing and scores them, the second scores folders of `<sketch>_<n>.png` from
-anywhere; both may be given, and every system becomes a column beside real photos and noise. `output_dir` receives
+anywhere; both may be given, and every system becomes a column beside real photos and noise. `--systems` names several ways
+to use the model, the unconditional one and other baselines among them (see systems.py). `output_dir` receives
 `metrics.json`, the table `metrics.md`, `sheets/` to look at and, with `--model`, `images/`, which a second call completes.
 
 Every photo, real or generated, is cropped centrally to an aspect of at most 4:3, squashed to a square and resized by

@@ -177,6 +177,9 @@ class System:
         labels: Any = class_labels
         if not self.uses_drawing(pipeline):
             sketch, labels = None, [None] * len(jobs)
+        elif not self.uses_class(pipeline) and pipeline.num_classes > 0:
+            # Any class will do, and guessing one would cost an evaluation.
+            labels = [0] * len(jobs)
         generators = [torch.Generator().manual_seed(job.seed) for job in jobs]
         return pipeline(
             sketch, class_labels=labels, num_images_per_sketch=1, generator=generators, **self.call_kwargs, **kwargs
@@ -420,4 +423,6 @@ def generate(plan: Plan, class_labels: str, batch_size: int, accelerator: Accele
                 save_png(image, job.path, texts)
             progress.update(len(batch))
         progress.close()
+    # A UNet of its own would count towards the next system's memory.
+    plan.pipeline.unet.to("cpu")
     accelerator.wait_for_everyone()

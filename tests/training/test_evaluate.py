@@ -251,7 +251,7 @@ def test_two_processes_generate_and_one_scores(arguments, model_dir, tmp_path, s
         assert two[name]["value"] == pytest.approx(one[name]["value"], rel=0.02, abs=1e-3)
 
 
-def test_generates_resumes_and_scores(arguments, model_dir, drawings_dir, evaluator_dir, tmp_path):
+def test_generates_resumes_and_scores(arguments, model_dir, drawings_dir, photos_dir, evaluator_dir, tmp_path):
     args = arguments(model=str(model_dir), num_images_per_sketch=3, eval_batch_size=8)
     main(args)
     out = tmp_path / "out"
@@ -288,6 +288,12 @@ def test_generates_resumes_and_scores(arguments, model_dir, drawings_dir, evalua
     unit = features / features.norm(dim=1, keepdim=True)
     distances = [torch.pdist(unit[i : i + 3]).mean() for i in range(0, 36, 3)]
     assert system["pairwise_distance"]["value"] == pytest.approx(float(np.mean(distances)), rel=1e-4)
+    photos = image_sets.list_class_folders(photos_dir / "validation", "reference")
+    real = Evaluator(str(evaluator_dir), SIZE).look_at(image_sets.read_photos(photos, "photos", SIZE), 32).features
+    assert system["precision"]["value"] == pytest.approx(metrics.precision(features, real), abs=1 / 36 + 1e-9)
+    assert system["recall"]["value"] == pytest.approx(metrics.recall(features, real), abs=1 / 72 + 1e-9)
+    assert scores["training_photos"]["precision"]["value"] > 0.5 and scores["reference_photos"]["recall"]["n"] == 36
+    assert scores["noise"]["recall"]["value"] < scores["training_photos"]["recall"]["value"]
     assert system["frechet_distance"]["value"] > scores["reference_photos"]["frechet_distance"]["value"]
     assert system["frechet_distance"]["n"] == 36 and scores["training_photos"]["frechet_distance"]["n"] >= 32
     assert system["pairwise_lpips"]["value"] is None and "backbone weights" in system["pairwise_lpips"]["reason"]

@@ -241,6 +241,8 @@ def test_evaluations_are_counted_for_every_network(pipeline, jobs):
     assert evaluations(**off | {"perceptual_guidance_scale": 0.1}) == perceptual
     assert evaluations(**off, withhold=("class", "sketch")) == {"unet": 4}
     assert evaluations(**off, strength=0.5) == {"unet": 2, "sketch_encoder": 1}
+    # Where no class is used, none is guessed.
+    assert evaluations(**off, strength=0.5, withhold=("class", "sketch")) == {"unet": 2}
 
 
 def test_memory_is_that_of_one_batch_in_a_fresh_process(pipeline, jobs, tmp_path):

@@ -13,6 +13,7 @@
 # limitations under the License.
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +23,8 @@ from accelerate.state import AcceleratorState
 from evaluate import main
 from image_sets import read_drawings
 from PIL import Image
-from train_gan_baseline import photo_metrics, with_dropout
+from train_gan_baseline import GanBaselineArguments, photo_metrics, with_dropout
+from trainer import parse_args
 
 from diffsketching_pipeline import PhotoSketcher, SketchProcessor
 
@@ -95,6 +97,12 @@ def test_detail_tells_a_blurred_photo_from_a_sharp_one():
     of_mean, of_photos = photo_metrics(mean, photos[:, None]), photo_metrics(photos, photos[:, None])
     assert of_mean["detail"] == pytest.approx(0, abs=1e-6) and of_photos["l1"] == 0
     assert of_photos["detail"] == of_photos["target_detail"] == of_mean["target_detail"] > 0.5
+
+
+def test_shipped_config_is_understood():
+    config = Path(train_gan_baseline.__file__).parent / "configs" / "gan_baseline_garments64.yaml"
+    args = parse_args(GanBaselineArguments, [str(config)])
+    assert args.direction == "sketch_to_photo" and args.dropout == 0.5 and args.max_train_steps == 20000
 
 
 @pytest.mark.parametrize(
