@@ -19,7 +19,8 @@ A conditional GAN whose generator is `PhotoSketcher` and whose discriminator loo
 photo has N valid drawings, and averaging them would blur: the L1 term counts the nearest of them only. The N drawings
 are contours at several scales made by `data.py`; no human drawing is needed. The result is `output_dir/sketcher`.
 
-`--direction sketch_to_photo` trains the same networks the other way round (pix2pix), as a baseline without diffusion.
+`--direction sketch_to_photo` trains the same networks the other way round; `train_gan_baseline.py` makes that a system that
+can be evaluated.
 """
 
 from collections.abc import Callable
@@ -194,8 +195,26 @@ def generate(model: nn.Module, source: Tensor, batch_size: int = 32) -> Tensor:
     return torch.cat([model(part.to(device)).float().cpu() for part in source.split(batch_size)])
 
 
-def main() -> None:
-    args = parse_args(SketcherArguments, description=__doc__)
+def sketch_metrics(result: Tensor, targets: Tensor) -> dict[str, float]:
+    """
+    How near drawings [N, 1, H, W] are to the valid ones [N, K, 1, H, W]. A generator that draws nothing has a low L1
+    distance too; the share of ink tells it from one that draws.
+    """
+    ink, target_ink = (((1 - drawings) / 2).mean().item() for drawings in (result, targets))
+    return {"l1": minimum_l1(result, targets).item(), "ink": ink, "target_ink": target_ink}
+
+
+def train(
+    args: SketcherArguments, folder_name: str, metrics: Callable[[Tensor, Tensor], dict[str, float]] = sketch_metrics
+) -> None:
+    """
+    Trains generator and discriminator, then writes the averaged generator to `output_dir/folder_name`.
+
+    Args:
+        args: see [`SketcherArguments`].
+        folder_name: what the generator is called.
+        metrics: `(result, targets) -> {name: value}` of the validation pairs, see [`source_and_targets`].
+    """
     root = resolve_data_dir(args)
 
     # 1. Data
@@ -209,23 +228,21 @@ def main() -> None:
 
     def validate() -> tuple[dict[str, float], dict[str, Tensor]]:
         result = generate(trainer.unwrap("sketcher"), source)
-        # A generator that draws nothing has a low L1 distance too; the share of ink tells it from one that draws.
-        metrics = {
-            "l1": minimum_l1(result, targets).item(),
-            "ink": ((1 - result) / 2).mean().item(),
-            "target_ink": ((1 - targets) / 2).mean().item(),
-        }
         shown = slice(None, None, max(1, len(source) // 12))
         rows = [source[shown][:12], *(targets[shown][:12, n] for n in range(targets.shape[1])), result[shown][:12]]
-        return metrics, {"validation": image_grid(rows)}
+        return metrics(result, targets), {"validation": image_grid(rows)}
 
     # 3. Train, publish the averaged generator
     trainer.train(gan_losses(trainer, args), validate)
     averaged = trainer.ema_copy("sketcher")
     if averaged is not None:
-        with write_folder(Path(args.output_dir) / "sketcher") as folder:
+        with write_folder(Path(args.output_dir) / folder_name) as folder:
             averaged.save_pretrained(folder)
         trainer.push(Path(args.output_dir) / "sketcher")
+
+
+def main() -> None:
+    train(parse_args(SketcherArguments, description=__doc__), "sketcher")
 
 
 if __name__ == "__main__":

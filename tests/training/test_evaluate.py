@@ -13,24 +13,28 @@
 # limitations under the License.
 import dataclasses
 import hashlib
-import itertools
 import json
-import math
 import subprocess
 import sys
 from pathlib import Path
 
 import evaluate
+import evaluation_network
+import evaluation_report
+import image_sets
 import lpips
+import metrics
 import numpy as np
 import pytest
+import scoring
 import torch
 import torchvision
-from diffusers import DDIMScheduler, UNet2DModel
-from evaluate import EvaluationArguments, Evaluator, Tile, main
-from PIL import Image, ImageDraw
+from evaluate import main
+from evaluation_network import Evaluator
+from evaluation_report import Tile
+from PIL import Image
 from scipy import ndimage
-from transformers import RegNetConfig, RegNetForImageClassification, ResNetConfig, ResNetForImageClassification
+from transformers import RegNetForImageClassification, ResNetConfig, ResNetForImageClassification
 
 from diffsketching_pipeline import DiffSketchingPipeline, SketchProcessor
 
@@ -43,89 +47,6 @@ def save(image, path):
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path)
     return path
-
-
-@pytest.fixture(scope="module")
-def drawings_dir(tmp_path_factory):
-    """Six outlines of each class, all of different proportions."""
-    root = tmp_path_factory.mktemp("drawings")
-    for i in range(6):
-        for label in LABELS:
-            page = Image.new("L", (120, 120), 255)
-            draw = ImageDraw.Draw(page)
-            shape = draw.ellipse if label == "disc" else draw.rectangle
-            shape(
-                (10 + 7 * i, 10, 110 - 7 * i, 110) if i % 2 else (10, 10 + 7 * i, 110, 110 - 7 * i), outline=0, width=3
-            )
-            save(page, root / label / f"{label}{i}.png")
-    return root
-
-
-@pytest.fixture(scope="module")
-def photos_dir(tmp_path_factory):
-    """Photos of no common size: a bright shape on a dark, shaded ground."""
-    root = tmp_path_factory.mktemp("photos")
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 80), ("validation", 72)):
-        for i in range(count):
-            width, height = rng.integers(40, 60, 2)
-            photo = Image.fromarray(rng.integers(0, 90, (height, width, 3), dtype=np.uint8))
-            draw = ImageDraw.Draw(photo)
-            shape = draw.ellipse if i % 2 == 0 else draw.rectangle
-            left, top, side = rng.integers(4, 16), rng.integers(4, 16), rng.integers(16, 24)
-            shape((left, top, left + side, top + side), fill=tuple(rng.integers(120, 255, 3).tolist()))
-            save(photo, root / split / LABELS[i % 2] / f"{split}-{i}.png")
-    return root
-
-
-@pytest.fixture(scope="module")
-def evaluator_dir(tmp_path_factory):
-    torch.manual_seed(0)
-    shape = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "groups_width": 8, "layer_type": "y"}
-    config = RegNetConfig(**shape, num_labels=2, id2label=dict(enumerate(LABELS)), label2id={"disc": 0, "square": 1})
-    folder = tmp_path_factory.mktemp("evaluator")
-    RegNetForImageClassification(config).half().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=16,
-        in_channels=4,
-        out_channels=3,
-        block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=4,
-        num_class_embeds=3,
-    )
-    config = ResNetConfig(
-        num_channels=1, embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic", num_labels=2
-    )
-    pipeline = DiffSketchingPipeline(
-        unet=unet,
-        scheduler=DDIMScheduler(steps_offset=0, timestep_spacing="leading"),
-        sketch_encoder=ResNetForImageClassification(config),
-        id2label=dict(enumerate(LABELS)),
-        recommended={"num_inference_steps": 2, "sketch_guidance_scale": 1.5},
-    )
-    folder = tmp_path_factory.mktemp("pipeline")
-    pipeline.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def arguments(drawings_dir, photos_dir, evaluator_dir, tmp_path):
-    def make(**changes):
-        paths = {"sketches": drawings_dir, "reference": photos_dir / "validation", "train": photos_dir / "train"}
-        paths |= {"evaluator": evaluator_dir, "output_dir": tmp_path / "out"}
-        values = {name: str(path) for name, path in paths.items()}
-        return EvaluationArguments(**values | {"resolution": SIZE, "num_bootstrap_samples": 20} | changes)
-
-    return make
 
 
 def outlined_photos(drawings_dir, folder, color=(200, 60, 60), resolution=64):
@@ -142,174 +63,6 @@ def load(path):
     return json.loads(Path(path).read_text())
 
 
-# -- distances between sets --
-
-
-def test_frechet_distance_is_its_closed_form():
-    rng = np.random.default_rng(0)
-    white = rng.standard_normal((200, 5))
-    white -= white.mean(0)
-    white = torch.from_numpy(white @ np.linalg.inv(np.linalg.cholesky(np.cov(white.T))).T)
-    scale, shift = torch.tensor([0.5, 1.0, 2.0, 3.0, 0.1]), torch.tensor([1.0, 0.0, -2.0, 0.5, 0.0])
-    expected = float(shift.square().sum() + (scale - 1).square().sum())
-    assert evaluate.frechet_distance(white * scale + shift, white) == pytest.approx(expected, rel=1e-5)
-    assert evaluate.frechet_distance(white, white) == pytest.approx(0, abs=1e-6)
-
-
-def test_kernel_distance_is_the_unbiased_estimate():
-    rng = np.random.default_rng(1)
-    x, y = rng.standard_normal((2, 9, 4))
-    y += 0.7
-
-    def kernel(a, b):
-        return (a @ b / 4 + 1) ** 3
-
-    within = [sum(kernel(a, b) for a, b in itertools.permutations(z, 2)) / (9 * 8) for z in (x, y)]
-    across = sum(kernel(a, b) for a in x for b in y) / 81
-    value = evaluate.kernel_distance(torch.from_numpy(x), torch.from_numpy(y))
-    assert value == pytest.approx(sum(within) - 2 * across, rel=1e-6)
-
-
-def test_kernel_distance_uses_all_of_a_larger_set():
-    rng = torch.Generator().manual_seed(0)
-    state = torch.get_rng_state()
-    errors = []
-    for _ in range(20):
-        small, large = torch.randn(20, 3, generator=rng), torch.randn(200, 3, generator=rng)
-        per_part = [evaluate.kernel_distance(small, part) for part in large.split(20)]
-        value = evaluate.kernel_distance(small, large)
-        assert value == evaluate.kernel_distance(small, large)
-        errors.append((value - np.mean(per_part), per_part[0] - np.mean(per_part)))
-    of_all, of_one_part = np.std(errors, axis=0)
-    assert of_all < of_one_part / 2
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-# -- intervals --
-
-
-def test_bootstrap_resamples_whole_drawings():
-    rng = np.random.default_rng(0)
-    per_drawing = rng.standard_normal(100)
-    values, groups = np.repeat(per_drawing, 4), np.repeat(np.arange(100), 4)
-    spread = evaluate.bootstrap_means(values, groups, 4000).std()
-    assert spread == pytest.approx(per_drawing.std() / 10, rel=0.05)
-    as_if_independent = evaluate.bootstrap_means(values, np.arange(400), 4000).std()
-    assert as_if_independent == pytest.approx(per_drawing.std() / 20, rel=0.05)
-
-
-def test_bootstrap_weights_images():
-    values, weights = np.array([1.0, 0.0, 0.0]), np.array([3.0, 1.0, 1.0])
-    one_group = evaluate.bootstrap_means(values, np.zeros(3, dtype=int), 5, weights)
-    np.testing.assert_allclose(one_group, 0.6)
-
-
-def test_no_interval_from_few_groups_or_no_samples():
-    samples = np.linspace(0, 1, 1001)
-    assert evaluate.percentile_interval(samples, 50) == pytest.approx((0.025, 0.975))
-    assert evaluate.percentile_interval(samples, evaluate.MIN_GROUPS - 1) is None
-    assert evaluate.percentile_interval(np.empty(0), 50) is None
-
-
-def test_distance_interval_is_not_shifted_by_resampling():
-    features = torch.randn(60, 6, generator=torch.Generator().manual_seed(0))
-    reference = torch.randn(300, 6, generator=torch.Generator().manual_seed(1))
-    value = evaluate.frechet_distance(features, reference)
-    spread = evaluate.bootstrap_distances(evaluate.frechet_distance, features, np.arange(60), reference, 50)
-    resampled = features[torch.from_numpy(np.random.default_rng(0).integers(60, size=60))]
-    assert evaluate.frechet_distance(resampled, reference) > value  # why the samples are centred
-    assert spread.mean() == pytest.approx(0, abs=1e-9)
-    low, high = evaluate.percentile_interval(value + spread, 60)
-    assert low < value < high
-
-
-# -- choosing photos --
-
-
-def test_random_halves_are_disjoint_and_alike():
-    labels = ["a"] * 21 + ["b"] * 10
-    first, second = evaluate.random_halves(labels, seed=3)
-    assert len(first) == len(second) == 15 and not set(first) & set(second)
-    assert abs(sum(i < 21 for i in first) - sum(i < 21 for i in second)) <= 1
-    assert set(first) != set(evaluate.random_halves(labels, seed=4)[0])
-
-
-def test_sample_like_matches_classes_and_takes_allowed_photos_only():
-    labels = ["a"] * 10 + ["b"] * 10 + ["c"] * 10
-    allowed = np.arange(30) % 2 == 0
-    chosen = evaluate.sample_like(labels, ["b"] * 3 + ["a"] * 9, allowed, seed=0)
-    assert [labels[i] for i in chosen].count("b") == 3
-    assert [i for i in chosen if i < 10] == [0, 2, 4, 6, 8]  # 9 wanted, 5 allowed
-    assert allowed[chosen].all() and all(labels[i] != "c" for i in chosen)
-
-
-# -- diversity and nearest neighbours --
-
-
-def test_pairwise_means_are_zero_for_identical_and_root_two_for_orthogonal_features():
-    features = torch.tensor([[3.0, 0.0], [5.0, 0.0], [0.0, 2.0], [1.0, 0.0], [7.0, 7.0]])
-    means = evaluate.pairwise_means(features, np.array([0, 0, 1, 1, 2]))
-    assert means == {0: pytest.approx(0), 1: pytest.approx(math.sqrt(2))}
-
-
-@pytest.mark.parametrize("within_class", [False, True])
-def test_random_pair_distance_is_the_mean_over_pairs(within_class):
-    features = torch.randn(7, 3, generator=torch.Generator().manual_seed(0))
-    labels = np.array([0, 0, 1, 1, 1, 0, 2])
-    unit = (features / features.norm(dim=1, keepdim=True)).double().numpy()
-
-    def mean_over(indices):
-        pairs = [
-            np.linalg.norm(unit[i] - unit[k])
-            for i, k in itertools.combinations(indices, 2)
-            if i != k and (not within_class or labels[i] == labels[k])
-        ]
-        return np.mean(pairs)
-
-    same = labels[:, None] == labels[None, :] if within_class else None
-    value, samples = evaluate.random_pair_distance(features, same, num_samples=3, seed=5)
-    assert value == pytest.approx(mean_over(range(7)))
-    draws = np.random.default_rng(5).integers(7, size=(3, 7))
-    np.testing.assert_allclose(samples, [mean_over(draw) for draw in draws])
-
-
-def test_nearest_finds_copies_and_their_distances():
-    keys = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
-    queries = keys[[17, 3]] + torch.tensor([[0.0] * 4, [3e-3, 4e-3, 0.0, 0.0]])
-    distances, indices = evaluate.nearest(queries, keys, count=2)
-    assert indices[:, 0].tolist() == [17, 3]
-    torch.testing.assert_close(distances[:, 0], torch.tensor([0.0, 5e-3]).double(), atol=1e-6, rtol=0)
-    assert distances[0, 1] == pytest.approx(float((keys[17] - keys).norm(dim=1).sort().values[1]), rel=1e-6)
-
-
-# -- contours --
-
-
-def test_contour_distance_is_the_symmetric_capped_chamfer_distance():
-    edges, strokes = np.zeros((2, 2, 40, 40), dtype=bool)
-    edges[0, 10, 10] = edges[0, 30, 12] = True  # the second photo has no edge
-    strokes[0, 10, 13] = True
-    strokes[1, 8:12, 10] = True
-    cap = evaluate.CHAMFER_CAP
-    # In pixels: from edges 3 and more than the cap (4), from strokes 3; then 0 and 4, from strokes 2, 1, 0 and 1.
-    expected = [[((3 + 4) / 2 + 3) / 2 / 40, ((0 + 4) / 2 + 1) / 2 / 40], [cap, cap]]
-    np.testing.assert_allclose(evaluate.contour_distances(edges, strokes), expected)
-
-
-def test_ties_count_against_the_image():
-    distances = np.array([[0.1, 0.2, 0.3], [0.2, 0.2, 0.3], [0.1, 0.1, 0.1], [0.3, 0.2, 0.1]])
-    assert evaluate.retrieval_ranks(distances, np.array([0, 0, 1, 0])).tolist() == [0, 1, 2, 2]
-
-
-def test_edge_map_follows_a_pale_shape_and_is_empty_for_a_plain_page():
-    page = Image.new("RGB", (64, 64), (235, 235, 235))
-    assert not evaluate.edge_map(page).any()
-    ImageDraw.Draw(page).rectangle((16, 16, 47, 47), fill=(215, 215, 215))
-    rows, columns = np.nonzero(evaluate.edge_map(page))
-    for positions in (rows, columns):
-        assert abs(positions.min() - 32) <= 2 and abs(positions.max() - 95) <= 2
-
-
 # -- files --
 
 
@@ -317,69 +70,69 @@ def test_squash_crops_the_middle_to_four_by_three():
     ramp = np.repeat(np.repeat(np.arange(0, 240, 2, dtype=np.uint8)[None, :, None], 60, axis=0), 3, axis=2)
     columns = 20 + (np.arange(30) + 0.5) * 80 / 30  # of the middle 80 x 60 pixels
     expected = 2 * (columns - 0.5)
-    squashed = np.asarray(evaluate.squash(Image.fromarray(ramp), 30)).astype(float)
+    squashed = np.asarray(image_sets.squash(Image.fromarray(ramp), 30)).astype(float)
     assert np.abs(squashed - expected[None, :, None]).max() < 1
     tall = Image.fromarray(np.ascontiguousarray(ramp.transpose(1, 0, 2)))
-    assert np.abs(np.asarray(evaluate.squash(tall, 30)).astype(float) - expected[:, None, None]).max() < 1
+    assert np.abs(np.asarray(image_sets.squash(tall, 30)).astype(float) - expected[:, None, None]).max() < 1
     square = Image.fromarray(np.random.default_rng(0).integers(0, 255, (24, 24, 3), dtype=np.uint8))
-    assert np.array_equal(np.asarray(evaluate.squash(square, 24)), np.asarray(square))
+    assert np.array_equal(np.asarray(image_sets.squash(square, 24)), np.asarray(square))
 
 
 def test_halves_split_drawings_by_hash(drawings_dir):
-    drawings = evaluate.read_drawings(drawings_dir)
+    drawings = image_sets.read_drawings(drawings_dir)
     assert [d.position for d in drawings] == list(range(12)) and drawings[
         7
     ].path == drawings_dir / "square/square1.png"
-    tune, report = (evaluate.select_drawings(drawings, split) for split in ("tune", "report"))
-    assert sorted(tune + report) == sorted(drawings) == sorted(evaluate.select_drawings(drawings, "all"))
+    tune, report = (image_sets.select_drawings(drawings, split) for split in ("tune", "report"))
+    assert sorted(tune + report) == sorted(drawings) == sorted(image_sets.select_drawings(drawings, "all"))
     for drawing in drawings:
         even = int(hashlib.sha256(drawing.name.encode()).hexdigest()[:8], 16) % 2 == 0
         assert (drawing in tune) == even
     with pytest.raises(ValueError, match="`split` 'tune' has none of the"):
-        evaluate.select_drawings(report, "tune")
+        image_sets.select_drawings(report, "tune")
 
 
 def test_images_are_found_flat_or_in_class_folders(drawings_dir, tmp_path):
-    drawings = evaluate.read_drawings(drawings_dir)
+    drawings = image_sets.read_drawings(drawings_dir)
     page = Image.new("RGB", (8, 8))
     for drawing in drawings:
         for n in (0, 1, 10):
             save(page, tmp_path / "flat" / f"{drawing.name}_{n}.png")
             save(page, tmp_path / "folders" / drawing.label / f"{drawing.name}_{n}.jpg")
     for kind in ("flat", "folders"):
-        found = evaluate.match_images(tmp_path / kind, drawings, drawings[3:5])
+        found = image_sets.match_images(tmp_path / kind, drawings, drawings[3:5])
         assert [drawing.position for drawing, _ in found] == [3] * 3 + [4] * 3
         assert [path.stem.rpartition("_")[2] for _, path in found] == ["0", "1", "10"] * 2
 
 
 def test_unfitting_image_names_are_errors(drawings_dir, tmp_path):
-    drawings = evaluate.read_drawings(drawings_dir)
+    drawings = image_sets.read_drawings(drawings_dir)
     page = Image.new("RGB", (8, 8))
     save(page, tmp_path / "one" / "disc0_0.png")
     with pytest.raises(ValueError, match="no image of 11 of 12 drawings, for example disc/disc1_0.png"):
-        evaluate.match_images(tmp_path / "one", drawings, drawings)
+        image_sets.match_images(tmp_path / "one", drawings, drawings)
     save(page, tmp_path / "one" / "square" / "disc0_0.png")
     with pytest.raises(ValueError, match="not named `<sketch>_<n>` after any drawing of the class 'square'"):
-        evaluate.match_images(tmp_path / "one", drawings, drawings[:1])
+        image_sets.match_images(tmp_path / "one", drawings, drawings[:1])
     save(page, tmp_path / "two" / "disc0.png")
     with pytest.raises(ValueError, match="disc0.png, which is not named `<sketch>_<n>`"):
-        evaluate.match_images(tmp_path / "two", drawings, drawings[:1])
-    twins = [evaluate.Drawing("a", label, tmp_path, i) for i, label in enumerate(LABELS)]
+        image_sets.match_images(tmp_path / "two", drawings, drawings[:1])
+    twins = [image_sets.Drawing("a", label, tmp_path, i) for i, label in enumerate(LABELS)]
     save(page, tmp_path / "three" / "a_0.png")
     with pytest.raises(ValueError, match="may be of 2 drawings: put images into folders"):
-        evaluate.match_images(tmp_path / "three", twins, twins)
+        image_sets.match_images(tmp_path / "three", twins, twins)
 
 
 def test_images_of_several_sizes_or_broken_or_alone_are_errors(drawings_dir, tmp_path):
-    drawing = evaluate.read_drawings(drawings_dir)[0]
+    drawing = image_sets.read_drawings(drawings_dir)[0]
     paths = [save(Image.new("RGB", (size, 8)), tmp_path / f"{size}.png") for size in (8, 9)]
     with pytest.raises(ValueError, match=r"one size, but there are 8 x 8 \(.*8.png\) and 9 x 8 \(.*9.png\)"):
-        evaluate.read_system("gan", [(drawing, path) for path in paths], SIZE)
+        image_sets.read_system("gan", [(drawing, path) for path in paths], SIZE)
     with pytest.raises(ValueError, match="'gan' has 1 image: at least 2 are needed"):
-        evaluate.read_system("gan", [(drawing, paths[0])], SIZE)
+        image_sets.read_system("gan", [(drawing, paths[0])], SIZE)
     paths[1].write_bytes(paths[1].read_bytes()[:40])
     with pytest.raises(ValueError, match="9.png cannot be read as an image"):
-        evaluate.read_photos([("disc", paths[1])], "photos", SIZE)
+        image_sets.read_photos([("disc", paths[1])], "photos", SIZE)
 
 
 # -- the evaluation network --
@@ -427,17 +180,19 @@ def test_unusable_evaluators_are_errors(tmp_path):
 
 def test_cached_training_photos_are_those_read_afresh(photos_dir, evaluator_dir, tmp_path):
     evaluator = Evaluator(str(evaluator_dir), SIZE)
-    files = evaluate.list_class_folders(photos_dir / "train", "train")
-    fresh = evaluate.read_training_photos(files, evaluator, 16, None)
-    assert torch.equal(evaluate.read_training_photos(files, evaluator, 16, str(tmp_path)).features, fresh.features)
+    files = image_sets.list_class_folders(photos_dir / "train", "train")
+    fresh = evaluation_network.read_training_photos(files, evaluator, 16, None)
+    assert torch.equal(
+        evaluation_network.read_training_photos(files, evaluator, 16, str(tmp_path)).features, fresh.features
+    )
     (cached,) = tmp_path.iterdir()
     stamp = cached.stat().st_mtime_ns
-    again = evaluate.read_training_photos(files, evaluator, 16, str(tmp_path))
+    again = evaluation_network.read_training_photos(files, evaluator, 16, str(tmp_path))
     assert cached.stat().st_mtime_ns == stamp
     for name in ("pixels", "features", "probabilities"):
         assert torch.equal(getattr(again, name), getattr(fresh, name))
     assert again.files == fresh.files and again.labels == fresh.labels
-    evaluate.read_training_photos(files[1:], evaluator, 16, str(tmp_path))
+    evaluation_network.read_training_photos(files[1:], evaluator, 16, str(tmp_path))
     assert len(list(tmp_path.iterdir())) == 2
 
 
@@ -447,18 +202,18 @@ def test_cached_training_photos_are_those_read_afresh(photos_dir, evaluator_dir,
 def test_lpips_needs_its_backbone_and_equals_the_lpips_package(evaluator_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     name = "squeezenet1_1-b8a52dc0.pth"
-    assert evaluate.load_lpips("squeeze") == (
+    assert scoring.load_lpips("squeeze") == (
         None,
         f"no backbone weights: {name} is not in the torch hub folder ({tmp_path / 'hub' / 'checkpoints'})",
     )
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
     torch.manual_seed(0)
     torch.save(torchvision.models.squeezenet1_1().state_dict(), tmp_path / "hub" / "checkpoints" / name)
-    network, reason = evaluate.load_lpips("squeeze")
+    network, reason = scoring.load_lpips("squeeze")
     assert reason is None
     pixels = torch.randint(0, 256, (4, 3, SIZE, SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    images = evaluate.ImageSet("x", pixels, ["disc"] * 4, np.array([0, 0, 0, 1]), [])
-    means = evaluate.lpips_means(network, images, "cpu")
+    images = image_sets.ImageSet("x", pixels, ["disc"] * 4, np.array([0, 0, 0, 1]), [])
+    means = scoring.lpips_means(network, images, "cpu")
     package = lpips.LPIPS(net="squeeze", verbose=False)
     inputs = pixels / 127.5 - 1
     with torch.no_grad():
@@ -496,7 +251,7 @@ def test_two_processes_generate_and_one_scores(arguments, model_dir, tmp_path, s
         assert two[name]["value"] == pytest.approx(one[name]["value"], rel=0.02, abs=1e-3)
 
 
-def test_generates_resumes_and_scores(arguments, model_dir, drawings_dir, evaluator_dir, tmp_path):
+def test_generates_resumes_and_scores(arguments, model_dir, drawings_dir, photos_dir, evaluator_dir, tmp_path):
     args = arguments(model=str(model_dir), num_images_per_sketch=3, eval_batch_size=8)
     main(args)
     out = tmp_path / "out"
@@ -533,6 +288,12 @@ def test_generates_resumes_and_scores(arguments, model_dir, drawings_dir, evalua
     unit = features / features.norm(dim=1, keepdim=True)
     distances = [torch.pdist(unit[i : i + 3]).mean() for i in range(0, 36, 3)]
     assert system["pairwise_distance"]["value"] == pytest.approx(float(np.mean(distances)), rel=1e-4)
+    photos = image_sets.list_class_folders(photos_dir / "validation", "reference")
+    real = Evaluator(str(evaluator_dir), SIZE).look_at(image_sets.read_photos(photos, "photos", SIZE), 32).features
+    assert system["precision"]["value"] == pytest.approx(metrics.precision(features, real), abs=1 / 36 + 1e-9)
+    assert system["recall"]["value"] == pytest.approx(metrics.recall(features, real), abs=1 / 72 + 1e-9)
+    assert scores["training_photos"]["precision"]["value"] > 0.5 and scores["reference_photos"]["recall"]["n"] == 36
+    assert scores["noise"]["recall"]["value"] < scores["training_photos"]["recall"]["value"]
     assert system["frechet_distance"]["value"] > scores["reference_photos"]["frechet_distance"]["value"]
     assert system["frechet_distance"]["n"] == 36 and scores["training_photos"]["frechet_distance"]["n"] >= 32
     assert system["pairwise_lpips"]["value"] is None and "backbone weights" in system["pairwise_lpips"]["reason"]
@@ -545,7 +306,8 @@ def test_generates_resumes_and_scores(arguments, model_dir, drawings_dir, evalua
         assert condition in system["frechet_distance"]["name"]
     assert "seeds: 36 in 0-35" in system["class_agreement"]["name"]
     assert (
-        "sampling: num_inference_steps=2, sketch_guidance_scale=1.5, class predicted"
+        "sampling: DDIMScheduler, timestep_spacing=leading, num_inference_steps=2, eta=0.0, sketch_guidance_scale=1.5,"
+        " classifier_guidance_scale=0.0, perceptual_guidance_scale=0.0, class predicted"
         in system["retrieval_at_1"]["name"]
     )
 
@@ -563,7 +325,7 @@ def test_generates_resumes_and_scores(arguments, model_dir, drawings_dir, evalua
     with torch.no_grad():
         pipeline.unet.conv_in.bias.add_(1)
     pipeline.save_pretrained(tmp_path / "pipeline")
-    with pytest.raises(ValueError, match="generated with another weights: take another `output_dir`"):
+    with pytest.raises(ValueError, match="generated with another weights: take another folder"):
         main(arguments(model=str(tmp_path / "pipeline")))
     sheets = {path.name for path in (out / "sheets" / "generated").iterdir()}
     assert sheets == {"disc.png", "square.png", "all.png", "nearest_training_photos.png"}
@@ -630,7 +392,7 @@ def test_filled_outlines_retrieve_their_drawings_and_blank_images_none(arguments
     assert scores["filled"]["retrieval_at_1"].value == scores["filled"]["retrieval_at_5"].value == 1
     assert scores["empty"]["retrieval_at_1"].value == scores["empty"]["retrieval_at_5"].value == 0
     assert scores["filled"]["contour_distance"].value < 0.02
-    assert scores["empty"]["contour_distance"].value == pytest.approx(evaluate.CHAMFER_CAP)
+    assert scores["empty"]["contour_distance"].value == pytest.approx(metrics.CHAMFER_CAP)
     assert scores["filled"]["pairwise_distance"].value == pytest.approx(0, abs=1e-6)
     assert scores["filled"]["pairwise_distance"].interval == pytest.approx((0, 0), abs=1e-6)
     table = (tmp_path / "out" / "metrics.md").read_text()
@@ -643,14 +405,14 @@ def test_filled_outlines_retrieve_their_drawings_and_blank_images_none(arguments
 
 
 def test_images_of_other_drawings_retrieve_near_chance(drawings_dir):
-    drawings = evaluate.read_drawings(drawings_dir)
+    drawings = image_sets.read_drawings(drawings_dir)
     strokes = (
-        SketchProcessor(evaluate.CONTOUR_RESOLUTION).preprocess([str(d.path) for d in drawings])[:, 0] < 0
+        SketchProcessor(metrics.CONTOUR_RESOLUTION).preprocess([str(d.path) for d in drawings])[:, 0] < 0
     ).numpy()
-    distances = evaluate.contour_distances(strokes, strokes)
-    assert (evaluate.retrieval_ranks(distances, np.arange(12)) == 0).all()
+    distances = metrics.contour_distances(strokes, strokes)
+    assert (metrics.retrieval_ranks(distances, np.arange(12)) == 0).all()
     hits = [
-        (evaluate.retrieval_ranks(distances, np.random.default_rng(seed).permutation(12)) == 0).mean()
+        (metrics.retrieval_ranks(distances, np.random.default_rng(seed).permutation(12)) == 0).mean()
         for seed in range(200)
     ]
     assert np.mean(hits) == pytest.approx(1 / 12, abs=0.02)
@@ -662,7 +424,7 @@ def test_planted_copies_are_flagged_even_mirrored(arguments, drawings_dir, photo
     for path in sorted(drawings_dir.glob("*/*.png")):
         for n in range(2):
             photo = Image.open(photos[path.parent.name][rng.integers(40)])
-            copy = evaluate.squash(photo, SIZE)
+            copy = image_sets.squash(photo, SIZE)
             save(
                 copy.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if n else copy,
                 tmp_path / "copies" / f"{path.stem}_{n}.png",
@@ -679,14 +441,19 @@ def test_planted_copies_are_flagged_even_mirrored(arguments, drawings_dir, photo
 
 def test_agreement_is_relative_to_photos_with_the_drawings_classes(photos_dir, evaluator_dir, drawings_dir):
     evaluator = Evaluator(str(evaluator_dir), SIZE)
-    files = evaluate.list_class_folders(photos_dir / "validation", "reference")
+    files = image_sets.list_class_folders(photos_dir / "validation", "reference")
     # Three times as many squares as discs among the drawings, as many among the photos.
-    drawings = evaluate.read_drawings(drawings_dir)
+    drawings = image_sets.read_drawings(drawings_dir)
     selected = drawings[:2] + drawings[6:12]
-    reference = evaluator.look_at(evaluate.read_photos(files, "photos", SIZE), 32)
-    args = EvaluationArguments(sketches="", reference="", train="", evaluator="", num_bootstrap_samples=0)
-    scorer = evaluate.Scorer(
-        args, evaluator, drawings, np.ones((12, 4, 4), dtype=bool), selected, reference, reference
+    reference = evaluator.look_at(image_sets.read_photos(files, "photos", SIZE), 32)
+    scorer = scoring.Scorer(
+        evaluator,
+        drawings,
+        np.ones((12, 4, 4), dtype=bool),
+        selected,
+        reference,
+        reference,
+        num_bootstrap_samples=0,
     )
     predicted = reference.probabilities.argmax(-1).numpy()
     truth = np.array([LABELS.index(label) for label in reference.labels])
@@ -704,7 +471,7 @@ def test_agreement_is_relative_to_photos_with_the_drawings_classes(photos_dir, e
 def test_sheet_places_rows_in_columns():
     colors = ["red", "green", "blue", "gold", "black"]
     rows = [[Tile(Image.new("RGB", (8, 8), color)), Tile(Image.new("RGB", (8, 8), "grey"))] for color in colors]
-    sheet = evaluate.draw_sheet(rows, num_columns=2)
+    sheet = evaluation_report.draw_sheet(rows, num_columns=2)
     width, height = sheet.width // 2, sheet.height // 3
     for i, color in enumerate(colors):
         corner = ((i // 3) * width + 20, (i % 3) * height + 20)

@@ -1,0 +1,529 @@
+# Copyright 2026 The DiffSketching Pipeline Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Every metric of `evaluate.py`, with all that its value depends on."""
+
+import copy
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from evaluation_network import Evaluator
+from image_sets import Drawing, ImageSet, squash
+from metrics import (
+    CANNY_SIGMA,
+    CHAMFER_CAP,
+    CONTOUR_RESOLUTION,
+    MANIFOLD_NEIGHBOURS,
+    SET_DISTANCES,
+    THIS_PROCESS,
+    THUMBNAIL_SIDE,
+    bootstrap_distances,
+    bootstrap_means,
+    bootstrap_recall,
+    contour_distances,
+    edge_map,
+    manifold_membership,
+    nearest,
+    pairwise_means,
+    percentile_interval,
+    precision,
+    random_halves,
+    random_pair_distance,
+    recall,
+    retrieval_ranks,
+    thumbnails,
+)
+from torch import Tensor, nn
+from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+from tqdm.auto import tqdm
+
+from diffsketching_pipeline import DiffSketchingPipeline, SketchProcessor
+from diffsketching_pipeline.losses import SketchPerceptualLoss
+
+
+MIN_DISTANCE_SAMPLES = 32
+"""
+Fewest images on either side of a Fréchet or kernel distance: of 16 images of a weak model, Fréchet distances overlap with
+those of 16 real photos; of 32 they are three standard deviations apart.
+"""
+
+MAX_DISTANCE_RESAMPLES = 100
+NUM_HALVES = 10
+NEAR_COPY_QUANTILE = 0.05
+
+METRICS = {
+    "class_agreement": ("class agreement", "higher"),
+    "class_agreement_reweighted": ("class agreement, classes as frequent as among the drawings", "higher"),
+    "class_agreement_relative": ("class agreement relative to real photos'", "higher"),
+    "conditioning_class_agreement": ("agreement with the class an image was generated with", "higher"),
+    "conditioning_class_accuracy": ("share generated with the drawing's own class", "higher"),
+    "retrieval_at_1": ("nearest-drawing retrieval R@1", "higher"),
+    "retrieval_at_5": ("nearest-drawing retrieval R@5", "higher"),
+    "contour_distance": ("contour distance to the drawing", "lower"),
+    "frechet_distance": ("Fréchet distance", "lower"),
+    "frechet_distance_drawn_classes": ("Fréchet distance, classes of the drawings", "lower"),
+    "kernel_distance": ("kernel distance", "lower"),
+    "kernel_distance_drawn_classes": ("kernel distance, classes of the drawings", "lower"),
+    "precision": ("improved precision", "higher"),
+    "precision_drawn_classes": ("improved precision, classes of the drawings", "higher"),
+    "recall": ("improved recall", "higher"),
+    "recall_drawn_classes": ("improved recall, classes of the drawings", "higher"),
+    "pairwise_distance": ("mean pairwise feature distance", "higher"),
+    "pairwise_distance_same_class": ("mean pairwise feature distance within a class", "higher"),
+    "pairwise_lpips": ("mean pairwise LPIPS", "higher"),
+    "nearest_training_distance": ("nearest training photo, feature distance", "higher"),
+    "nearest_training_pixel_distance": ("nearest training photo, pixel distance", "higher"),
+    "near_copy_share": ("share of near copies of training photos", "lower"),
+    "perceptual_sketch_distance": ("perceptual distance L_p to the drawing, eq. 5 (a loss, not a judge)", "lower"),
+    "network_evaluations": ("network evaluations per image", "lower"),
+    "seconds_per_image": ("seconds per image", "lower"),
+    "peak_memory": ("peak memory while generating, MiB", "lower"),
+}
+"""Title and better direction of each metric, in the order of the table."""
+
+
+@dataclass
+class Measurement:
+    """A number with everything it depends on; `value` is None for a `reason`."""
+
+    title: str
+    value: float | None
+    n: int
+    interval: tuple[float, float] | None = None
+    conditions: dict[str, str] = field(default_factory=dict)
+    reason: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The name to quote the number with."""
+        return f"{self.title} [{'; '.join(f'{k}: {v}' for k, v in {**self.conditions, 'N': self.n}.items())}]"
+
+
+Scores = dict[str, Measurement]
+
+
+class Scorer:
+    """
+    All metrics of one evaluation. Systems are sets of images of drawings, photos are sets of real ones.
+
+    Args:
+        evaluator: the evaluation network.
+        drawings: all drawings, the gallery of the retrieval.
+        strokes: bool `[len(drawings), S, S]`, the drawings as the model sees them.
+        selected: the drawings that are scored.
+        reference, train: real photos with their features.
+        split: half of the drawings that `selected` is, for the names of the numbers.
+        num_bootstrap_samples: resamples of the 95% intervals; 0 = no intervals.
+        lpips_net: backbone of LPIPS.
+    """
+
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        drawings: list[Drawing],
+        strokes: np.ndarray,
+        selected: list[Drawing],
+        reference: ImageSet,
+        train: ImageSet,
+        *,
+        split: str = "all",
+        num_bootstrap_samples: int = 1000,
+        lpips_net: Literal["alex", "vgg", "squeeze"] = "alex",
+    ):
+        self.evaluator, self.strokes, self.train = evaluator, strokes, train
+        self.num_bootstrap_samples, self.lpips_net = num_bootstrap_samples, lpips_net
+        half = "all" if split == "all" else f"{split} half,"
+        self.drawn = {"drawings": f"{half} {len(selected)} of {len(drawings)}"}
+        self.mix = Counter(drawing.label for drawing in selected)
+        self.reference = reference
+        drawn = [i for i, label in enumerate(reference.labels) if label in self.mix]
+        self.drawn_reference = reference.select(drawn, f"{reference.name} of drawn classes")
+        self.lpips, self.lpips_reason = load_lpips(lpips_net)
+        self.near_copy_limit = None
+        if drawn:
+            self.near_copy_limit = float(
+                np.quantile(self.training_distances(self.drawn_reference), NEAR_COPY_QUANTILE)
+            )
+
+    def score_system(self, images: ImageSet) -> Scores:
+        """Every metric of images that were made from drawings."""
+        return {
+            **self.class_agreement(images),
+            **self.relative_agreement(images),
+            **self.conditioning_class(images),
+            **self.retrieval(images),
+            **self.realism(images),
+            **self.diversity(images),
+            **self.memorisation(images),
+            **self.cost(images),
+        }
+
+    def score_reference(self, photos: ImageSet) -> Scores:
+        """What the reference photos themselves reach: their distance is that of one half from the other."""
+        return {
+            **self.class_agreement(photos),
+            **self.reweighted_agreement(photos),
+            **self.halves(photos),
+            **self.photo_diversity(photos),
+            **self.memorisation(photos),
+        }
+
+    def score_training_photos(self, photos: ImageSet) -> Scores:
+        """What perfect images of the same classes would reach at the same number."""
+        return {**self.class_agreement(photos), **self.relative_agreement(photos), **self.realism(photos)}
+
+    # -- building blocks
+
+    def measure(
+        self,
+        key: str,
+        value: float | None,
+        images: ImageSet,
+        conditions: dict[str, str],
+        interval: tuple[float, float] | None = None,
+        reason: str | None = None,
+    ) -> Scores:
+        conditions = {**images.conditions, **conditions}
+        return {key: Measurement(METRICS[key][0], value, len(images), interval, conditions, reason)}
+
+    def measure_mean(
+        self,
+        key: str,
+        values: np.ndarray,
+        images: ImageSet,
+        conditions: dict[str, str],
+        weights: np.ndarray | None = None,
+    ) -> Scores:
+        """The mean of one value per image, with its bootstrap interval."""
+        values = np.asarray(values, dtype=np.float64)
+        samples = bootstrap_means(values, images.groups, self.num_bootstrap_samples, weights)
+        interval = percentile_interval(samples, len(np.unique(images.groups)))
+        return self.measure(key, float(np.average(values, weights=weights)), images, conditions, interval)
+
+    def agrees(self, images: ImageSet, labels: Sequence[str | None] | None = None) -> np.ndarray:
+        """1 where the evaluation network takes an image for its label (`labels`, or its own), else 0."""
+        predicted = [self.evaluator.labels[i] for i in images.probabilities.argmax(-1).tolist()]
+        labels = images.labels if labels is None else labels
+        return np.array([a == b for a, b in zip(predicted, labels, strict=True)], dtype=np.float64)
+
+    def mix_weights(self, photos: ImageSet) -> np.ndarray | None:
+        """Weights that make classes as frequent as among the drawings; None where a class is missing."""
+        counts = Counter(photos.labels)
+        if set(self.mix) - set(counts):
+            return None
+        return np.array([self.mix[label] / counts[label] for label in photos.labels])
+
+    # -- faithfulness
+
+    def class_agreement(self, images: ImageSet) -> Scores:
+        """Share of images that the evaluation network takes for their class."""
+        return self.measure_mean("class_agreement", self.agrees(images), images, self.evaluator.conditions)
+
+    def reweighted_agreement(self, photos: ImageSet) -> Scores:
+        """The share for photos, if their classes were as frequent as the drawings'."""
+        weights, key = self.mix_weights(photos), "class_agreement_reweighted"
+        if weights is None:
+            reason = "the photos lack a class of the drawings"
+            return self.measure(key, None, photos, self.evaluator.conditions, reason=reason)
+        return self.measure_mean(key, self.agrees(photos), photos, self.evaluator.conditions, weights)
+
+    def relative_agreement(self, images: ImageSet) -> Scores:
+        """The share among images as a fraction of the reweighted share among the reference photos."""
+        key, photos = "class_agreement_relative", self.drawn_reference
+        against = f"{len(photos)} {photos.name}, classes as frequent as the drawings'"
+        conditions = {**self.evaluator.conditions, "reference": against}
+        weights = self.mix_weights(photos)
+        real = None if weights is None else self.agrees(photos)
+        if real is None or not real.any():
+            reason = "no reference photo is recognised" if real is not None else "they lack a class of the drawings"
+            return self.measure(key, None, images, conditions, reason=reason)
+        agrees, num_samples = self.agrees(images), self.num_bootstrap_samples
+        samples = bootstrap_means(agrees, images.groups, num_samples)
+        # Another seed: the photos are drawn independently of the images.
+        real_samples = bootstrap_means(real, photos.groups, num_samples, weights, seed=1)
+        interval = percentile_interval(samples / np.maximum(real_samples, 1e-9), len(np.unique(images.groups)))
+        value = float(agrees.mean() / np.average(real, weights=weights))
+        return self.measure(key, value, images, conditions, interval)
+
+    def conditioning_class(self, images: ImageSet) -> Scores:
+        """
+        How often the class that an image was generated with is the drawing's, and how often the evaluation network sees
+        that class in it: what the class predictor costs, and what the generator does. Left out where it is not known.
+        """
+        if not images.given_labels or None in images.given_labels:
+            return {}
+        right = np.array([a == b for a, b in zip(images.given_labels, images.labels, strict=True)])
+        seen = self.agrees(images, images.given_labels)
+        return {
+            **self.measure_mean("conditioning_class_agreement", seen, images, self.evaluator.conditions),
+            **self.measure_mean("conditioning_class_accuracy", right, images, {}),
+        }
+
+    def retrieval(self, images: ImageSet) -> Scores:
+        """Which of all drawings is the contour of each image closest to?"""
+        edges = [edge_map(images.image(i)) for i in tqdm(range(len(images)), desc="Contours", leave=False)]
+        distances = contour_distances(np.stack(edges), self.strokes)
+        ranks = retrieval_ranks(distances, images.groups)
+        size = len(self.strokes)
+        conditions = {
+            "contour": f"Canny sigma {CANNY_SIGMA:g} at {CONTOUR_RESOLUTION}px",
+            "distance": f"symmetric chamfer capped at {CHAMFER_CAP:g} of the side",
+        }
+        scores: Scores = {}
+        for k in (1, 5):
+            if size <= k:
+                reason = f"{size} drawing(s) are too few to choose {k} from"
+                scores |= self.measure(f"retrieval_at_{k}", None, images, conditions, reason=reason)
+                continue
+            more = {"gallery": f"{size} drawings", "chance": f"{k / size:.3g}", **conditions}
+            scores |= self.measure_mean(f"retrieval_at_{k}", ranks < k, images, more)
+        own = distances[np.arange(len(images)), images.groups]
+        return scores | self.measure_mean("contour_distance", own, images, conditions)
+
+    # -- realism
+
+    def realism(self, images: ImageSet) -> Scores:
+        """Distances, precision and recall against all reference photos, and against those of the drawings' classes."""
+        scores: Scores = {}
+        for suffix, reference in (("", self.reference), ("_drawn_classes", self.drawn_reference)):
+            for name, distance in SET_DISTANCES.items():
+                scores |= self.set_distance(name + suffix, distance, images, reference)
+            scores |= self.precision_and_recall(suffix, images, reference)
+        return scores
+
+    def precision_and_recall(self, suffix: str, images: ImageSet, reference: ImageSet) -> Scores:
+        """Shares of images inside the support of the reference photos, and of photos inside that of the images."""
+        conditions = {
+            **self.evaluator.conditions,
+            "reference": f"{len(reference)} {reference.name}",
+            "neighbours": str(MANIFOLD_NEIGHBOURS),
+        }
+        if min(len(images), len(reference)) < MIN_DISTANCE_SAMPLES:
+            reason = f"fewer than {MIN_DISTANCE_SAMPLES} images: {len(images)} against {len(reference)}"
+            names = (f"precision{suffix}", f"recall{suffix}")
+            return {k: v for n in names for k, v in self.measure(n, None, images, conditions, reason=reason).items()}
+        inside = manifold_membership(images.features, reference.features).any(1).numpy()
+        scores = self.measure_mean(f"precision{suffix}", inside, images, conditions)
+        covered = manifold_membership(reference.features, images.features)
+        value = float(covered.any(1).double().mean())
+        num_samples = min(self.num_bootstrap_samples, MAX_DISTANCE_RESAMPLES)
+        spread = bootstrap_recall(covered, images.groups, num_samples)
+        interval = percentile_interval(np.clip(value + spread, 0, 1), len(np.unique(images.groups)))
+        return scores | self.measure(f"recall{suffix}", value, images, conditions, interval)
+
+    def set_distance(
+        self, key: str, distance: Callable[[Tensor, Tensor], float], images: ImageSet, reference: ImageSet
+    ) -> Scores:
+        conditions = {**self.evaluator.conditions, "reference": f"{len(reference)} {reference.name}"}
+        if min(len(images), len(reference)) < MIN_DISTANCE_SAMPLES:
+            reason = f"fewer than {MIN_DISTANCE_SAMPLES} images: {len(images)} against {len(reference)}"
+            return self.measure(key, None, images, conditions, reason=reason)
+        value = distance(images.features, reference.features)
+        num_samples = min(self.num_bootstrap_samples, MAX_DISTANCE_RESAMPLES)
+        spread = bootstrap_distances(distance, images.features, images.groups, reference.features, num_samples)
+        interval = percentile_interval(value + spread, len(np.unique(images.groups)))
+        return self.measure(key, value, images, conditions, interval)
+
+    def halves(self, photos: ImageSet) -> Scores:
+        """Realism of random halves of the photos against each other: mean, smallest, largest of `NUM_HALVES` splits."""
+        suffix = "_drawn_classes" if photos is self.drawn_reference else ""
+        half = photos.select(range(len(photos) // 2), photos.name)
+        conditions = {**self.evaluator.conditions, "reference": f"the other half of {len(photos)} {photos.name}"}
+        scores: Scores = {}
+        for name, distance in {**SET_DISTANCES, "precision": precision, "recall": recall}.items():
+            if len(half) < MIN_DISTANCE_SAMPLES:
+                reason = f"fewer than {MIN_DISTANCE_SAMPLES} images in a half"
+                scores |= self.measure(name + suffix, None, half, conditions, reason=reason)
+                continue
+            values = []
+            for seed in range(NUM_HALVES):
+                first, second = random_halves(photos.labels, seed)
+                values.append(distance(photos.features[first], photos.features[second]))
+            interval = (min(values), max(values))
+            more = {**conditions} if name in SET_DISTANCES else {**conditions, "neighbours": str(MANIFOLD_NEIGHBOURS)}
+            more |= {"interval": f"smallest and largest of {NUM_HALVES} splits"}
+            scores |= self.measure(name + suffix, float(np.mean(values)), half, more, interval)
+        return scores
+
+    # -- diversity
+
+    def diversity(self, images: ImageSet) -> Scores:
+        """Distances between images of the same drawing."""
+        conditions = {"pairs": "within a drawing", "normalisation": "unit", **self.evaluator.conditions}
+        means = pairwise_means(images.features, images.groups)
+        reason = None if means else "no drawing has two images"
+        scores = self.group_means("pairwise_distance", means, images, conditions, reason)
+        conditions = {"pairs": "within a drawing", "backbone": self.lpips_net}
+        reason = reason or self.lpips_reason
+        means = {} if reason else lpips_means(self.lpips, images, self.evaluator.device)
+        return scores | self.group_means("pairwise_lpips", means, images, conditions, reason)
+
+    def group_means(
+        self, key: str, means: dict[int, float], images: ImageSet, conditions: dict[str, str], reason: str | None
+    ) -> Scores:
+        """The mean over drawings of one value each."""
+        if reason is not None:
+            return self.measure(key, None, images, conditions, reason=reason)
+        values = np.array(list(means.values()))
+        samples = bootstrap_means(values, np.arange(len(values)), self.num_bootstrap_samples)
+        interval = percentile_interval(samples, len(values))
+        return self.measure(key, float(values.mean()), images, conditions, interval)
+
+    def photo_diversity(self, photos: ImageSet) -> Scores:
+        """Distances between random photos, and between random photos of one class."""
+        labels = np.asarray(photos.labels)
+        same = labels[:, None] == labels[None, :]
+        conditions = {"pairs": "random photos", "normalisation": "unit", **self.evaluator.conditions}
+        scores: Scores = {}
+        for key, mask in (("pairwise_distance", None), ("pairwise_distance_same_class", same)):
+            if mask is not None and mask.sum() == len(photos):
+                scores |= self.measure(key, None, photos, conditions, reason="no class has two photos")
+                continue
+            value, samples = random_pair_distance(photos.features, mask, self.num_bootstrap_samples)
+            interval = percentile_interval(samples, len(photos))
+            scores |= self.measure(key, value, photos, conditions, interval)
+        return scores
+
+    # -- memorisation
+
+    def training_distances(self, images: ImageSet) -> np.ndarray:
+        """Distance of unit-normalised features from the nearest training photo, mirrored or not, `[N]`."""
+        keys = F.normalize(self.train.features, dim=1)
+        both = [nearest(F.normalize(f, dim=1), keys)[0] for f in (images.features, images.mirrored_features)]
+        return torch.minimum(*both)[:, 0].numpy()
+
+    def memorisation(self, images: ImageSet) -> Scores:
+        """Distances from the nearest training photo, and how many are smaller than real photos' usually are."""
+        against = {"reference": f"{len(self.train)} training photos and their mirror images"}
+        distances = self.training_distances(images)
+        conditions = {**self.evaluator.conditions, "normalisation": "unit", **against}
+        scores = self.measure_mean("nearest_training_distance", distances, images, conditions)
+        keys = thumbnails(self.train.pixels)
+        both = [nearest(thumbnails(pixels), keys)[0] for pixels in (images.pixels, images.pixels.flip(-1))]
+        pixel_distances = torch.minimum(*both)[:, 0].numpy() / math.sqrt(keys.shape[1])
+        more = {"resize": f"squash4:3 to {THUMBNAIL_SIDE}px", "unit": "root mean square of [0, 1]", **against}
+        scores |= self.measure_mean("nearest_training_pixel_distance", pixel_distances, images, more)
+        if self.near_copy_limit is None:
+            reason = "no reference photo is of a drawn class"
+            return scores | self.measure("near_copy_share", None, images, conditions, reason=reason)
+        share = f"{NEAR_COPY_QUANTILE:.0%} of {len(self.drawn_reference)} {self.drawn_reference.name} are nearer"
+        more = {"limit": f"{self.near_copy_limit:.4g}, {share}", **conditions}
+        return scores | self.measure_mean("near_copy_share", distances < self.near_copy_limit, images, more)
+
+    # -- what is watched, not judged by
+
+    def perceptual_sketch_distance(self, images: ImageSet, distances: np.ndarray) -> Scores:
+        """L_p by the model's own networks, which losses and guidance use."""
+        conditions = {"networks": "P and F_s of the model, which its losses use"}
+        return self.measure_mean("perceptual_sketch_distance", distances, images, conditions)
+
+    def cost(self, images: ImageSet) -> Scores:
+        """What an image took to make; left out where the files do not say."""
+        costs = [cost for cost in images.costs if cost is not None]
+        if not costs or len(costs) < len(images):
+            return {}
+        seconds, machines = np.array([c["seconds"] for c in costs]), Counter(str(c.get("machine")) for c in costs)
+        batches = sorted({int(c.get("batch_size", 1)) for c in costs})
+        made = {"machine": " and ".join(machines), "batch": f"{batches[0]}-{batches[-1]}"}
+        evaluations = np.array([sum(c["network_evaluations"].values()) for c in costs])
+        mean = {
+            k: np.mean([c["network_evaluations"].get(k, 0) for c in costs]) for k in costs[0]["network_evaluations"]
+        }
+        parts = {"forwards": ", ".join(f"{count:.4g} of {name}" for name, count in sorted(mean.items()))}
+        spread = {"value": "median", "interval": "95% of the images", **made}
+        interval = tuple(float(value) for value in np.percentile(seconds, [2.5, 97.5]))
+        return {
+            **self.measure("network_evaluations", float(evaluations.mean()), images, parts),
+            **self.measure("seconds_per_image", float(np.median(seconds)), images, spread, cast(Any, interval)),
+            **self.peak_memory(images, costs),
+        }
+
+    def peak_memory(self, images: ImageSet, costs: list[dict[str, Any]]) -> Scores:
+        """Peak memory of a batch: what was allocated on a GPU, or what a fresh process needed beyond the loaded model."""
+        conditions, value, reason = {}, None, None
+        if all("peak_memory" in cost for cost in costs):
+            value = max(cost["peak_memory"] for cost in costs)
+            conditions = {"batch": str(max(cost["batch_size"] for cost in costs)), "memory": "allocated on the GPU"}
+        elif images.memory is not None:
+            value, reason = images.memory["peak_memory"], images.memory.get("reason")
+            conditions = {"batch": str(images.memory["batch_size"]), "memory": "resident, beyond the loaded model"}
+        else:
+            return {}
+        mebibytes = None if value is None else value / 2**20
+        return self.measure("peak_memory", mebibytes, images, conditions, reason=reason)
+
+
+def load_lpips(net: Literal["alex", "vgg", "squeeze"]) -> tuple[nn.Module | None, str | None]:
+    """LPIPS on a pretrained backbone, or why there is none: its weights are never downloaded and never random."""
+    model_name = {"alex": "AlexNet", "vgg": "VGG16", "squeeze": "SqueezeNet1_1"}[net]
+    weights = getattr(torchvision.models, f"{model_name}_Weights").DEFAULT
+    path = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[-1]
+    if not path.is_file():
+        return None, f"no backbone weights: {path.name} is not in the torch hub folder ({path.parent})"
+    return LearnedPerceptualImagePatchSimilarity(net_type=net, reduction="none", **THIS_PROCESS).eval(), None
+
+
+@torch.no_grad()
+def lpips_means(lpips: Any, images: ImageSet, device: torch.device | str) -> dict[int, float]:
+    """Mean LPIPS between two images of a drawing, for each drawing with at least two."""
+    lpips.to(device)
+    means = {}
+    for group in tqdm(np.unique(images.groups), desc="LPIPS", leave=False):
+        pixels = images.pixels[torch.from_numpy(images.groups == group)].to(device).float() / 127.5 - 1
+        if len(pixels) > 1:
+            first, second = torch.triu_indices(len(pixels), len(pixels), offset=1)
+            means[int(group)] = float(lpips(pixels[first], pixels[second]).mean())
+    return means
+
+
+def make_noise(images: ImageSet, seed: int = 0) -> ImageSet:
+    """Uniform noise in the place of a system's images: what every metric says about nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, images.pixels.shape, generator=generator, dtype=torch.uint8)
+    return ImageSet("noise", pixels, images.labels, images.groups, [])
+
+
+def check_perceptual_components(pipeline: DiffSketchingPipeline) -> None:
+    """Raises `ValueError` for a pipeline without the networks of L_p."""
+    for name in ("sketcher", "sketch_encoder"):
+        if getattr(pipeline, name) is None:
+            raise ValueError(f"`perceptual_sketch_distance` needs a `model` with the component `{name}`.")
+
+
+@torch.no_grad()
+def perceptual_sketch_distances(
+    pipeline: DiffSketchingPipeline, images: ImageSet, drawings: list[Drawing], batch_size: int
+) -> np.ndarray:
+    """
+    L_p(P(x), s) of eq. 5 for each image and its drawing, `[N]`, by the pipeline's sketcher and sketch encoder.
+    """
+    # In float32 whatever was sampled with.
+    sketcher, sketch_encoder = (copy.deepcopy(net).float() for net in (pipeline.sketcher, pipeline.sketch_encoder))
+    loss = SketchPerceptualLoss(sketch_encoder)
+    device, side = next(sketcher.parameters()).device, max(pipeline.height, pipeline.width)
+    distances = []
+    for first in tqdm(range(0, len(images), batch_size), desc=f"L_p of {images.name}", leave=False):
+        indices = range(first, min(first + batch_size, len(images)))
+        photos = np.stack([np.asarray(squash(images.image(i), side)) for i in indices])
+        pixels = torch.from_numpy(photos).permute(0, 3, 1, 2).to(device, torch.float32) / 127.5 - 1
+        sketch = SketchProcessor(side).preprocess([str(drawings[images.groups[i]].path) for i in indices]).to(device)
+        distances.append(loss(sketcher(pixels), sketch).float().cpu())
+    return torch.cat(distances).numpy()

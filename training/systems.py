@@ -1,0 +1,430 @@
+# Copyright 2026 The DiffSketching Pipeline Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Ways to generate photos with one model that `evaluate.py` compares, and what each costs.
+
+A file for `--systems` maps names to what differs from a plain call of the pipeline:
+
+    full: {}
+    unconditional: {withhold: [sketch, class], classifier_guidance_scale: 0}
+    sdedit: {withhold: [sketch], strength: 0.7, classifier_guidance_scale: 0}
+    unipc-10: {scheduler: UniPCMultistepScheduler, num_inference_steps: 10}
+
+What is withheld is not told to the UNet. The drawing still serves as start (`strength`), for the perceptual guidance and to
+guess the class; the class still serves the classifier's guidance.
+"""
+
+import difflib
+import json
+import multiprocessing
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import diffusers
+import torch
+import yaml
+from accelerate import Accelerator
+from diffusers import UNet2DModel
+from image_sets import Drawing, save_png, write_text
+from torch import nn
+from tqdm.auto import tqdm
+
+from diffsketching_pipeline import DiffSketchingPipeline
+from diffsketching_pipeline.denoising import SUPPORTED_SCHEDULERS, sampling_scheduler, scheduler_step_kwargs
+
+
+SCALE_NAMES = ("sketch_guidance_scale", "classifier_guidance_scale", "perceptual_guidance_scale")
+SAMPLING_NAMES = ("num_inference_steps", "eta", *SCALE_NAMES)
+CLIPPING_NAMES = ("clip_sample", "clip_sample_range")
+
+MEMORY_STEPS = 3
+"""Steps over which memory is measured: the solvers of higher order hold the predictions of up to three."""
+
+
+class Job(NamedTuple):
+    """One image to generate: from which file, for which drawing, to where."""
+
+    drawing: Drawing
+    sketch: Path
+    seed: int
+    path: Path
+
+
+# ---- one model, several systems -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class System:
+    """
+    What a system does differently from a plain call of the pipeline; `None` leaves it to the checkpoint.
+
+    Attributes:
+        name: the column of the table, and the folder of the images.
+        withhold: what the UNet is not told: `"sketch"`, `"class"`, both or nothing.
+        scheduler: name of a scheduler of diffusers, with the noise schedule of the checkpoint's own.
+        timestep_spacing: the scheduler's spacing, if not the checkpoint's.
+        strength, guidance_start, guidance_end, num_inference_steps, eta, sketch_guidance_scale,
+            classifier_guidance_scale, perceptual_guidance_scale: arguments of the pipeline's call.
+    """
+
+    name: str = "generated"
+    withhold: tuple[str, ...] = ()
+    scheduler: str | None = None
+    timestep_spacing: str | None = None
+    strength: float = 1.0
+    guidance_start: float = 0.0
+    guidance_end: float = 1.0
+    num_inference_steps: int | None = None
+    eta: float | None = None
+    sketch_guidance_scale: float | None = None
+    classifier_guidance_scale: float | None = None
+    perceptual_guidance_scale: float | None = None
+
+    def build(self, pipeline: DiffSketchingPipeline) -> DiffSketchingPipeline:
+        """The pipeline that generates for this system; shares what it does not change with the given one."""
+        unet, scheduler = pipeline.unet, pipeline.scheduler
+        if "sketch" in self.withhold and unet.config.in_channels == 4:
+            unet = without_sketch(unet)
+        if "class" in self.withhold and unet.config.num_class_embeds is not None:
+            if pipeline.null_class is None:
+                raise ValueError(f"{self._place} has `withhold` class, but the UNet has no 'no class'.")
+            unet = without_class(unet, pipeline.null_class)
+        if self.scheduler is not None or self.timestep_spacing is not None:
+            kind = type(scheduler) if self.scheduler is None else getattr(diffusers, self.scheduler)
+            changes = {} if self.timestep_spacing is None else {"timestep_spacing": self.timestep_spacing}
+            clipping = {name: scheduler.config[name] for name in CLIPPING_NAMES if name in scheduler.config}
+            scheduler = kind.from_config(scheduler.config, **changes)
+            # A scheduler that does not clip itself forgets that the pipeline is to.
+            scheduler.register_to_config(**clipping)
+        built = DiffSketchingPipeline.from_pipe(pipeline, unet=unet, scheduler=scheduler)
+        built.set_progress_bar_config(disable=True)
+        return built
+
+    @property
+    def _place(self) -> str:
+        return f"the system {self.name!r}"
+
+    @property
+    def call_kwargs(self) -> dict[str, Any]:
+        """The arguments of the pipeline's call."""
+        names = ("strength", "guidance_start", "guidance_end", *SAMPLING_NAMES)
+        return {name: getattr(self, name) for name in names}
+
+    def resolve(self, pipeline: DiffSketchingPipeline) -> dict[str, Any]:
+        """What a call comes to, with the checkpoint's recommendations filled in; `pipeline` is the system's own."""
+        steps = self.num_inference_steps or pipeline.recommended.get("num_inference_steps", 50)
+        scales = {name: getattr(self, name) for name in SCALE_NAMES}
+        return {
+            "scheduler": type(pipeline.scheduler).__name__,
+            "timestep_spacing": pipeline.scheduler.config.timestep_spacing,
+            "num_inference_steps": steps,
+            "eta": pipeline._resolve_eta(self.eta, has_latents=False),
+            **pipeline._resolve_scales(scales, has_sketch=True, has_class=pipeline.num_classes > 0),
+            "strength": self.strength,
+            "guidance_start": self.guidance_start,
+            "guidance_end": self.guidance_end,
+            "withhold": list(self.withhold),
+        }
+
+    def uses_class(self, pipeline: DiffSketchingPipeline) -> bool:
+        """Whether a class has any influence on the images."""
+        told = pipeline.unet.config.num_class_embeds is not None and "class" not in self.withhold
+        return told or self.resolve(pipeline)["classifier_guidance_scale"] != 0
+
+    def uses_drawing(self, pipeline: DiffSketchingPipeline) -> bool:
+        """Whether the drawing has any influence on the images."""
+        guided = self.resolve(pipeline)["perceptual_guidance_scale"] != 0
+        told = pipeline.unet.config.in_channels == 4
+        return told or guided or self.strength < 1 or self.uses_class(pipeline)
+
+    def check(self, pipeline: DiffSketchingPipeline) -> None:
+        """Raises `ValueError` for what its pipeline would refuse in the middle of the work."""
+        scales = {name: getattr(self, name) for name in SCALE_NAMES}
+        interval = (self.guidance_start, self.guidance_end)
+        try:
+            pipeline.check_inputs(
+                "drawing", None, 1, scales, *interval, None, self.strength, self.eta, None, None, None, "pil", ()
+            )
+            steps = self.resolve(pipeline)["num_inference_steps"]
+            scheduler = sampling_scheduler(pipeline.scheduler, steps)
+            pipeline.get_timesteps(scheduler, steps, self.strength)
+            scheduler_step_kwargs(scheduler, self.eta or 0.0, None)
+        except ValueError as error:
+            raise ValueError(f"{self._place} cannot generate: {error}") from error
+
+    def sample(
+        self, pipeline: DiffSketchingPipeline, jobs: Sequence[Job], class_labels: list[str] | None, **kwargs: Any
+    ) -> Any:
+        """One image of each job, by the system's own pipeline; `class_labels` of `None` are guessed from the drawing."""
+        sketch: list[str] | None = [str(job.sketch) for job in jobs]
+        labels: Any = class_labels
+        if not self.uses_drawing(pipeline):
+            sketch, labels = None, [None] * len(jobs)
+        elif not self.uses_class(pipeline) and pipeline.num_classes > 0:
+            # Any class will do, and guessing one would cost an evaluation.
+            labels = [0] * len(jobs)
+        generators = [torch.Generator().manual_seed(job.seed) for job in jobs]
+        return pipeline(
+            sketch, class_labels=labels, num_images_per_sketch=1, generator=generators, **self.call_kwargs, **kwargs
+        )
+
+
+def without_sketch(unet: UNet2DModel) -> UNet2DModel:
+    """
+    A copy of a UNet of 4 channels (photo and sketch) that takes 3 and computes what the other does without a drawing.
+
+    "No drawing" is 0 everywhere, so what the first convolution makes of that channel can be left out.
+    """
+    narrow = UNet2DModel.from_config(unet.config, in_channels=3)
+    state = {name: tensor.detach().clone() for name, tensor in unet.state_dict().items()}
+    state["conv_in.weight"] = state["conv_in.weight"][:, :3].contiguous()
+    narrow.load_state_dict(state)
+    return narrow.to(unet.device, unet.dtype).train(unet.training)
+
+
+def without_class(unet: UNet2DModel, null_class: int) -> UNet2DModel:
+    """A copy of a class-conditional UNet that takes every class for "no class"."""
+    blind = UNet2DModel.from_config(unet.config)
+    blind.load_state_dict(unet.state_dict())
+    with torch.no_grad():
+        blind.class_embedding.weight[:] = blind.class_embedding.weight[null_class].clone()
+    return blind.to(unet.device, unet.dtype).train(unet.training)
+
+
+def read_systems(path: str) -> list[System]:
+    """
+    The systems of a YAML file of `name: {setting: value}`.
+
+    Raises:
+        ValueError: no such file, another content, or a setting that does not exist or has another type; names it.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"`systems` must be a YAML file, but {path!r} is no file.")
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"`systems` {path!r} is not YAML: {str(error).splitlines()[0]}.") from error
+    if not isinstance(content, dict) or not content:
+        raise ValueError(f"`systems` must map names to settings, but {path!r} holds {type(content).__name__}.")
+    return [_read_system(str(name), settings or {}, path) for name, settings in content.items()]
+
+
+def _read_system(name: str, settings: Any, path: str) -> System:
+    place = f"`systems` {path!r}: {name!r}"
+    if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name):
+        raise ValueError(f"{place} must be a name of letters, digits and `_.+-`: it becomes a folder.")
+    if not isinstance(settings, dict):
+        raise ValueError(f"{place} must hold `setting: value`, but holds {settings!r}.")
+    known = [f.name for f in fields(System) if f.name != "name"]
+    for key in settings:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known)
+            hint = f"did you mean `{close[0]}`?" if close else f"there are {', '.join(known)}."
+            raise ValueError(f"{place} has the unknown setting {key!r}: {hint}")
+    settings = dict(settings)
+    withhold = settings.pop("withhold", [])
+    withhold = [withhold] if isinstance(withhold, str) else withhold
+    if not isinstance(withhold, list) or not set(withhold) <= {"sketch", "class"}:
+        raise ValueError(f"{place} must have `withhold` sketch, class or [sketch, class], but has {withhold!r}.")
+    scheduler, names = settings.get("scheduler"), [kind.__name__ for kind in SUPPORTED_SCHEDULERS]
+    if scheduler is not None and scheduler not in names:
+        raise ValueError(f"{place} has the `scheduler` {scheduler!r}: there are {', '.join(names)}.")
+    for key, value in settings.items():
+        if key in ("scheduler", "timestep_spacing"):
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"{place} must have a number for `{key}`, but has {value!r}.")
+    return System(name=name, withhold=tuple(sorted(set(withhold))), **settings)
+
+
+def with_defaults(system: System, defaults: dict[str, Any]) -> System:
+    """A system with `defaults` in the place of what it leaves to the checkpoint."""
+    return replace(system, **{name: value for name, value in defaults.items() if getattr(system, name) is None})
+
+
+# ---- cost -----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def count_evaluations(networks: dict[str, nn.Module]) -> Iterator[Counter]:
+    """
+    Counts the samples that each network is given inside the block, by name.
+
+    A network is evaluated whenever its first convolution is: that also sees calls of a part of it, as the perceptual loss
+    makes of F_s.
+    """
+    counts: Counter = Counter()
+
+    def counter(name: str) -> Callable[..., None]:
+        def count(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            counts[name] += len(inputs[0])
+
+        return count
+
+    handles = []
+    for name, network in networks.items():
+        first = next(module for module in network.modules() if isinstance(module, nn.Conv2d))
+        handles.append(first.register_forward_pre_hook(counter(name)))
+    try:
+        yield counts
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def describe_machine(device: torch.device) -> str:
+    """What a time depends on, in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} thread(s)"
+
+
+class CostMeter:
+    """
+    Seconds and network evaluations per image of what runs inside a `with` block; on a GPU also its peak memory.
+
+    Args:
+        networks: the networks whose evaluations count, by name.
+        num_images: images that the block makes.
+        device: where they are made.
+    """
+
+    def __init__(self, networks: dict[str, nn.Module], num_images: int, device: torch.device):
+        self.networks, self.num_images, self.device = networks, num_images, device
+        self.cost: dict[str, Any] = {}
+
+    def __enter__(self) -> "CostMeter":
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self._counting = count_evaluations(self.networks)
+        self._counts, self._start = self._counting.__enter__(), time.perf_counter()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        seconds = time.perf_counter() - self._start
+        self._counting.__exit__(*exception)
+        self.cost = {
+            "seconds": seconds / self.num_images,
+            "network_evaluations": {name: count / self.num_images for name, count in self._counts.items()},
+            "batch_size": self.num_images,
+            "machine": describe_machine(self.device),
+        }
+        if self.device.type == "cuda":
+            self.cost["peak_memory"] = torch.cuda.max_memory_allocated(self.device)
+
+
+def _resident(field: str) -> int:
+    """`VmRSS` or `VmHWM` of this process in bytes."""
+    status = Path("/proc/self/status").read_text()
+    match = re.search(rf"^{field}:\s+(\d+) kB", status, re.M)
+    if match is None:
+        raise OSError(f"no {field} in /proc/self/status")
+    return 1024 * int(match[1])
+
+
+def _peak_memory(
+    model: str, dtype: torch.dtype, system: System, jobs: list[Job], class_labels: list[str] | None, threads: int
+) -> int:
+    """What one batch needs beyond the loaded model, in bytes; run in a process of its own."""
+    torch.set_num_threads(threads)
+    pipeline = system.build(DiffSketchingPipeline.from_pretrained(model, torch_dtype=dtype))
+    # The high-water mark of loading is forgotten, so that only that of sampling is seen.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _resident("VmRSS")
+
+    def stop(pipe: Any, step_index: int, timestep: Any, callback_kwargs: dict[str, Any]) -> dict[str, Any]:
+        pipe._interrupt = step_index + 1 >= MEMORY_STEPS
+        return {}
+
+    system.sample(pipeline, jobs, class_labels, callback_on_step_end=stop)
+    return _resident("VmHWM") - before
+
+
+def measure_memory(
+    model: str, dtype: torch.dtype, system: System, jobs: list[Job], class_labels: list[str] | None, folder: Path
+) -> dict[str, Any]:
+    """
+    Peak resident memory of one batch on the CPU in a fresh process, minus its level after loading; kept in
+    `folder/memory.json`, so that a second call need not measure again.
+    """
+    path = folder / "memory.json"
+    if path.is_file():
+        return json.loads(path.read_text())
+    memory: dict[str, Any] = {"batch_size": len(jobs), "peak_memory": None}
+    try:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            arguments = (model, dtype, system, jobs, class_labels, torch.get_num_threads())
+            memory["peak_memory"] = pool.submit(_peak_memory, *arguments).result()
+    except OSError as error:
+        memory["reason"] = f"the system does not tell ({error})"
+    write_text(json.dumps(memory) + "\n", path)
+    return memory
+
+
+# ---- generating -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Plan:
+    """A system, the pipeline that generates for it, and the images it is to make."""
+
+    system: System
+    pipeline: DiffSketchingPipeline
+    jobs: list[Job]
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        return {name: c for name, c in self.pipeline.components.items() if isinstance(c, nn.Module)}
+
+
+def labels_to_give(jobs: Sequence[Job], class_labels: str) -> list[str] | None:
+    """The class of each drawing's folder, or `None` to let the pipeline guess."""
+    return [job.drawing.label for job in jobs] if class_labels == "folder" else None
+
+
+def generate(plan: Plan, class_labels: str, batch_size: int, accelerator: Accelerator) -> None:
+    """Generates the images that do not exist yet, shared among the processes; each file says what it cost."""
+    plan.pipeline.to(accelerator.device)
+    uses_class = plan.system.uses_class(plan.pipeline)
+    # Shared out before looking what exists, or a slow process would see a fast one's images and share differently.
+    accelerator.wait_for_everyone()
+    with accelerator.split_between_processes(plan.jobs) as share:
+        share = [job for job in share if not job.path.is_file()]
+        progress = tqdm(
+            total=len(share),
+            desc=f"Generating {plan.system.name}",
+            unit="image",
+            disable=not accelerator.is_local_main_process,
+        )
+        for first in range(0, len(share), batch_size):
+            batch = share[first : first + batch_size]
+            with CostMeter(plan.networks, len(batch), accelerator.device) as meter:
+                output = plan.system.sample(plan.pipeline, batch, labels_to_give(batch, class_labels))
+            for job, image, label in zip(batch, output.images, output.class_labels, strict=True):
+                texts = {"seed": str(job.seed), "cost": json.dumps(meter.cost)}
+                texts |= {} if label is None or not uses_class else {"class_label": str(label)}
+                save_png(image, job.path, texts)
+            progress.update(len(batch))
+        progress.close()
+    # A UNet of its own would count towards the next system's memory.
+    plan.pipeline.unet.to("cpu")
+    accelerator.wait_for_everyone()
