@@ -68,6 +68,14 @@ class Series(NamedTuple):
     setting: str | None
     points: list[Point]
 
+    @property
+    def label(self) -> str:
+        """The setting that is swept, and what the UNet is not told meanwhile; or the system's name."""
+        if self.setting is None:
+            return self.points[0].name
+        withheld = self.points[0].settings.get("withhold")
+        return self.setting + (f", without {' and '.join(reversed(withheld))}" if withheld else "")
+
 
 def read_points(paths: Sequence[str], metrics: Sequence[str]) -> list[Point]:
     """
@@ -144,8 +152,8 @@ def plot_faithfulness_realism(points: Sequence[Point], faithfulness: str, realis
     axes = figure.add_subplot()
     for series in find_series(points, GUIDANCE_SETTINGS):
         (x, x_bars), (y, y_bars) = bars(series.points, realism), bars(series.points, faithfulness)
-        label, style = (series.setting, "o-") if series.setting else (series.points[0].name, "s")
-        axes.errorbar(x, y, y_bars, x_bars, fmt=style, label=label, capsize=2, elinewidth=0.6)
+        style = "o-" if series.setting else "s"
+        axes.errorbar(x, y, y_bars, x_bars, fmt=style, label=series.label, capsize=2, elinewidth=0.6)
         for point, left, bottom in zip(series.points, x, y, strict=True):
             text = f"{point.settings[series.setting]:g}" if series.setting else ""
             axes.annotate(text, (left, bottom), xytext=(4, 4), textcoords="offset points", fontsize=8)

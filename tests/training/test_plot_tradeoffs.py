@@ -89,6 +89,18 @@ def test_systems_that_differ_in_one_setting_are_joined_in_its_order(sweep):
     assert [entry.points[0].name for entry in series if entry.setting is None] == ["unipc-10", "unipc-5", "gan"]
 
 
+def test_a_line_says_what_is_withheld(tmp_path):
+    blind = {"withhold": ["class", "sketch"]}
+    path = write_metrics(
+        tmp_path / "metrics.json",
+        {"floor": (blind, 0.06, 30.0), "sdedit": (blind | {"strength": 0.7}, 0.02, 40.0), "full": ({}, 0.02, 14.0)},
+    )
+    points = plot_tradeoffs.read_points([path], ["contour_distance", "frechet_distance"])
+    series = plot_tradeoffs.find_series(points, plot_tradeoffs.GUIDANCE_SETTINGS)
+    assert [entry.label for entry in series] == ["strength, without sketch and class", "full"]
+    assert [point.name for point in series[0].points] == ["sdedit", "floor"]
+
+
 def test_plots_show_the_numbers_with_better_up_and_right(sweep):
     points = plot_tradeoffs.read_points([sweep], ["contour_distance", "frechet_distance"])
     (axes,) = plot_tradeoffs.plot_faithfulness_realism(points, "contour_distance", "frechet_distance").axes
