@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from diffusers import ModelMixin, SchedulerMixin
-from huggingface_hub import hf_hub_download
+from huggingface_hub import _CACHED_NO_EXIST, constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
 from transformers import PreTrainedModel
 
@@ -57,9 +57,11 @@ def fetch_manifest(repo_id: str, folder: str | os.PathLike, **options: Any) -> N
         # The name of a snapshot's folder is its commit: the manifest has to be of the same one.
         hf_hub_download(repo_id, MANIFEST_NAME, revision=Path(folder).name, **options)
     except LocalEntryNotFoundError:
-        from huggingface_hub import constants
-
-        if not options.get("local_files_only") and not constants.HF_HUB_OFFLINE:
+        commit, cache_dir = Path(folder).name, options.get("cache_dir")
+        known = try_to_load_from_cache(repo_id, MANIFEST_NAME, cache_dir=cache_dir, revision=commit)
+        # When the hub is down: that it has none may be known from before.
+        offline = options.get("local_files_only") or constants.HF_HUB_OFFLINE
+        if not offline and known is not _CACHED_NO_EXIST:
             raise
     except EntryNotFoundError:
         pass
@@ -91,9 +93,7 @@ def check_checkpoint(
         return  # `from_pretrained` says what it misses
     index = _read_json(folder / "model_index.json", where)
     components = {name: value for name, value in index.items() if isinstance(value, list) and name[:1] != "_"}
-    classes = {
-        name: _component_class(name, value, where) for name, value in components.items() if value[0] is not None
-    }
+    classes = {name: _component_class(name, value, where) for name, value in components.items() if value[:1] != [None]}
     wanted = {name: component for name, component in classes.items() if name not in passed}
 
     configs = {name: _config_file(folder / name, component, where) for name, component in wanted.items()}

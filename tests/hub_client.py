@@ -137,6 +137,12 @@ def push_component(task):
     return push(task["source"], task["repo_id"], **task.get("kwargs", {}))
 
 
+def fetch_manifest(task):
+    from diffsketching_pipeline.verification import fetch_manifest as fetch
+
+    return fetch(task["source"], task["folder"], **task.get("kwargs", {}))
+
+
 def command(task):
     """Exit code and output of the `diffsketching` command."""
     import contextlib

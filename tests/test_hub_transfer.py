@@ -244,3 +244,19 @@ def test_of_several_processes_only_the_main_one_pushes(hub, tmp_path):
     assert printed[0][0].strip().endswith(hub.repos["ana/model"].refs["main"])
     assert printed[1][0].strip() == "None"
     assert sum(method == "POST" and "/commit/" in path for method, path, _ in hub.log) == 1
+
+
+def test_a_cached_checkpoint_without_a_manifest_loads_while_the_hub_is_down(hub, tmp_path):
+    commit = hub.add_repo("ana/plain", {"config.json": b"{}"}).refs["main"]
+    fetch = {"do": "fetch_manifest", "source": "ana/plain", "folder": commit, "kwargs": {}}
+    down = {"endpoint": "http://127.0.0.1:9"}
+    tasks = {
+        "never seen": fetch | {"kwargs": down},
+        "seen": fetch,
+        "down": fetch | {"kwargs": down},
+        "offline": fetch | {"kwargs": {"local_files_only": True}},
+    }
+    results = run_client(hub, tasks, tmp_path / "run", tmp_path / "home")
+    assert results["never seen"]["error"] == "LocalEntryNotFoundError"
+    assert results["seen"] == results["down"] == results["offline"] == {"result": None}
+    assert hub.log == [("HEAD", f"/ana/plain/resolve/{commit}/SHA256SUMS", 404)]

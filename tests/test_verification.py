@@ -143,7 +143,7 @@ def test_an_index_that_names_a_folder_outside_is_refused(checkpoint, name, monke
     refused(checkpoint, "which is no name of a folder in it", monkeypatch)
 
 
-@pytest.mark.parametrize("entry", [["diffusers"], ["diffusers", 3], ["diffusers", "UNet2DModel", "more"], [1, 2]])
+@pytest.mark.parametrize("entry", [[], ["diffusers"], ["diffusers", 3], ["diffusers", "UNet2DModel", "more"], [1, 2]])
 def test_an_entry_of_another_form_is_refused(checkpoint, entry, monkeypatch):
     edit_json(checkpoint / "model_index.json", unet=entry)
     write_manifest(checkpoint)
