@@ -247,14 +247,14 @@ def test_evaluations_are_counted_for_every_network(pipeline, jobs):
 
 def test_memory_is_that_of_one_batch_in_a_fresh_process(pipeline, jobs, tmp_path):
     pipeline.save_pretrained(tmp_path / "model")
-    memory = systems.measure_memory(str(tmp_path / "model"), System("x"), jobs * 32, None, tmp_path / "small")
+    memory = systems.measure_memory(str(tmp_path / "model"), torch.float32, System("x"), jobs * 32, None, tmp_path / "small")
     assert memory["batch_size"] == 64
     if memory["peak_memory"] is None:
         pytest.skip(memory["reason"])
     # 128 rows of at least one map of 8 channels at 16 x 16 in float32; the machine's own noise is smaller.
     assert 128 * 8 * 16 * 16 * 4 < memory["peak_memory"] < 2**31
     (tmp_path / "small" / "memory.json").write_text(json.dumps({"batch_size": 1, "peak_memory": 7}))
-    again = systems.measure_memory(str(tmp_path / "model"), System("x"), jobs, None, tmp_path / "small")
+    again = systems.measure_memory(str(tmp_path / "model"), torch.float32, System("x"), jobs, None, tmp_path / "small")
     assert again["peak_memory"] == 7
 
 
