@@ -5,7 +5,7 @@
 #
 # PIPELINE has all components, image_encoder included; GARMENTS is what prepare_garments.py wrote; DRAWINGS are drawings by
 # people, `<class>/<name>.png`. Run the same line again after a stop: training and evaluation go on where they were.
-# `JOBS=2` runs two at a time, `SPLIT` chooses the half of the drawings, `DTYPE` the type of the weights that are evaluated.
+# `JOBS=2` runs two at a time; `SPLIT` chooses the half of the drawings, `DTYPE` and `STEPS` how their photos are sampled.
 set -euo pipefail
 pipeline=$(realpath "$1") garments=$(realpath "$2") drawings=$(realpath "$3")
 mkdir -p "$4"
@@ -32,7 +32,7 @@ score() { # name of the result, pipeline, what sets it apart
   [ -f "$work/evaluation/$1/metrics.json" ] || python evaluate.py --model "$2" --sketches "$drawings" \
     --reference "$garments/validation" --train "$garments/train" --evaluator evaluators/garments-64 \
     --cache_dir "$work/cache" --split "${SPLIT:-report}" --num_images_per_sketch 1 --dtype "${DTYPE:-float32}" \
-    --output_dir "$work/evaluation/$1" "${@:3}" > "$work/evaluation-$1.log" 2>&1
+    --num_inference_steps "${STEPS:-25}" --output_dir "$work/evaluation/$1" "${@:3}" > "$work/evaluation-$1.log" 2>&1
 }
 
 # The first run inverts the photos that all of them see.
