@@ -247,7 +247,9 @@ def test_evaluations_are_counted_for_every_network(pipeline, jobs):
 
 def test_memory_is_that_of_one_batch_in_a_fresh_process(pipeline, jobs, tmp_path):
     pipeline.save_pretrained(tmp_path / "model")
-    memory = systems.measure_memory(str(tmp_path / "model"), torch.float32, System("x"), jobs * 32, None, tmp_path / "small")
+    memory = systems.measure_memory(
+        str(tmp_path / "model"), torch.float32, System("x"), jobs * 32, None, tmp_path / "small"
+    )
     assert memory["batch_size"] == 64
     if memory["peak_memory"] is None:
         pytest.skip(memory["reason"])
