@@ -366,7 +366,7 @@ class Scorer:
     # -- diversity
 
     def diversity(self, images: ImageSet) -> Scores:
-        """Distances between images of the same drawing."""
+        """Distances between images of the same drawing, and between images of drawings of one class."""
         conditions = {"pairs": "within a drawing", "normalisation": "unit", **self.evaluator.conditions}
         means = pairwise_means(images.features, images.groups)
         reason = None if means else "no drawing has two images"
@@ -374,7 +374,8 @@ class Scorer:
         conditions = {"pairs": "within a drawing", "backbone": self.lpips_net}
         reason = reason or self.lpips_reason
         means = {} if reason else lpips_means(self.lpips, images, self.evaluator.device)
-        return scores | self.group_means("pairwise_lpips", means, images, conditions, reason)
+        scores |= self.group_means("pairwise_lpips", means, images, conditions, reason)
+        return scores | self.same_class_distance(images, {"pairs": "images of one class"})
 
     def group_means(
         self, key: str, means: dict[int, float], images: ImageSet, conditions: dict[str, str], reason: str | None
@@ -389,18 +390,23 @@ class Scorer:
 
     def photo_diversity(self, photos: ImageSet) -> Scores:
         """Distances between random photos, and between random photos of one class."""
-        labels = np.asarray(photos.labels)
-        same = labels[:, None] == labels[None, :]
         conditions = {"pairs": "random photos", "normalisation": "unit", **self.evaluator.conditions}
-        scores: Scores = {}
-        for key, mask in (("pairwise_distance", None), ("pairwise_distance_same_class", same)):
-            if mask is not None and mask.sum() == len(photos):
-                scores |= self.measure(key, None, photos, conditions, reason="no class has two photos")
-                continue
-            value, samples = random_pair_distance(photos.features, mask, self.num_bootstrap_samples)
-            interval = percentile_interval(samples, len(photos))
-            scores |= self.measure(key, value, photos, conditions, interval)
-        return scores
+        value, samples = random_pair_distance(photos.features, None, self.num_bootstrap_samples)
+        interval = percentile_interval(samples, len(photos))
+        scores = self.measure("pairwise_distance", value, photos, conditions, interval)
+        return scores | self.same_class_distance(photos, {"pairs": "random photos"})
+
+    def same_class_distance(self, images: ImageSet, pairs: dict[str, str]) -> Scores:
+        """Distance between two images of one class, of one drawing or of two; an interval for images of one drawing each."""
+        labels, key = np.asarray(images.labels), "pairwise_distance_same_class"
+        same = labels[:, None] == labels[None, :]
+        conditions = {**pairs, "normalisation": "unit", **self.evaluator.conditions}
+        if same.sum() == len(images):
+            return self.measure(key, None, images, conditions, reason="no class has two images")
+        are_independent = len(np.unique(images.groups)) == len(images)
+        num_samples = self.num_bootstrap_samples if are_independent else 0
+        value, samples = random_pair_distance(images.features, same, num_samples)
+        return self.measure(key, value, images, conditions, percentile_interval(samples, len(images)))
 
     # -- memorisation
 

@@ -288,6 +288,10 @@ def test_generates_resumes_and_scores(arguments, model_dir, drawings_dir, photos
     unit = features / features.norm(dim=1, keepdim=True)
     distances = [torch.pdist(unit[i : i + 3]).mean() for i in range(0, 36, 3)]
     assert system["pairwise_distance"]["value"] == pytest.approx(float(np.mean(distances)), rel=1e-4)
+    labels = np.array([f.parent.name for f in files])
+    same = torch.from_numpy(labels[:, None] == labels[None, :]).triu(1)
+    expected = float(torch.cdist(unit, unit)[same].mean())
+    assert system["pairwise_distance_same_class"]["value"] == pytest.approx(expected, rel=1e-4)
     photos = image_sets.list_class_folders(photos_dir / "validation", "reference")
     real = Evaluator(str(evaluator_dir), SIZE).look_at(image_sets.read_photos(photos, "photos", SIZE), 32).features
     assert system["precision"]["value"] == pytest.approx(metrics.precision(features, real), abs=1 / 36 + 1e-9)

@@ -32,7 +32,7 @@ score() { # name of the result, pipeline, what sets it apart
   [ -f "$work/evaluation/$1/metrics.json" ] || python evaluate.py --model "$2" --sketches "$drawings" \
     --reference "$garments/validation" --train "$garments/train" --evaluator evaluators/garments-64 \
     --cache_dir "$work/cache" --split "${SPLIT:-report}" --num_images_per_sketch 1 --dtype "${DTYPE:-float32}" \
-    --num_inference_steps "${STEPS:-25}" --output_dir "$work/evaluation/$1" "${@:3}" > "$work/evaluation-$1.log" 2>&1
+    --num_inference_steps "${STEPS:-25}" --perceptual_sketch_distance true --output_dir "$work/evaluation/$1" "${@:3}" > "$work/evaluation-$1.log" 2>&1
 }
 
 # The first run inverts the photos that all of them see.
