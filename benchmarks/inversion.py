@@ -43,7 +43,12 @@ def round_trip(
     noise = pipe.invert(images, labels, num_inference_steps=steps, num_fixed_point_iterations=iterations)
     seconds = time.perf_counter() - start
     # Nothing that a checkpoint recommends beside the plain chain.
-    off = {"sketch_guidance_scale": 1.0, "classifier_guidance_scale": 0.0, "perceptual_guidance_scale": 0.0, "eta": 0.0}
+    off = {
+        "sketch_guidance_scale": 1.0,
+        "classifier_guidance_scale": 0.0,
+        "perceptual_guidance_scale": 0.0,
+        "eta": 0.0,
+    }
     found = pipe(None, labels, 1, steps, latents=noise, clip_sample=False, output_type="latent", **off).images
     return psnr(found.cpu(), images), seconds
 
