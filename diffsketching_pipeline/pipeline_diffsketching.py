@@ -804,6 +804,9 @@ class DiffSketchingPipeline(DiffusionPipeline):
         # 2. One generator per image, and the noise
         generators = self.prepare_generators(generator, batch_size)
         self._eta = self._resolve_eta(eta, latents is not None)
+        if latents is not None and clip_sample is False:
+            # The way back from inverted noise: a recommended guidance would lead elsewhere.
+            given_scales = {n: _SCALES[n][0] if scale is None else scale for n, scale in given_scales.items()}
         step_kwargs = scheduler_step_kwargs(scheduler, self._eta, generators)
         latents = self.prepare_latents(batch_size, generators, latents)
 
@@ -889,9 +892,9 @@ class DiffSketchingPipeline(DiffusionPipeline):
         """
         The noise x_T from which sampling makes these photos, without guidance and without clipping.
 
-        `pipe(sketch, class_labels, 1, num_inference_steps, sketch_guidance_scale=1.0, classifier_guidance_scale=0.0,
-        perceptual_guidance_scale=0.0, clip_sample=False, latents=x_T)` is the way back: with the same classes, drawings,
-        steps and scheduler. Guidance cannot be inverted; it may be switched on in the way back, to change the photo.
+        `pipe(sketch, class_labels, 1, num_inference_steps, clip_sample=False, latents=x_T)` is the way back: with the same
+        classes, drawings, steps and scheduler. Scales that are not given are off in such a call, because guidance cannot be
+        inverted; they may be given, to change the photo.
 
         Args:
             images (path, `PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of these):
