@@ -238,7 +238,7 @@ def train(
     if averaged is not None:
         with write_folder(Path(args.output_dir) / folder_name) as folder:
             averaged.save_pretrained(folder)
-        trainer.push(Path(args.output_dir) / "sketcher")
+        trainer.push(Path(args.output_dir) / folder_name)
 
 
 def main() -> None:
