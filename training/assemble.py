@@ -17,7 +17,6 @@
         --sketch_encoder sketch_encoder/sketch_encoder --image_encoder image_encoder/image_encoder --output_dir garments-64
 """
 
-import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,13 +84,6 @@ def assemble(args: AssembleArguments) -> DiffSketchingPipeline:
     return pipe.to(getattr(torch, args.save_dtype))
 
 
-def _forget_local_path(path: Path) -> None:
-    """A config remembers the folder it was loaded from, which means nothing elsewhere and may tell whose it was."""
-    config = json.loads(path.read_text(encoding="utf-8"))
-    if config.pop("_name_or_path", None) is not None:
-        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
 def main(args: AssembleArguments) -> None:
     output_dir = Path(args.output_dir)
     if output_dir.exists() and not args.overwrite_output_dir:
@@ -99,8 +91,6 @@ def main(args: AssembleArguments) -> None:
     pipe = assemble(args)
     with write_folder(output_dir) as temporary:
         pipe.save_pretrained(temporary, max_shard_size=args.max_shard_size)
-        for config in temporary.rglob("*.json"):
-            _forget_local_path(config)
     size = sum(file.stat().st_size for file in output_dir.rglob("*.safetensors"))
     print(f"{args.output_dir}: {size / 2**20:.1f} MiB of weights")
 

@@ -391,9 +391,8 @@ class ChainDataset:
         without it every one that a sample may hold.
         """
         if draws is None or not self.train:
-            return [
-                (index, flip) for index in range(len(self)) for flip in ((False, True) if self.train else (False,))
-            ]
+            flips = (False, True) if self.train else (False,)
+            return list(itertools.product(range(len(self)), flips))
         return sorted({(index, self._is_flipped(self._rng(index, epoch))) for index, epoch in draws})
 
     def views(self, keys: Iterable[tuple[int, bool]]) -> Iterator[tuple[Tensor, int]]:
