@@ -60,6 +60,10 @@ class SketcherArguments(TrainingArguments):
     l1_weight: float = argument(100.0, "weight of the L1 distance to the nearest valid drawing")
     stroke_weight: float = argument(6.0, "how much more strokes count in that distance than paper; not for photos")
     gan_weight: float = argument(1.0, "weight of the adversarial term")
+    free_hand_share: float = argument(
+        0.0, "share of the drawings that are redrawn as an unskilled hand would, see train_unet.py; only where they are given"
+    )
+    free_hand_strength: float = argument(1.0, "largest strength of that")
     learning_rate: float = argument(2e-4, "the learning rate of both networks after the warm-up")
     adam_beta1: float = argument(0.5, "AdamW's beta 1; GANs need less momentum")
     adam_weight_decay: float = argument(0.0, "AdamW's weight decay")
@@ -147,6 +151,16 @@ def gan_losses(trainer: Trainer, args: SketcherArguments) -> dict[str, Callable[
     return {"discriminator": discriminator_loss, "sketcher": generator_loss}
 
 
+def check_free_hand(args: SketcherArguments) -> None:
+    """Raises `ValueError` for a share or strength of redrawn drawings that cannot be, or where drawings are what is learned."""
+    if not 0 <= args.free_hand_share <= 1:
+        raise ValueError(f"`free_hand_share` must be from 0 to 1, but got {args.free_hand_share}.")
+    if args.free_hand_strength < 0:
+        raise ValueError(f"`free_hand_strength` must not be negative, but got {args.free_hand_strength}.")
+    if args.free_hand_share > 0 and args.direction == "photo_to_sketch":
+        raise ValueError("`free_hand_share` must be 0 where drawings are what is learned: see `direction`.")
+
+
 def make_dataset(args: SketcherArguments, root: Path, split: str) -> PhotoSketchDataset:
     """P draws in one way: no jitter and one line gain; the reverse direction must take any drawing."""
     is_reverse = args.direction == "sketch_to_photo"
@@ -160,6 +174,8 @@ def make_dataset(args: SketcherArguments, root: Path, split: str) -> PhotoSketch
         contours="one" if is_reverse else "all",
         jitter=1.0 if is_reverse else 0.0,
         line_gain=(1.0, 2.6) if is_reverse else (DEFAULT_LINE_GAIN, DEFAULT_LINE_GAIN),
+        free_hand_share=args.free_hand_share if split == "train" else 0.0,
+        free_hand_strength=args.free_hand_strength,
     )
 
 
@@ -215,6 +231,7 @@ def train(
         folder_name: what the generator is called.
         metrics: `(result, targets) -> {name: value}` of the validation pairs, see [`source_and_targets`].
     """
+    check_free_hand(args)
     root = resolve_data_dir(args)
 
     # 1. Data
