@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 
 HERE = Path(__file__).parent
@@ -24,6 +25,19 @@ TRAIN = [
     "webdataset>=1.0",
 ]
 TEST = [*TRAIN, "mypy>=1.11", "pytest>=8.0", "ruff>=0.6", "selenium>=4.11", "types-PyYAML"]
+
+
+class BuildWithModelCard(build_py):
+    """Puts `model_card.md` beside the weights it describes, where an export of an installed checkpoint finds it."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            self.copy_file(
+                str(HERE / "model_card.md"),
+                str(Path(self.build_lib) / "diffsketching_pipeline/checkpoints/garments-64/README.md"),
+            )
+
 
 setup(
     name="diffsketching_pipeline",
@@ -51,6 +65,7 @@ setup(
         "transformers>=4.56",
         "typer>=0.16",
     ],
+    cmdclass={"build_py": BuildWithModelCard},
     extras_require={"train": TRAIN, "test": TEST},
     entry_points={"console_scripts": ["diffsketching=diffsketching_pipeline.cli:main"]},
     classifiers=[

@@ -339,12 +339,10 @@ def push_folder(
     return str(commit.pr_url or commit.commit_url)
 
 
-def push_component(
-    folder: str | os.PathLike, repo_id: str, *, token: str | bool | None = None, private: bool | None = None
-) -> str | None:
+def push_component(folder: str | os.PathLike, repo_id: str, **push_options: Any) -> str | None:
     """
     Uploads the folder of one model, that a `save_pretrained` wrote, with a short README.md and `SHA256SUMS`; see
-    [`push_folder`].
+    [`push_folder`], also for `push_options`.
     """
     from diffsketching_pipeline.model_card import component_card
 
@@ -354,7 +352,7 @@ def push_component(
         forget_origins(copied)
         (copied / "README.md").write_text(component_card(copied, repo_id), encoding="utf-8")
         write_manifest(copied)
-        return push_folder(copied, repo_id, token=token, private=private)
+        return push_folder(copied, repo_id, **push_options)
 
 
 def create_repo(repo_id: str, *, token: str | bool | None = None, private: bool | None = None) -> None:

@@ -15,11 +15,15 @@ import copy
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 
 import diffsketching_pipeline
 from diffsketching_pipeline import hub
+
+
+ROOT = Path(__file__).parents[1]
 
 
 def run(code):
@@ -50,6 +54,26 @@ def test_every_public_name_is_there():
     } <= set(diffsketching_pipeline.__all__)
     with pytest.raises(AttributeError, match="module 'diffsketching_pipeline' has no attribute 'Pipeline'"):
         diffsketching_pipeline.Pipeline  # noqa: B018
+
+
+def test_an_installed_package_has_the_weights_and_their_card(tmp_path):
+    build = [
+        sys.executable,
+        "setup.py",
+        "--quiet",
+        "build",
+        "--build-base",
+        tmp_path / "base",
+        "--build-lib",
+        tmp_path,
+    ]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    source, installed = (root / "diffsketching_pipeline" / "checkpoints" / "garments-64" for root in (ROOT, tmp_path))
+    assert (installed / "README.md").read_text() == (ROOT / "model_card.md").read_text()
+    expected = {path.relative_to(source) for path in source.rglob("*") if path.is_file()}
+    assert {path.relative_to(installed) for path in installed.rglob("*") if path.is_file()} == expected | {
+        Path("README.md")
+    }
 
 
 def test_registering_again_changes_nothing():

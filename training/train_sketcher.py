@@ -61,7 +61,8 @@ class SketcherArguments(TrainingArguments):
     stroke_weight: float = argument(6.0, "how much more strokes count in that distance than paper; not for photos")
     gan_weight: float = argument(1.0, "weight of the adversarial term")
     free_hand_share: float = argument(
-        0.0, "share of the drawings that are redrawn as an unskilled hand would, see train_unet.py; only where they are given"
+        0.0,
+        "share of the drawings that are redrawn as an unskilled hand would, see train_unet.py; only where they are given",
     )
     free_hand_strength: float = argument(1.0, "largest strength of that")
     learning_rate: float = argument(2e-4, "the learning rate of both networks after the warm-up")

@@ -39,6 +39,7 @@ import logging
 import os
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -163,6 +164,10 @@ class TrainingArguments:
     push_to_hub: bool = argument(False, "upload the final weights to the Hub")
     hub_model_id: str | None = argument(None, "repository to upload to, user/name; made if there is none")
     hub_private_repo: bool = argument(False, "make a new repository private")
+    hub_strategy: Literal["end", "every_save"] = argument(
+        "end",
+        "every_save also uploads the averaged weights of each checkpoint, as branch `step-<n>` of the repository",
+    )
     # Not in the text of the arguments either, which errors and logs may show.
     hub_token: str | None = field(
         default=None,
@@ -842,6 +847,8 @@ class Trainer:
                 _remove_folder(old)
         self.accelerator.wait_for_everyone()
         self._last_checkpoint_step = self.global_step
+        if self.args.push_to_hub and self.args.hub_strategy == "every_save":
+            self._push_checkpoint()
 
     def _prepare_output_dir(self) -> None:
         """Empties or resumes `output_dir`, and records the arguments in it as a config for the next call."""
@@ -854,9 +861,7 @@ class Trainer:
                     _remove_folder(old)
             if self.args.push_to_hub:
                 # Now rather than after days of training: a wrong name or token is an error.
-                create_repo(
-                    str(self.args.hub_model_id), token=self.args.hub_token, private=self.args.hub_private_repo or None
-                )
+                create_repo(str(self.args.hub_model_id), **self._hub_options())
             config = yaml.safe_dump(public_arguments(self.args), sort_keys=False)
             (self.output_dir / "training_args.yaml").write_text(config)
         self.accelerator.wait_for_everyone()
@@ -986,13 +991,37 @@ class Trainer:
             or self.global_step < self.max_train_steps
         ):
             return
-        repo_id, token, private = str(self.args.hub_model_id), self.args.hub_token, self.args.hub_private_repo or None
+        repo_id, options = str(self.args.hub_model_id), self._hub_options()
         if (folder / "model_index.json").is_file():
             dtype = getattr(torch, self.args.save_dtype)
             pipeline = DiffSketchingPipeline.from_pretrained(folder, torch_dtype=dtype)
-            print(push_pipeline(pipeline, repo_id, token=token, private=private))
+            print(push_pipeline(pipeline, repo_id, **options))
         else:
-            print(push_component(folder, repo_id, token=token, private=private))
+            print(push_component(folder, repo_id, **options))
+
+    def _hub_options(self) -> dict[str, Any]:
+        return {"token": self.args.hub_token, "private": self.args.hub_private_repo or None}
+
+    def _push_checkpoint(self) -> None:
+        """
+        Uploads the averaged weights as they are now. Not the checkpoint itself, whose optimizer state is a pickle that nobody
+        should load from a hub. Training goes on where that fails: the weights are on the disk.
+        """
+        name = next(iter(self.ema or self.modules))
+        if self.is_sharded:
+            with self.ema_weights():
+                self._last_copies = {name: self.whole(name)}
+        averaged = self.ema_copy(name)
+        if averaged is None:
+            return
+        revision = f"step-{self.global_step}"
+        options = {"revision": revision, "commit_message": f"Step {self.global_step}", **self._hub_options()}
+        with tempfile.TemporaryDirectory() as temporary:
+            averaged.save_pretrained(Path(temporary) / name)
+            try:
+                push_component(Path(temporary) / name, str(self.args.hub_model_id), **options)
+            except OSError as error:
+                logger.warning(f"{revision} is not on the Hub: {error}")
 
     def train(
         self, losses: LossFunction | Mapping[str, LossFunction], validate: ValidationFunction | None = None

@@ -30,7 +30,7 @@ def hub():
         yield hub
 
 
-def train(hub, shapes_dir, tmp_path, script_env, token):
+def train(hub, shapes_dir, tmp_path, script_env, token, *options):
     """Trains for a step with the token in the config file; what was printed, and the exit code."""
     config = tmp_path / "config.yaml"
     arguments = {
@@ -41,7 +41,7 @@ def train(hub, shapes_dir, tmp_path, script_env, token):
     }
     config.write_text(yaml.safe_dump({**TINY, **arguments}))
     command = [sys.executable, str(TRAINING / "train_unet.py"), str(config), "--output_dir", str(tmp_path / "out")]
-    command += ["--push_to_hub", "--hub_model_id", "ana/trained", "--hub_private_repo"]
+    command += ["--push_to_hub", "--hub_model_id", "ana/trained", "--hub_private_repo", *options]
     env = {**script_env, **hub.client_env(tmp_path / "home")}
     return subprocess.run(command, env=env, capture_output=True, text=True)
 
@@ -65,6 +65,21 @@ def test_a_finished_run_is_pushed_and_the_token_stays_with_its_owner(hub, shapes
     assert len(out) > 5 and not [path for path in out if token in path.read_bytes()]
     saved = yaml.safe_load((tmp_path / "out" / "training_args.yaml").read_text())
     assert saved["hub_model_id"] == "ana/trained" and "hub_token" not in saved
+
+
+def test_checkpoints_are_pushed_as_branches_and_training_outlives_a_hub_that_refuses_one(
+    hub, shapes_dir, tmp_path, script_env
+):
+    hub.faults.append(["POST", "/branch/step-2", 403, 1])
+    options = ["--max_train_steps", "3", "--checkpointing_steps", "1", "--hub_strategy", "every_save"]
+    run = train(hub, shapes_dir, tmp_path, script_env, WRITE_TOKEN, *options)
+    assert run.returncode == 0, run.stderr
+    repo = hub.repos["ana/trained"]
+    assert set(repo.refs) == {"main", "step-1", "step-3"} and "step-2 is not on the Hub" in run.stderr
+    name = "diffusion_pytorch_model.safetensors"
+    first, last = (repo.files(f"step-{step}") for step in (1, 3))
+    assert set(first) - {".gitattributes"} == {"config.json", "README.md", "SHA256SUMS", name}
+    assert first[name] != last[name] == repo.files()[f"unet/{name}"]
 
 
 def test_a_token_that_may_not_write_is_an_error_before_training(hub, shapes_dir, tmp_path, script_env):

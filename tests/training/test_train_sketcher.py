@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 import train_sketcher
-from train_sketcher import PatchDiscriminator, minimum_l1
+from train_sketcher import PatchDiscriminator, SketcherArguments, check_free_hand, make_dataset, minimum_l1
 
 from diffsketching_pipeline.modeling_photo_sketcher import PhotoSketcher
 
@@ -141,6 +141,30 @@ def test_reverse_direction_makes_photos_from_sketches(shapes_dir, cache_dir, tmp
     args.direction = "photo_to_sketch"
     with pytest.raises(ValueError, match="must make 1 channels of 3"):
         train_sketcher.make_models(args)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"free_hand_share": 1.5}, "`free_hand_share` must be from 0 to 1, but got 1.5"),
+        ({"free_hand_strength": -1.0}, "`free_hand_strength` must not be negative, but got -1.0"),
+        ({"direction": "photo_to_sketch"}, "`free_hand_share` must be 0 where drawings are what is learned"),
+    ],
+)
+def test_redrawn_drawings_that_cannot_be_are_refused(options, message):
+    arguments = SketcherArguments(**{"direction": "sketch_to_photo", "free_hand_share": 0.5} | options)
+    with pytest.raises(ValueError, match=message):
+        check_free_hand(arguments)
+
+
+def test_only_what_is_given_in_training_is_redrawn(shapes_dir, cache_dir):
+    def sketches(split, share):
+        options = {"resolution": 32, "cache_dir": str(cache_dir), "free_hand_share": share}
+        dataset = make_dataset(SketcherArguments(direction="sketch_to_photo", **options), shapes_dir, split)
+        return torch.stack([dataset.sample(i)["sketch"] for i in range(4)])
+
+    assert not torch.equal(sketches("train", 0.0), sketches("train", 1.0))
+    assert torch.equal(sketches("validation", 0.0), sketches("validation", 1.0))
 
 
 def test_losses_are_those_of_the_least_squares_gan():
