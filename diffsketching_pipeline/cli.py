@@ -17,6 +17,7 @@ import hashlib
 import io
 import json
 import os
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -513,6 +514,21 @@ def push(
             license=license,
         )
     print(address)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    add_help_option=False,
+)
+def evaluate(context: typer.Context) -> None:
+    """Score a model, or folders of images; --help lists the options."""
+    script = Path(__file__).parents[1] / "training" / "evaluate.py"
+    if not script.is_file():
+        raise UserError(
+            "the evaluation is a script of the source tree, which is not installed: clone it and install it with"
+            ' `pip install -e ".[train]"`.'
+        )
+    raise typer.Exit(subprocess.call([sys.executable, str(script), *context.args]))
 
 
 def _load_to_save(model: str, save_dtype: str) -> "DiffSketchingPipeline":

@@ -113,7 +113,7 @@ def export_pipeline(
         model_card:
             Markdown file to use as README.md. Left out, it is that of the checkpoint `pipe` was loaded from or, if it has
             none, one written from the components.
-        metrics: `metrics.json` of `training/evaluate.py` for this checkpoint, to be added to the card as a table.
+        metrics: `metrics.json` of `training/evaluate.py` for this checkpoint, to be added to the card as a table and as metadata.
         license: for a card that is written from the components, the licence of the weights, e.g. `"apache-2.0"`.
         notices: lines for `NOTICE` on works that the weights are derived from, and their licences.
         repo_id: the repository the folder is meant for, to be named in the card.
@@ -178,7 +178,13 @@ def _card(
     license: str | None,
     repo_id: str | None,
 ) -> str:
-    from diffsketching_pipeline.model_card import loading_section, make_card, metrics_section, read_metrics
+    from diffsketching_pipeline.model_card import (
+        loading_section,
+        make_card,
+        metrics_section,
+        read_metrics,
+        with_model_index,
+    )
 
     path = _card_of_origin(pipe) if model_card is None else Path(model_card)
     if path is None:
@@ -188,7 +194,10 @@ def _card(
             card = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"`model_card` has to be a text file but is {path}.") from error
-    sections = [card] if metrics is None else [card, metrics_section(read_metrics(metrics))]
+    sections = [card]
+    if metrics is not None:
+        evaluation = read_metrics(metrics)
+        sections = [with_model_index(card, evaluation, title), metrics_section(evaluation)]
     if "from_pretrained(" not in card:
         sections.append(loading_section(repo_id))
     return "\n".join(section.rstrip() + "\n" for section in sections)

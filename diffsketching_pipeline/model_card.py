@@ -15,42 +15,87 @@
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 
-def read_metrics(path: str | os.PathLike) -> dict[str, Any]:
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCardData
+
+
+@dataclass
+class Evaluation:
     """
-    The measurements in a `metrics.json` of `training/evaluate.py`, by system and metric.
+    What a `metrics.json` of `training/evaluate.py` says.
+
+    Attributes:
+        systems: measurements by system and metric, those of real photos and noise among them.
+        own: the system that is the model as it is recommended: the first one.
+        drawings: name of the folder of drawings.
+    """
+
+    systems: dict[str, dict[str, Any]]
+    own: str
+    drawings: str
+
+
+def read_metrics(path: str | os.PathLike) -> Evaluation:
+    """
+    Reads a `metrics.json` of `training/evaluate.py`.
 
     Raises:
-        ValueError: if it is no such file.
+        ValueError: if it is no such file, or one without `--model`.
     """
     try:
-        systems = json.loads(Path(path).read_text(encoding="utf-8"))["systems"]
-        measured = {name: system for name, system in systems.items() if system}
-        for measurement in measured["generated"].values():
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        measured = {name: system for name, system in content["systems"].items() if system}
+        own = next(iter(content["settings"]["systems"]))
+        for measurement in measured[own].values():
             measurement["title"], measurement["value"], measurement["reason"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return Evaluation(measured, own, Path(content["settings"]["arguments"]["sketches"]).name)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
         raise ValueError(
             f"`metrics` has to be a metrics.json of training/evaluate.py --model but is {path}."
         ) from error
-    return measured
 
 
-def metrics_section(measured: dict[str, Any]) -> str:
+def metrics_section(evaluation: Evaluation) -> str:
     """A table of what was measured, beside real photos and noise, with the conditions of the measurement."""
-    names = ["generated", *sorted(name for name in measured if name != "generated")]
+    own = evaluation.systems[evaluation.own]
+    names = [evaluation.own, *sorted(name for name in evaluation.systems if name != evaluation.own)]
     lines = ["## Evaluation", ""]
-    conditions = next(iter(measured["generated"].values())).get("conditions", {})
+    conditions = next(iter(own.values())).get("conditions", {})
     shown = [f"{key}: {conditions[key]}" for key in ("model", "drawings", "sampling", "seeds") if key in conditions]
     if shown:
         lines += [f"By `training/evaluate.py` ({'; '.join(shown)}).", ""]
     lines += [f"| | {' | '.join(names)} |", f"| --- |{' --- |' * len(names)}"]
-    for key, measurement in measured["generated"].items():
-        cells = [_cell(measured[name].get(key)) for name in names]
+    for key, measurement in own.items():
+        cells = [_cell(evaluation.systems[name].get(key)) for name in names]
         lines.append(f"| {measurement['title']} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def with_model_index(card: str, evaluation: Evaluation, title: str) -> str:
+    """The card with the model's own measurements in its metadata, as the Hub shows and compares them."""
+    from huggingface_hub import EvalResult, ModelCard
+
+    model_card = ModelCard(card)
+    data = cast("ModelCardData", model_card.data)
+    data.model_name = title
+    data.eval_results = [
+        EvalResult(
+            task_type="image-to-image",
+            dataset_type=evaluation.drawings,
+            dataset_name=f"{evaluation.drawings}, {measurement['conditions']['drawings']} drawings",
+            metric_type=key,
+            metric_name=measurement["title"],
+            metric_value=float(f"{measurement['value']:.4g}"),
+        )
+        for key, measurement in evaluation.systems[evaluation.own].items()
+        if measurement["value"] is not None
+    ]
+    return str(model_card)
 
 
 def _cell(measurement: dict[str, Any] | None) -> str:

@@ -237,6 +237,15 @@ def test_convert_commands_pass_their_options_on(monkeypatch, capsys, tmp_path):
     assert (seen["preset"], seen["sketch_channel"]) == ("64", False)
 
 
+def test_evaluate_is_the_script_of_the_source_tree(monkeypatch, capfd, tmp_path):
+    words = ["--sketches", "a", "--reference", "b", "--train", "c", "--evaluator", "d"]
+    assert run(monkeypatch, "evaluate", *words) == 2
+    assert capfd.readouterr().err.startswith("evaluate.py: error: give `model` to generate images")
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "site-packages" / "diffsketching_pipeline" / "cli.py"))
+    assert run(monkeypatch, "evaluate", *words) == 2
+    assert "the evaluation is a script of the source tree, which is not installed" in capfd.readouterr().err
+
+
 def test_the_command_is_cheap_to_ask_for_help():
     code = (
         "import sys; from diffsketching_pipeline import cli; print('torch' in sys.modules, 'diffusers' in sys.modules)"

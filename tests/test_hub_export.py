@@ -22,6 +22,7 @@ import pytest
 import torch
 from hub_client import describe
 from hub_server import metadata_errors
+from huggingface_hub import ModelCard
 
 from diffsketching_pipeline import (
     DiffSketchingPipeline,
@@ -51,7 +52,8 @@ def metrics(tmp_path):
         "noise": {"a": measurement("class agreement", 0.056)},
     }
     path = tmp_path / "metrics.json"
-    path.write_text(json.dumps({"settings": {"arguments": {"train": "/home/somebody"}}, "systems": systems}))
+    settings = {"arguments": {"sketches": "/home/somebody/doodles"}, "systems": {"generated": {}}}
+    path.write_text(json.dumps({"settings": settings, "systems": systems}))
     return path
 
 
@@ -87,6 +89,9 @@ def test_an_export_holds_what_it_needs_to_load_anywhere(tiny_pipeline, metrics, 
     assert "| class agreement | 0.43 [0.35, 0.5] | 0.056 |" in card
     assert "| LPIPS diversity | not measured: no weights |  |" in card
     assert 'from_pretrained("ana/tiny-garments")' in card and "/home/somebody" not in card
+    (result,) = ModelCard(card).data.eval_results
+    assert (result.metric_type, result.metric_value, result.metric_name) == ("a", 0.43, "class agreement")
+    assert (result.dataset_type, result.dataset_name) == ("doodles", "doodles, all 3 of 3 drawings")
 
     original = describe(tiny_pipeline, run=True)
     assert describe(DiffSketchingPipeline.from_pretrained(out), run=True)["pixels"] == original["pixels"]

@@ -102,7 +102,7 @@ def test_detail_tells_a_blurred_photo_from_a_sharp_one():
 def test_shipped_config_is_understood():
     config = Path(train_gan_baseline.__file__).parent / "configs" / "gan_baseline_garments64.yaml"
     args = parse_args(GanBaselineArguments, [str(config)])
-    assert args.direction == "sketch_to_photo" and args.dropout == 0.5 and args.max_train_steps == 20000
+    assert args.direction == "sketch_to_photo" and args.dropout == 0.5 and args.free_hand_share == 0.25
 
 
 @pytest.mark.parametrize(
