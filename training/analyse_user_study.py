@@ -22,17 +22,16 @@ judges; below ten of them they are Wilson's, which take answers for independent,
 import itertools
 import json
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
+from command_line import parse_arguments, user_errors
 from image_sets import required, write_text
 from metrics import MIN_GROUPS, percentile_interval
 from trainer import argument
-from transformers import HfArgumentParser
 
 
 PSEUDO_WINS = 0.5
@@ -306,13 +305,9 @@ def main(args: AnalysisArguments) -> dict[str, Any]:
 
 def run() -> None:
     """The command line: what is wrong with the input is one line on stderr and exit code 2."""
-    parser = HfArgumentParser(cast(Any, AnalysisArguments), description=__doc__, allow_abbrev=False)
-    try:
-        (args,) = parser.parse_args_into_dataclasses(look_for_args_file=False)
+    with user_errors(__file__):
+        args = parse_arguments(AnalysisArguments, __doc__)
         main(args)
-    except ValueError as error:
-        print(f"analyse_user_study.py: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
     print(Path(args.output_dir) / "results.md")
 
 

@@ -22,20 +22,19 @@ name, or as many as there are. A second call makes only what is missing.
 """
 
 import hashlib
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
+from command_line import parse_arguments, user_errors
 from data import CONTOUR_NAMES, CONTOUR_SIZE, photo_to_contours
 from image_sets import Drawing, check_settings, list_class_folders, open_image, read_drawings, required, save_png
 from PIL import Image
 from tqdm.auto import tqdm
 from train_encoders import in_first_half
 from trainer import argument
-from transformers import HfArgumentParser
 
 
 MIN_INK = CONTOUR_SIZE
@@ -114,13 +113,9 @@ def main(args: ContourArguments) -> int:
 
 def run() -> None:
     """The command line: what is wrong with the input is one line on stderr and exit code 2."""
-    parser = HfArgumentParser(cast(Any, ContourArguments), description=__doc__, allow_abbrev=False)
-    try:
-        (args,) = parser.parse_args_into_dataclasses(look_for_args_file=False)
+    with user_errors(__file__):
+        args = parse_arguments(ContourArguments, __doc__)
         total = main(args)
-    except ValueError as error:
-        print(f"draw_contours.py: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
     print(f"{args.output_dir}: {total} contours")
 
 

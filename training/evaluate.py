@@ -27,15 +27,13 @@ antialiased bicubic filtering ("squash4:3"), which is how the training data look
 not have been used by any loss; `train_encoders.py --task evaluation` trains one.
 """
 
-import argparse
 import hashlib
 import itertools
 import json
-import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import diffusers
 import numpy as np
@@ -44,6 +42,7 @@ import torchmetrics
 import torchvision
 import transformers
 from accelerate import Accelerator
+from command_line import parse_arguments, user_errors
 from data import free_hand_distortion
 from evaluation_network import Evaluator, fingerprint, read_training_photos
 from evaluation_report import make_table, scores_to_json, write_contact_sheets, write_nearest_sheet
@@ -82,7 +81,6 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from train_encoders import in_first_half
 from trainer import argument
-from transformers import HfArgumentParser
 
 from diffsketching_pipeline import DiffSketchingPipeline, SketchProcessor
 
@@ -504,22 +502,12 @@ def finish(args: EvaluationArguments, inputs: Inputs, accelerator: Accelerator) 
     return scores
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults and leaves the description's lines alone."""
-
-
 def run() -> None:
     """The command line: what is wrong with the input is one line on stderr and exit code 2."""
-    parser = HfArgumentParser(
-        cast(Any, EvaluationArguments), description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False
-    )
-    try:
-        (args,) = parser.parse_args_into_dataclasses(look_for_args_file=False)
+    with user_errors(__file__):
+        args = parse_arguments(EvaluationArguments, __doc__)
         accelerator = Accelerator()
         inputs = prepare(args, accelerator)
-    except ValueError as error:
-        print(f"evaluate.py: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
     is_main_process = accelerator.is_main_process
     finish(args, inputs, accelerator)
     if is_main_process:

@@ -27,17 +27,16 @@ import html
 import io
 import itertools
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from command_line import parse_arguments, user_errors
 from evaluate import parse_images
 from image_sets import Drawing, match_images, open_image, read_drawings, required, select_drawings, write_text
 from PIL import Image
 from trainer import argument
-from transformers import HfArgumentParser
 
 
 QUESTIONS = {
@@ -169,13 +168,8 @@ def main(args: StudyArguments) -> tuple[Path, Path]:
 
 def run() -> None:
     """The command line: what is wrong with the input is one line on stderr and exit code 2."""
-    parser = HfArgumentParser(cast(Any, StudyArguments), description=__doc__, allow_abbrev=False)
-    try:
-        (args,) = parser.parse_args_into_dataclasses(look_for_args_file=False)
-        page_path, key_path = main(args)
-    except ValueError as error:
-        print(f"make_user_study.py: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    with user_errors(__file__):
+        page_path, key_path = main(parse_arguments(StudyArguments, __doc__))
     print(f"{page_path} for the judges, {key_path} for you")
 
 

@@ -24,15 +24,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import matplotlib
+from command_line import parse_arguments, user_errors
 from image_sets import required
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scoring import METRICS
 from trainer import argument
-from transformers import HfArgumentParser
 
 
 GUIDANCE_SETTINGS = (
@@ -213,17 +213,12 @@ def main(args: PlotArguments) -> list[Path]:
 
 def run() -> None:
     """The command line: what is wrong with the input is one line on stderr and exit code 2."""
-    parser = HfArgumentParser(cast(Any, PlotArguments), description=__doc__, allow_abbrev=False)
-    # The files come first and without a name.
-    words = sys.argv[1:]
-    if words and not words[0].startswith("-"):
-        words = ["--metrics", *words]
-    try:
-        (args,) = parser.parse_args_into_dataclasses(words, look_for_args_file=False)
-        written = main(args)
-    except ValueError as error:
-        print(f"plot_tradeoffs.py: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    with user_errors(__file__):
+        # The files come first and without a name.
+        words = sys.argv[1:]
+        if words and not words[0].startswith("-"):
+            words = ["--metrics", *words]
+        written = main(parse_arguments(PlotArguments, __doc__, words))
     print(*written, sep="\n")
 
 
