@@ -420,12 +420,31 @@ def ddim_inverse_step(
 
     `timestep` is t, the noisier end, for a scheduler made by [`sampling_scheduler`].
     """
-    timestep = int(timestep)
-    previous = timestep - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
-    alpha_prod = scheduler.alphas_cumprod[timestep]
-    alpha_prod_prev = scheduler.alphas_cumprod[previous] if previous >= 0 else scheduler.final_alpha_cumprod
+    alpha_prod, alpha_prod_prev = _step_alpha_prods(scheduler, timestep)
     pred_original_sample = (latents - (1 - alpha_prod_prev).sqrt() * noise_pred) / alpha_prod_prev.sqrt()
     return alpha_prod.sqrt() * pred_original_sample + (1 - alpha_prod).sqrt() * noise_pred
+
+
+def forward_step(
+    scheduler: DDIMScheduler, noise: torch.Tensor, timestep: torch.Tensor | int, latents: torch.Tensor
+) -> torch.Tensor:
+    """
+    x_t from x_{t-1} = `latents` and fresh `noise`: a draw from q(x_t | x_{t-1}), which undoes a step at random (RePaint,
+    Lugmayr et al., 2022).
+
+    `timestep` is t, the noisier end, for a scheduler made by [`sampling_scheduler`].
+    """
+    alpha_prod, alpha_prod_prev = _step_alpha_prods(scheduler, timestep)
+    ratio = alpha_prod / alpha_prod_prev
+    return ratio.sqrt() * latents + (1 - ratio).sqrt() * noise
+
+
+def _step_alpha_prods(scheduler: DDIMScheduler, timestep: torch.Tensor | int) -> tuple[torch.Tensor, torch.Tensor]:
+    """ᾱ at both ends of the step from `timestep`."""
+    timestep = int(timestep)
+    previous = timestep - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+    alpha_prod_prev = scheduler.alphas_cumprod[previous] if previous >= 0 else scheduler.final_alpha_cumprod
+    return scheduler.alphas_cumprod[timestep], alpha_prod_prev
 
 
 def invert(

@@ -437,7 +437,7 @@ class DiffSketchingMixin(_Base):
                 )
             self._check_callback_components(callback, has_sketch)
         scale = options.colour_guidance_scale
-        if not _is_real_number(scale) or not 0.0 <= scale <= 1.0:
+        if not is_real_number(scale) or not 0.0 <= scale <= 1.0:
             raise ValueError(f"`colour_guidance_scale` has to be in [0, 1] but is {scale!r}.")
         if options.eta is not None and not 0.0 <= options.eta <= 1.0:
             raise ValueError(f"`eta` has to be in [0, 1] or None but is {options.eta}.")
@@ -473,7 +473,7 @@ class DiffSketchingMixin(_Base):
     ]
 
     def _check_has_classes(self, class_labels) -> None:
-        labels = _as_list(class_labels)
+        labels = as_list(class_labels)
         if isinstance(labels, list) and not labels:
             raise ValueError("`class_labels` is empty: give at least one, or None.")
         if class_labels is not None and self.num_classes == 0:
@@ -597,7 +597,7 @@ class DiffSketchingMixin(_Base):
         Raises:
             ValueError: for an unknown class, a wrong number of labels, or no label where the network needs one.
         """
-        labels = _as_list(class_labels)
+        labels = as_list(class_labels)
         if not isinstance(labels, list):
             labels = [labels] * num_rows
         if len(labels) != num_rows:
@@ -632,7 +632,7 @@ class DiffSketchingMixin(_Base):
         if not isinstance(label, Mapping):
             return {self.get_label_id(label): 1.0}
         weights = list(label.values())
-        if not all(_is_real_number(weight) and math.isfinite(weight) and weight >= 0 for weight in weights):
+        if not all(is_real_number(weight) and math.isfinite(weight) and weight >= 0 for weight in weights):
             raise ValueError(
                 f"`class_labels` has a mixture whose weights are not all numbers of at least 0: {label!r}."
             )
@@ -700,7 +700,7 @@ class DiffSketchingMixin(_Base):
         return conditions
 
     def _null_class_labels(self, negative_class_labels, num_rows: int) -> list[int | None]:
-        negative = _as_list(negative_class_labels)
+        negative = as_list(negative_class_labels)
         if not isinstance(negative, list):
             negative = [negative] * num_rows
         if len(negative) != num_rows:
@@ -774,8 +774,8 @@ class DiffSketchingMixin(_Base):
     def _num_rows(self, class_labels, groups, latents, num_images_per_sketch: int) -> int:
         if groups is not None:
             return len(groups)
-        if isinstance(_as_list(class_labels), list):
-            return len(_as_list(class_labels))
+        if isinstance(as_list(class_labels), list):
+            return len(as_list(class_labels))
         if latents is not None:
             if len(latents) % num_images_per_sketch:
                 raise ValueError(
@@ -1076,11 +1076,11 @@ def _fields(conditioning: Conditioning) -> tuple:
     return tuple(getattr(conditioning, field.name) for field in fields(conditioning))
 
 
-def _is_real_number(value: Any) -> bool:
+def is_real_number(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
-def _as_list(class_labels: Any) -> Any:
+def as_list(class_labels: Any) -> Any:
     """A list of labels from any kind of sequence; one label as it is."""
     if torch.is_tensor(class_labels) or isinstance(class_labels, np.ndarray):
         return class_labels.tolist()
