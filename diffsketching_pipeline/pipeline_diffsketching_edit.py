@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from PIL import Image
@@ -182,9 +183,9 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
         """
         size = (self.width, self.height)
         part = region.photo.crop(region.box).resize(size, Image.Resampling.LANCZOS)
-        cover = Image.fromarray(region.crop_mask()).convert("L").resize(size, Image.Resampling.BOX)
-        inside = torch.from_numpy(np.asarray(cover) > 0).to(self._execution_device)
-        return preprocess_photos(part, self.height, self.width).to(self._execution_device), inside[None, None]
+        mask = torch.from_numpy(region.crop_mask()).to(self._execution_device, torch.float32)[None, None]
+        inside = F.adaptive_max_pool2d(mask, (self.height, self.width)) > 0
+        return preprocess_photos(part, self.height, self.width).to(self._execution_device), inside
 
     def prepare_drawing(self, region: EditedRegion, latents: torch.Tensor, inside: torch.Tensor, sketch):
         """
@@ -224,11 +225,11 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
         guidance_start: float = 0.0,
         guidance_end: float = 1.0,
         guidance_callbacks: PipelineCallback | MultiPipelineCallbacks | Sequence[PipelineCallback] | None = None,
-        strength: float = 0.8,
+        strength: float = 0.9,
         mask_padding: float = 0.05,
         crop_margin: float = 0.5,
         feather: float = 0.05,
-        num_resample_steps: int = 1,
+        num_resample_steps: int = 3,
         num_fixed_point_iterations: int = 1,
         eta: float | None = None,
         clip_sample: bool | None = None,
@@ -260,7 +261,7 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
                 Class of the result, or a mixture; `None` asks `sketch_encoder`.
             num_images_per_sketch (`int`, defaults to 1):
                 Number of results.
-            strength (`float`, defaults to 0.8):
+            strength (`float`, defaults to 0.9):
                 How much may change, in (0, 1]: the share of the steps that is sampled again. Low values keep the photo's
                 colours and layout; 1.0 makes something new from noise.
             mask_padding (`float`, defaults to 0.05):
@@ -271,7 +272,7 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
             feather (`float`, defaults to 0.05):
                 Width of the border inside the mask over which result and photo are blended, as a share of the part's longer
                 side.
-            num_resample_steps (`int`, defaults to 1):
+            num_resample_steps (`int`, defaults to 3):
                 How often each step is taken (RePaint, Lugmayr et al., 2022): more fits the result better to its
                 surroundings, and costs as many times more.
             num_fixed_point_iterations (`int`, defaults to 1):
