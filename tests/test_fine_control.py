@@ -97,13 +97,13 @@ def test_a_mixture_of_classes_averages_their_predictions(noise_pred, sketches):
 
 
 def test_the_classifier_guides_towards_a_mixture(tiny_pipeline, sketches):
+    def run(label, scale):
+        latents = randn(1, 3, SIZE, SIZE)
+        options = {**PLAIN, "classifier_guidance_scale": scale}
+        return tiny_pipeline(sketches[0], label, 1, latents=latents, **options).images
+
     def change(label):
-        run = lambda **options: (
-            tiny_pipeline(  # noqa: E731
-                sketches[0], label, 1, latents=randn(1, 3, SIZE, SIZE), **{**PLAIN, **options}
-            ).images
-        )
-        return run(classifier_guidance_scale=1.0) - run()
+        return run(label, 1.0) - run(label, 0.0)
 
     expected = 0.25 * change("a") + 0.75 * change("c")
     torch.testing.assert_close(change({"a": 1, "c": 3}), expected, atol=1e-4, rtol=1e-3)
