@@ -322,8 +322,9 @@ def main() -> None:
     args = parser.parse_args()
 
     cls, measure = PARTS[args.part]
-    pipe = cls.from_pretrained(args.model or bundled_checkpoint(), torch_dtype=getattr(torch, args.dtype))
-    pipe.to("cuda" if torch.cuda.is_available() else "cpu").set_progress_bar_config(disable=True)
+    pipe = cls.from_pretrained(args.model or bundled_checkpoint())
+    pipe.to("cuda" if torch.cuda.is_available() else "cpu", getattr(torch, args.dtype))
+    pipe.set_progress_bar_config(disable=True)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     found = {"dtype": args.dtype, **measure(pipe, args)}
     path = args.output_dir / f"{args.part}.json"
