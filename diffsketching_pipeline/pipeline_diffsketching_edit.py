@@ -24,7 +24,13 @@ from scipy import ndimage
 from skimage.morphology import convex_hull_image
 
 from diffsketching_pipeline.denoising import forward_step, sampling_scheduler, scheduler_step_kwargs
-from diffsketching_pipeline.image_processor import SketchProcessor, preprocess_mask, preprocess_photos, read_photo
+from diffsketching_pipeline.image_processor import (
+    SketchProcessor,
+    parse_palette,
+    preprocess_mask,
+    preprocess_photos,
+    read_photo,
+)
 from diffsketching_pipeline.pipeline_utils import (
     DiffSketchingMixin,
     SamplingOptions,
@@ -160,7 +166,7 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
         config: Any = self.sketch_processor.config
         # As wide in pixels as where a whole drawing fills the model's size.
         line_width = config.line_width and min(0.25, config.line_width * min(self.height, self.width) / min(size))
-        processor = SketchProcessor(config.resolution, config.threshold, line_width=line_width)
+        processor = SketchProcessor(config.resolution, config.threshold, config.invert, line_width=line_width)
         return processor.preprocess(sketch, size[1], size[0], fit="page", resize_mode="stretch")
 
     def prepare_region(self, image, mask: Image.Image, crop_margin: float) -> EditedRegion:
@@ -209,6 +215,15 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
         left, top = min(left, page[0] - self.width), min(top, page[1] - self.height)
         strokes = strokes[..., top : top + self.height, left : left + self.width].to(latents.device)
         return strokes if contours is None else torch.where(inside, strokes, contours)
+
+    def prepare_part_colours(self, colour_hint, region: EditedRegion, inside: torch.Tensor, groups, num_images: int):
+        """[`~DiffSketchingPipeline.prepare_colours`] inside the mask; strokes of colour lie on the photo's page."""
+        if colour_hint is not None and parse_palette(colour_hint) is None:
+            # Not smoothed, because white that is mixed into a stroke would be taken for its colour.
+            page = read_photo(colour_hint, "`colour_hint`").resize(region.photo.size, Image.Resampling.NEAREST)
+            colour_hint = page.crop(region.box).resize((self.width, self.height), Image.Resampling.NEAREST)
+        colours = self.prepare_colours(colour_hint, groups, num_images)
+        return None if colours is None else colours._replace(mask=colours.mask * inside)
 
     @torch.no_grad()
     def __call__(
@@ -337,6 +352,7 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
         timesteps = self.get_timesteps(scheduler, num_inference_steps, strength)
 
         # 1. Find the part of the photo to work on, and its mask at the model's size
+        image = read_photo(image, "`image`")
         mask = self.prepare_mask_image(image, mask_image, sketch, mask_padding)
         region = self.prepare_region(image, mask, crop_margin)
         photo, inside = self.prepare_photo(region)
@@ -347,7 +363,7 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
         labels, probabilities = self.prepare_class_labels(class_labels, groups, 1)
         condition = self.prepare_conditions(groups, labels, negative_class_labels)[0]
         conditioning = join_conditions([[(condition, 1.0)]] * num_images_per_sketch)
-        colours = self.prepare_colours(colour_hint, groups, num_images_per_sketch)
+        colours = self.prepare_part_colours(colour_hint, region, inside, groups, num_images_per_sketch)
         guidance = self.prepare_guidance(options, groups is not None, None not in labels, colours)
         self._check_guided_start(scheduler, timesteps, guidance)
 

@@ -274,6 +274,19 @@ def test_the_colours_of_a_palette_reach_the_part_that_is_drawn(pipe, photo):
     assert (red[inner].mean((2, 3), True) - target).norm() < 0.3 * (plain[inner].mean((2, 3), True) - target).norm()
 
 
+def test_strokes_of_colour_lie_on_the_photos_page(pipe, photo):
+    hint = Image.new("RGB", PHOTO_SIZE, "white")
+    hint.paste("red", (12, 10, 20, 30))
+    region = pipe.prepare_region(photo, box_mask(), 0.5)
+    _, inside = pipe.prepare_photo(region)
+    colours = pipe.prepare_part_colours(hint, region, inside, None, 1)
+    # The part is (0, 0, 40, 40), so that a model's pixel is 2.5 of the photo.
+    assert colours.mask[0, 0, 4:12, 5:8].min() == 1 and colours.mask[0, 0, :, 8:].max() == 0
+    assert colours.candidates[0, :, 6, 6].tolist() == [1.0, -1.0, -1.0]
+    hint.paste("red", (0, 0, 40, 40))
+    assert (pipe.prepare_part_colours(hint, region, inside, None, 1).mask <= inside).all()
+
+
 def test_callbacks_see_the_part_at_the_models_size(pipe, photo):
     shapes = set()
     pipe(
