@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -39,6 +40,8 @@ from diffsketching_pipeline.pipeline_utils import (
 )
 
 
+# The largest page that a drawing is read at, see `SketchProcessor`.
+_MAX_PAGE_SIDE = 4096
 # Strokes are read at this many pixels of the page's longer side to find what they enclose.
 _PAGE_SIDE = 256
 # How far the page of a drawing may differ from the photo's in aspect ratio.
@@ -177,6 +180,8 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
         photo = read_photo(image, "`image`")
         left, top, right, bottom = mask.getbbox() or (0, 0, *mask.size)
         side = round((1 + 2 * crop_margin) * max(right - left, bottom - top))
+        # At the scale that makes the part as large as the model, drawings have to be read from the whole page.
+        side = max(side, math.ceil(max(photo.size) * max(self.width, self.height) / _MAX_PAGE_SIDE))
         horizontal = _centred_interval(left, right, side, photo.width)
         vertical = _centred_interval(top, bottom, side, photo.height)
         box = (horizontal[0], vertical[0], horizontal[1], vertical[1])
@@ -214,6 +219,8 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
         left, top = round(region.box[0] * scale[0]), round(region.box[1] * scale[1])
         left, top = min(left, page[0] - self.width), min(top, page[1] - self.height)
         strokes = strokes[..., top : top + self.height, left : left + self.width].to(latents.device)
+        if not bool((strokes < 0)[inside].any()):
+            raise ValueError("`sketch` has no line inside of what may change: draw there, or enlarge `mask_image`.")
         return strokes if contours is None else torch.where(inside, strokes, contours)
 
     def prepare_part_colours(self, colour_hint, region: EditedRegion, inside: torch.Tensor, groups, num_images: int):
@@ -314,7 +321,7 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
 
         Raises:
             ValueError: for a photo, mask or drawing that cannot be read or is empty, a mask of another size than the photo,
-                a scheduler other than [`DDIMScheduler`], and as [`DiffSketchingPipeline.__call__`].
+                a drawing on a page of other proportions or without a line inside of the mask, a scheduler other than [`DDIMScheduler`], and as [`DiffSketchingPipeline.__call__`].
         """
         # 0. Check inputs
         options = SamplingOptions(

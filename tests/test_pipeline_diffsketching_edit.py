@@ -11,6 +11,8 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -227,6 +229,7 @@ def test_output_types_agree(pipe, photo):
         ({"mask_image": None}, "`mask_image` and `sketch` are None"),
         ({"sketch": draw([(20, 11), (20, 29)], size=(40, 40))}, "`sketch` has to be drawn on the photo's page"),
         ({"sketch": Image.new("L", PHOTO_SIZE, 255)}, "holds no drawing"),
+        ({"sketch": draw([(2, 2), (8, 36)])}, "`sketch` has no line inside of what may change"),
         ({"strength": 0.0}, "`strength` has to be in"),
         ({"strength": 0.1}, "leaves none of 4 steps"),
         ({"feather": 2}, "`feather` has to be in .0, 1. but is 2"),
@@ -285,6 +288,14 @@ def test_strokes_of_colour_lie_on_the_photos_page(pipe, photo):
     assert colours.candidates[0, :, 6, 6].tolist() == [1.0, -1.0, -1.0]
     hint.paste("red", (0, 0, 40, 40))
     assert (pipe.prepare_part_colours(hint, region, inside, None, 1).mask <= inside).all()
+
+
+def test_a_small_change_of_a_huge_photo_still_reads_its_drawing(pipe):
+    photo = Image.new("RGB", (6000, 20), "white")
+    region = pipe.prepare_region(photo, box_mask((3000, 5, 3004, 9), photo.size), 0.5)
+    assert region.size == (math.ceil(6000 * SIZE / 4096), 20)
+    out = pipe(photo, (3000, 5, 3004, 9), draw([(3000, 7), (3004, 7)], size=photo.size, scale=1), **STEPS)
+    assert out.images[0].size == photo.size
 
 
 def test_callbacks_see_the_part_at_the_models_size(pipe, photo):
