@@ -24,7 +24,7 @@ TRAIN = [
     "tqdm>=4.65",
     "webdataset>=1.0",
 ]
-TEST = [*TRAIN, "mypy>=1.11", "pytest>=8.0", "ruff>=0.6", "selenium>=4.11", "types-PyYAML"]
+TEST = [*TRAIN, "imageio-ffmpeg>=0.5", "mypy>=1.11", "pytest>=8.0", "ruff>=0.6", "selenium>=4.11", "types-PyYAML"]
 
 
 class BuildWithModelCard(build_py):

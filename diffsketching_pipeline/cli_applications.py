@@ -147,6 +147,7 @@ def edit(
     for image, path in zip(images, files, strict=True):
         write_atomically(path, png(image))
     tiles = [(_open(photo), "photo"), (shown, "may change")]
+    tiles += [] if sketch is None else [(_open(sketch), "drawing")]
     tiles += [(image, f"seed {k}") for image, k in zip(images, seeds, strict=True)]
     write_atomically(sheet_path, png(contact_sheet(tiles, caption(photo.name, record))))
     records = [{"file": path.name, "seed": k, **record} for path, k in zip(files, seeds, strict=True)]

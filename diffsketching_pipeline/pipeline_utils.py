@@ -93,18 +93,18 @@ _MIN_GUIDED_ALPHA_PROD = 1e-6
 class SamplingOptions:
     """The arguments that the calls of all pipelines share; described in [`DiffSketchingPipeline.__call__`]."""
 
-    sketch_guidance_scale: float | None
-    classifier_guidance_scale: float | None
-    perceptual_guidance_scale: float | None
-    guidance_start: float
-    guidance_end: float
-    guidance_callbacks: PipelineCallback | MultiPipelineCallbacks | Sequence[PipelineCallback] | None
-    eta: float | None
-    clip_sample: bool | None
-    generator: torch.Generator | Sequence[torch.Generator] | None
-    output_type: str
-    callback_on_step_end: Callable[..., dict] | None
-    callback_on_step_end_tensor_inputs: Sequence[str]
+    sketch_guidance_scale: float | None = None
+    classifier_guidance_scale: float | None = None
+    perceptual_guidance_scale: float | None = None
+    guidance_start: float = 0.0
+    guidance_end: float = 1.0
+    guidance_callbacks: PipelineCallback | MultiPipelineCallbacks | Sequence[PipelineCallback] | None = None
+    eta: float | None = None
+    clip_sample: bool | None = None
+    generator: torch.Generator | Sequence[torch.Generator] | None = None
+    output_type: str = "pil"
+    callback_on_step_end: Callable[..., dict] | None = None
+    callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",)
     negative_class_labels: Any = None
     colour_hint: Any = None
     colour_guidance_scale: float = 0.0
