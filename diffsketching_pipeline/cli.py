@@ -14,6 +14,7 @@
 """The `diffsketching` command. An error is one line on stderr and exit code 2, before any work is done."""
 
 import hashlib
+import importlib.util
 import io
 import json
 import os
@@ -438,6 +439,28 @@ def info(
     console.print(f"classes ({pipe.num_classes}): {', '.join(pipe.id2label.values()) or 'integers'}", highlight=False)
     recommended = "   ".join(f"{key}={value}" for key, value in pipe.recommended.items()) or "none"
     console.print(f"recommended: {recommended}", highlight=False)
+
+
+@app.command()
+def demo(
+    model: Annotated[Optional[str], typer.Option(help="Folder or hub id. [default: the bundled garments-64]")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[Optional[int], typer.Option(help="[default: the first free one from 7860]")] = None,
+    share: Annotated[bool, typer.Option("--share", help="Also at a public address, by Gradio's servers.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, ...")] = "auto",
+) -> None:
+    """A page to draw on, and to watch photos of the drawing appear; needs the extra `demo`."""
+    if importlib.util.find_spec("gradio") is None:
+        raise UserError("this needs Gradio: `pip install 'diffsketching_pipeline[demo]'`.")
+    print(f"Loading {model or 'garments-64'} ...", flush=True)
+    pipe = _load_pipeline(model, device)
+    from diffsketching_pipeline.demo import Studio
+    from diffsketching_pipeline.demo_page import launch
+
+    with _user_errors((OSError,)):
+        page = launch(Studio(pipe, model), host, port, share)
+    print(f"Draw at {page.share_url or page.local_url}; Ctrl+C ends it.", flush=True)
+    page.block_thread()
 
 
 _MODEL_ARGUMENT = typer.Argument(help="Pipeline folder or hub id; `garments-64` is the bundled one.")

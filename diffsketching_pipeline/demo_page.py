@@ -1,0 +1,372 @@
+# Copyright 2026 The DiffSketching Pipeline Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The drawing page: what is on it, and which part of it calls what in `demo.py`."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import gradio as gr
+from gradio.processing_utils import save_bytes_to_cache
+from gradio.utils import LRUCache, get_upload_folder
+from PIL import Image
+
+from diffsketching_pipeline.demo import (
+    CANVAS_SIZE,
+    MAX_IMAGES,
+    MAX_SEED,
+    MAX_STEPS,
+    PhotoRequest,
+    Photos,
+    Progress,
+    Studio,
+    example_drawings,
+    more_like_this,
+    recall,
+    remember,
+)
+from diffsketching_pipeline.image_processor import MAX_SKETCH_PIXELS
+
+
+# Requests that may wait; whoever comes then is told that the queue is full.
+MAX_WAITING = 16
+MAX_UPLOAD_BYTES = 16_000_000
+# Pictures that were shown are deleted after an hour; every ten minutes it is looked for them.
+_DELETE_CACHE = (600, 3600)
+# Whatever samples takes turns; looking at a drawing does not wait for it.
+_SAMPLING: dict[str, Any] = {"concurrency_id": "sampling", "concurrency_limit": 1}
+_PRIVATE: dict[str, Any] = {"api_visibility": "private"}
+_GUESS = "let it guess"
+_HAND_OVER = f"(canvas, seed, keep) => [canvas, keep ? seed : Math.floor(Math.random() * {MAX_SEED})]"
+_CSS = """
+/* Each pixel that the model sees is to be told apart. */
+.seen img { image-rendering: pixelated; }
+#status progress { width: 100%; accent-color: var(--color-accent); }
+"""
+
+
+@contextmanager
+def _told_to_user() -> Iterator[None]:
+    """What the library refuses is shown on the page; the log is for what nobody expected."""
+    try:
+        yield
+    except ValueError as error:
+        raise gr.Error(str(error), print_exception=False) from error
+
+
+class _Handlers:
+    """What happens on an event of the page: from the values of its inputs to those of its outputs."""
+
+    def __init__(self, studio: Studio):
+        self.studio = studio
+
+    def read_upload(self, path: str) -> dict[str, Any]:
+        with _told_to_user():
+            return _on_canvas(self.studio.read_drawing(path))
+
+    def read_example(self, index: int) -> dict[str, Any]:
+        return _on_canvas(self.studio.read_drawing(example_drawings()[index]))
+
+    def look_at(self, request: gr.Request, canvas: dict[str, Any] | None, live: bool) -> tuple[Any, Any]:
+        """The drawing as the model sees it and its guess; with `live`, photos of the strokes before are given up."""
+        if live:
+            self.studio.stop(str(request.session_hash))
+        try:
+            seen, probabilities = self.studio.look_at(_drawing(canvas))
+        except ValueError:
+            # Mostly blank: no reason to alarm somebody who has not asked for photos yet.
+            return None, None
+        return seen, probabilities or None
+
+    def make_photos(self, request: gr.Request, canvas, class_label, num_images, realism, seed, *expert):
+        with _told_to_user():
+            settings = dict(zip(_EXPERT, expert, strict=True))
+            label = None if class_label == _GUESS else class_label
+            wish = PhotoRequest(_drawing(canvas), label, int(num_images), int(seed), realism, settings)
+            yield from self._show(wish, request)
+
+    def make_photos_live(self, request: gr.Request, live: bool, *values):
+        if live:
+            yield from self.make_photos(request, *values)
+        else:
+            yield gr.skip(), gr.skip(), gr.skip()
+
+    def more_like_this(self, request: gr.Request, photos: Photos | None, selected: int, seed: int):
+        with _told_to_user():
+            if photos is None:
+                raise ValueError("There is no photo yet: make some, and choose one.")
+            yield from self._show(more_like_this(photos, selected, int(seed)), request)
+
+    def _show(self, wish: PhotoRequest, request: gr.Request):
+        """Values of the gallery, of the line below it and of the photos, as they form."""
+        for update in self.studio.make_photos(wish, str(request.session_hash)):
+            if isinstance(update, Photos):
+                yield _captioned(update), "", update
+                return
+            yield update.images or gr.skip(), _progress_bar(update), gr.skip()
+        yield gr.skip(), "Stopped.", gr.skip()
+
+    def stop(self, request: gr.Request) -> str:
+        self.studio.stop(str(request.session_hash))
+        return "Stopped."
+
+    def keep(self, photos: Photos | None, history: list[dict[str, Any]]) -> tuple[Any, Any]:
+        """The new history, and the file to download; both as they were where there are no photos."""
+        if photos is None:
+            return gr.skip(), gr.skip()
+        return remember(history, photos), self.download(photos)
+
+    def download(self, photos: Photos) -> gr.DownloadButton:
+        name = f"photos_{photos.records[0]['seed']}.zip"
+        path = save_bytes_to_cache(self.studio.archive(photos), name, get_upload_folder())
+        return gr.DownloadButton(value=path, interactive=True)
+
+    def reopen(self, history: list[dict[str, Any]], event: gr.SelectData):
+        """Values of the gallery, the photos, the seed and the download, of one entry of the history."""
+        with _told_to_user():
+            photos = recall(history[event.index])
+        return _captioned(photos), photos, photos.records[0]["seed"], self.download(photos)
+
+
+def _on_canvas(lines: Image.Image) -> dict[str, Any]:
+    """A value of the canvas: `lines` are a layer, not the background, so that the eraser works on them."""
+    page = Image.new("RGBA", lines.size, "white")
+    return {"background": None, "layers": [lines], "composite": Image.alpha_composite(page, lines)}
+
+
+def _progress_bar(progress: Progress) -> str:
+    # Gradio's own bar is hidden by what a generator yields.
+    text = f"step {progress.step} of {progress.num_steps}, {progress.seconds_left:.0f} s left"
+    return f'<label>{text} <progress value="{progress.step}" max="{progress.num_steps}"></progress></label>'
+
+
+def _index_of(event: gr.SelectData) -> int:
+    return event.index
+
+
+def _drawing(canvas: dict[str, Any] | None) -> Image.Image:
+    drawing = canvas and (canvas["composite"] or canvas["background"])
+    if not drawing:
+        raise ValueError("There is no drawing yet: draw, upload or choose one.")
+    return drawing
+
+
+def _captioned(photos: Photos) -> list[tuple[Image.Image, str]]:
+    names = [record["file"].removesuffix(".png").removeprefix("photo_") for record in photos.records]
+    label = photos.records[0]["class_label"]
+    return [(image, f"{label}, {name}") for image, name in zip(photos.images, names, strict=True)]
+
+
+def _show_history(history: list[dict[str, Any]]) -> list[tuple[Image.Image, str]]:
+    """The first photo of each entry; what cannot be read any more is left out with all that is older."""
+    shown = []
+    for entry in history or []:
+        try:
+            shown.append(_captioned(recall(entry))[0])
+        except ValueError:
+            break
+    return shown
+
+
+# Name, label, hint and further settings of each argument of the call that the slider does not rule alone.
+_EXPERT_FIELDS: dict[str, dict[str, Any]] = {
+    "num_inference_steps": {"label": "Steps", "precision": 0, "minimum": 1, "maximum": MAX_STEPS},
+    "sketch_guidance_scale": {"label": "Sketch guidance", "info": "1 is off"},
+    "classifier_guidance_scale": {"label": "Classifier guidance", "info": "0 is off"},
+    "perceptual_guidance_scale": {"label": "Perceptual guidance", "info": "0 is off"},
+    "guidance_start": {"label": "Guidance from", "info": "share of the steps", "minimum": 0, "maximum": 1},
+    "guidance_end": {"label": "Guidance until", "info": "share of the steps", "minimum": 0, "maximum": 1},
+    "strength": {"label": "Strength", "info": "below 1 starts from the drawing", "minimum": 0, "maximum": 1},
+    "eta": {"label": "Eta", "info": "fresh noise in each step", "minimum": 0, "maximum": 1},
+}
+_EXPERT = (*_EXPERT_FIELDS, "clip_sample")
+
+
+def _expert_drawer() -> list[gr.components.Component]:
+    with gr.Accordion("Expert", open=False):
+        gr.Markdown("What is left empty is the slider's, or the model's own.")
+        with gr.Row():
+            fields = [gr.Number(value=None, min_width=140, **options) for options in _EXPERT_FIELDS.values()]
+            choices = [("the scheduler's", None), ("yes", True), ("no", False)]
+            clip = gr.Dropdown(choices, value=None, label="Clip", info="x̂_0 to [-1, 1] in each step", min_width=140)
+    return [*fields, clip]
+
+
+def _canvas(label: str) -> gr.ImageEditor:
+    canvas = gr.ImageEditor(
+        # An empty layer, because without one the brush has to be chosen first.
+        value=_on_canvas(Image.new("RGBA", (CANVAS_SIZE, CANVAS_SIZE))),
+        label=label,
+        height=CANVAS_SIZE + 80,
+        type="pil",
+        image_mode="RGB",
+        format="png",
+        sources=(),
+        transforms=(),
+        layers=False,
+        buttons=[],
+        brush=gr.Brush(default_size=6, colors=["#000000"], color_mode="fixed"),
+        eraser=gr.Eraser(default_size=24),
+        canvas_size=(CANVAS_SIZE, CANVAS_SIZE),
+        fixed_canvas=True,
+    )
+    # A drawing waits here until its request is read, which never happens where the queue is full.
+    canvas.blob_storage = LRUCache(4 * MAX_WAITING)
+    return canvas
+
+
+def _relay_of(canvas: gr.ImageEditor) -> gr.ImageEditor:
+    """
+    What hands the canvas over: its value is copied here in the browser, and this is the input of the events.
+
+    Gradio 6.21 to 6.31 reads a component that was an event's input anew, and uploads it, with each message about any event
+    thereafter; that of a canvas costs a tenth of a second without a graphics card.
+    """
+    relay = gr.ImageEditor(type="pil", image_mode="RGB", label="drawing", visible=False)
+    relay.blob_storage = canvas.blob_storage
+    return relay
+
+
+def build_page(studio: Studio) -> gr.Blocks:
+    """The page over `studio`, to be launched with [`launch`]."""
+    handlers = _Handlers(studio)
+    with gr.Blocks(title="DiffSketching", analytics_enabled=False, delete_cache=_DELETE_CACHE) as page:
+        gr.Markdown("# DiffSketching\nDraw something to wear: photos of that shape appear.")
+        with gr.Tab("Draw"):
+            _draw_tab(handlers, page)
+    page.queue(max_size=MAX_WAITING)
+    return page
+
+
+def _draw_tab(handlers: _Handlers, page: gr.Blocks) -> None:
+    history = gr.BrowserState([], storage_key="diffsketching-history", secret="diffsketching")
+    photos, selected = gr.State(), gr.State(0)
+    with gr.Row():
+        with gr.Column():
+            canvas = _canvas("Your drawing: dark lines on white")
+            upload = gr.UploadButton("Upload a drawing, or a photo of one", file_types=["image"])
+            examples = gr.Dataset(
+                label="Examples",
+                components=[gr.Image(visible=False)],
+                samples=[[str(path)] for path in example_drawings()],
+                type="index",
+            )
+            with gr.Row():
+                seen = gr.Image(
+                    label="What the model sees",
+                    interactive=False,
+                    buttons=[],
+                    height=180,
+                    elem_classes="seen",
+                    min_width=140,
+                )
+                guess = gr.Label(label="What it takes it for", num_top_classes=3, min_width=140)
+        with gr.Column():
+            gallery = gr.Gallery(
+                label="Photos",
+                columns=2,
+                height=CANVAS_SIZE + 80,
+                format="png",
+                buttons=["download", "fullscreen"],
+                interactive=False,
+            )
+            status = gr.HTML(elem_id="status", min_height=40)
+            with gr.Row():
+                make = gr.Button("Make photos", variant="primary", elem_id="make")
+                stop = gr.Button("Stop", variant="stop", elem_id="stop")
+            with gr.Row():
+                more = gr.Button("More like the chosen photo", elem_id="more")
+                download = gr.DownloadButton("Download all", interactive=False, elem_id="download")
+            class_label = gr.Dropdown([_GUESS, *handlers.studio.class_names], value=_GUESS, label="What it is")
+            realism = gr.Slider(0, 1, 0.5, step=0.05, label="Follow the drawing (0) or look real (1)")
+            with gr.Row():
+                num_images = gr.Slider(1, MAX_IMAGES, 4, step=1, label="Number of photos")
+                seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED)
+                keep_seed = gr.Checkbox(label="Keep this seed")
+            live = gr.Checkbox(label="Live: photos after each stroke, with this seed")
+            expert = _expert_drawer()
+    earlier = gr.Gallery(
+        label="Earlier", columns=8, height=160, format="png", allow_preview=False, buttons=[], interactive=False
+    )
+
+    drawing = _relay_of(canvas)
+    wishes = [drawing, class_label, num_images, realism, seed, *expert]
+    shown = {"outputs": [gallery, status, photos], "show_progress_on": status, **_SAMPLING}
+    made = make.click(None, [canvas, seed, keep_seed], [drawing, seed], js=_HAND_OVER).then(
+        handlers.make_photos, wishes, api_name="make_photos", **shown
+    )
+    varied = more.click(handlers.more_like_this, [photos, selected, seed], **shown, **_PRIVATE)
+    looked = canvas.change(None, canvas, drawing, js="canvas => canvas").then(
+        handlers.look_at,
+        [drawing, live],
+        [seen, guess],
+        api_name="look_at",
+        show_progress="hidden",
+        concurrency_limit=4,
+        trigger_mode="always_last",
+    )
+    drawn = looked.then(None, canvas, drawing, js="canvas => canvas").then(
+        handlers.make_photos_live, [live, *wishes], trigger_mode="always_last", **shown, **_PRIVATE
+    )
+    stop.click(handlers.stop, None, status, cancels=[made, varied, drawn], queue=False, **_PRIVATE)
+    for event in (made, varied):
+        event.success(handlers.keep, [photos, history], [history, download], show_progress="hidden", **_PRIVATE)
+    upload.upload(handlers.read_upload, upload, canvas, show_progress_on=seen, **_PRIVATE)
+    examples.click(handlers.read_example, examples, canvas, show_progress_on=seen, **_PRIVATE)
+    gallery.select(_index_of, None, selected, **_PRIVATE)
+    earlier.select(handlers.reopen, history, [gallery, photos, seed, download], **_PRIVATE)
+    gr.on([page.load, history.change], _show_history, history, earlier, show_progress="hidden", **_PRIVATE)
+
+
+def launch(
+    studio: Studio, host: str | None = None, port: int | None = None, share: bool = False, **kwargs: Any
+) -> gr.Blocks:
+    """
+    Serves the page in the background.
+
+    Args:
+        studio ([`Studio`]): the model.
+        host (`str`, *optional*): address to listen on; `None` is `GRADIO_SERVER_NAME`, or else 127.0.0.1.
+        port (`int`, *optional*): `None` is `GRADIO_SERVER_PORT`, or else the first free one from 7860.
+        share (`bool`, defaults to `False`): whether to open a public address, too, through Gradio's servers.
+        kwargs: further arguments of `gradio.Blocks.launch`.
+
+    Returns:
+        [`gradio.Blocks`]: running; it has a `local_url`, and is ended by `close()`.
+
+    Raises:
+        OSError: if the port is taken.
+    """
+    # Gradio decodes pictures before we see them: it, too, is to refuse what unpacks to more than this. Pillow warns at
+    # its limit and raises at twice that.
+    Image.MAX_IMAGE_PIXELS = MAX_SKETCH_PIXELS // 2
+    page = build_page(studio)
+    page.launch(
+        server_name=host,
+        server_port=port,
+        share=share,
+        prevent_thread_lock=True,
+        quiet=True,
+        show_error=True,
+        max_file_size=MAX_UPLOAD_BYTES,
+        run_history=False,
+        footer_links=["api"],
+        enable_monitoring=False,
+        ssr_mode=False,
+        # The fonts of Gradio's themes may be Google's.
+        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        css=_CSS,
+        **kwargs,
+    )
+    return page
