@@ -24,6 +24,9 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "ClassifierGuidanceCallback": "guidance",
+    "ColourGuidanceCallback": "guidance",
+    "DiffSketchingEditPipeline": "pipeline_diffsketching_edit",
+    "DiffSketchingInterpolationPipeline": "pipeline_diffsketching_interpolation",
     "DiffSketchingLoss": "losses",
     "DiffSketchingPipeline": "pipeline_diffsketching",
     "DiffSketchingPipelineOutput": "pipeline_output",
@@ -51,6 +54,7 @@ __all__ = ["__version__", *sorted(_MODULES)]
 if TYPE_CHECKING:
     from diffsketching_pipeline.convert_guided_diffusion import expand_unet_for_sketch as expand_unet_for_sketch
     from diffsketching_pipeline.guidance import ClassifierGuidanceCallback as ClassifierGuidanceCallback
+    from diffsketching_pipeline.guidance import ColourGuidanceCallback as ColourGuidanceCallback
     from diffsketching_pipeline.guidance import GuidanceCallback as GuidanceCallback
     from diffsketching_pipeline.guidance import SketchGuidanceCallback as SketchGuidanceCallback
     from diffsketching_pipeline.hub import bundled_checkpoint as bundled_checkpoint
@@ -69,6 +73,12 @@ if TYPE_CHECKING:
     from diffsketching_pipeline.modeling_noisy_classifier import NoisyImageClassifier as NoisyImageClassifier
     from diffsketching_pipeline.modeling_photo_sketcher import PhotoSketcher as PhotoSketcher
     from diffsketching_pipeline.pipeline_diffsketching import DiffSketchingPipeline as DiffSketchingPipeline
+    from diffsketching_pipeline.pipeline_diffsketching_edit import (
+        DiffSketchingEditPipeline as DiffSketchingEditPipeline,
+    )
+    from diffsketching_pipeline.pipeline_diffsketching_interpolation import (
+        DiffSketchingInterpolationPipeline as DiffSketchingInterpolationPipeline,
+    )
     from diffsketching_pipeline.pipeline_output import DiffSketchingPipelineOutput as DiffSketchingPipelineOutput
     from diffsketching_pipeline.weights import interpolate_unets as interpolate_unets
 

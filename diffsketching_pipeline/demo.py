@@ -31,14 +31,17 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
-from diffsketching_pipeline.cli import _model_record, _png, _versions
+from diffsketching_pipeline.cli_utils import class_record, metadata, model_record, png, sampling_record, sketch_image
 from diffsketching_pipeline.denoising import sampling_scheduler
 from diffsketching_pipeline.image_processor import SketchProcessor
 from diffsketching_pipeline.pipeline_diffsketching import DiffSketchingPipeline
+from diffsketching_pipeline.pipeline_diffsketching_edit import DiffSketchingEditPipeline
+from diffsketching_pipeline.pipeline_diffsketching_interpolation import DiffSketchingInterpolationPipeline
 
 
 # What one request may ask of a model that others wait for.
 MAX_IMAGES = 8
+MAX_FRAMES = 16
 MAX_STEPS = 100
 MAX_SEED = 2**32 - 1
 # The arguments of the pipeline's call that a request may set.
@@ -53,6 +56,7 @@ CALL_SETTINGS = (
     "eta",
     "clip_sample",
 )
+_CALLBACK_TENSOR_INPUTS = ("latents", "pred_original_sample")
 # A photo like another one is sampled anew in this share of the steps.
 VARIATION_STRENGTH = 0.6
 # Pictures of x̂_0 are sent after every so many steps; in between only the progress is.
@@ -114,9 +118,9 @@ class Progress:
 
 @dataclass(frozen=True)
 class Photos:
-    """A finished request: each photo with its record, which makes it again from `drawing`."""
+    """A finished request: each image with its record, which makes it again from the `sources`, pictures by name."""
 
-    drawing: Image.Image
+    sources: dict[str, Image.Image]
     images: list[Image.Image]
     records: list[dict[str, Any]]
 
@@ -132,7 +136,9 @@ class Studio:
 
     def __init__(self, pipe: DiffSketchingPipeline, model: str | None = None):
         self.pipe = pipe
-        self.model_record = _model_record(pipe, model)
+        self.model_record = model_record(pipe, model)
+        self._edit_pipe = DiffSketchingEditPipeline.from_pipe(pipe)
+        self._interpolation_pipe = DiffSketchingInterpolationPipeline.from_pipe(pipe)
         self._canvas_processor = SketchProcessor(CANVAS_SIZE)
         # The one thread that samples: a pipeline keeps what belongs to its current call.
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sampling")
@@ -168,7 +174,7 @@ class Studio:
         """
         groups = self.pipe.prepare_sketches(drawing)
         assert groups is not None
-        seen = Image.fromarray(np.rint((groups[0][0, 0].cpu().numpy() + 1) * 127.5).astype(np.uint8))
+        seen = sketch_image(groups[0].cpu())
         if self.pipe.sketch_encoder is None or self.pipe.num_classes == 0:
             return seen, {}
         probabilities = self.pipe.predict_class_probabilities(groups[0])
@@ -211,12 +217,84 @@ class Studio:
                 num_images_per_sketch=request.num_images,
                 generator=generators,
                 callback_on_step_end=on_step_end,
-                callback_on_step_end_tensor_inputs=["latents", "pred_original_sample"],
+                callback_on_step_end_tensor_inputs=_CALLBACK_TENSOR_INPUTS,
                 **settings,
             )
-            return Photos(request.drawing, out.images, self._records(request, seeds, settings, out))
+            common = class_record(request.class_label, out) | sampling_record(self.pipe, settings)
+            records = []
+            for k, seed in enumerate(seeds):
+                variations = [asdict(variation) for variation in request.variations]
+                if variations:
+                    variations[-1]["seed"] += k
+                name = "_".join(str(number) for number in (seed, *(v["seed"] for v in variations)))
+                records.append({"file": f"photo_{name}.png", "seed": seed, "variations": variations, **common})
+            return Photos({"drawing": request.drawing}, out.images, records)
 
         return self._run(sample, owner, self._change_noise(request.variations, settings, generators))
+
+    def edit_photo(
+        self,
+        photo: Image.Image,
+        strokes: Image.Image,
+        class_label: str | None,
+        num_images: int,
+        seed: int,
+        strength: float,
+        owner: str,
+    ) -> Iterator[Progress | Photos]:
+        """
+        As `make_photos`, but photos that have changed where `strokes`, on the photo's page, have been drawn.
+
+        Raises:
+            ValueError: as [`DiffSketchingEditPipeline`] does, or for a request that is out of bounds.
+        """
+        _check_counts(num_images, seed)
+        settings = {"strength": strength}
+
+        def sample(on_step_end: Callable) -> Photos:
+            out = self._edit_pipe(
+                photo,
+                sketch=strokes,
+                class_labels=class_label,
+                num_images_per_sketch=num_images,
+                generator=[torch.Generator("cpu").manual_seed(seed + k) for k in range(num_images)],
+                callback_on_step_end=on_step_end,
+                callback_on_step_end_tensor_inputs=_CALLBACK_TENSOR_INPUTS,
+                **settings,
+            )
+            common = class_record(class_label, out) | sampling_record(self._edit_pipe, settings)
+            records = [{"file": f"edit_{seed + k}.png", "seed": seed + k, **common} for k in range(num_images)]
+            return Photos({"photo": photo, "drawing": strokes}, out.images, records)
+
+        return self._run(sample, owner)
+
+    def interpolate(
+        self, drawings: list[Image.Image], class_label: str | None, num_frames: int, seed: int, owner: str
+    ) -> Iterator[Progress | Photos]:
+        """
+        As `make_photos`, but the frames from the first drawing to the last, all with the same noise.
+
+        Raises:
+            ValueError: as [`DiffSketchingInterpolationPipeline`] does, or for a request that is out of bounds.
+        """
+        _check_counts(1, seed)
+        if not 2 <= num_frames <= MAX_FRAMES:
+            raise ValueError(f"`num_frames` has to be between 2 and {MAX_FRAMES} but is {num_frames}.")
+
+        def sample(on_step_end: Callable) -> Photos:
+            out = self._interpolation_pipe(
+                drawings,
+                class_labels=class_label,
+                num_frames=num_frames,
+                generator=torch.Generator("cpu").manual_seed(seed),
+                callback_on_step_end=on_step_end,
+                callback_on_step_end_tensor_inputs=_CALLBACK_TENSOR_INPUTS,
+            )
+            common = class_record(class_label, out) | sampling_record(self._interpolation_pipe, {})
+            records = [{"file": f"frame_{k:02d}.png", "seed": seed, **common} for k in range(num_frames)]
+            return Photos({f"drawing_{k}": drawing for k, drawing in enumerate(drawings)}, out.images, records)
+
+        return self._run(sample, owner)
 
     def stop(self, owner: str) -> None:
         """Ends what this owner has running after the current step, and nothing else."""
@@ -271,7 +349,7 @@ class Studio:
         self, variations: tuple[Variation, ...], settings: dict[str, Any], generators: list[torch.Generator]
     ) -> Callable[[int, dict[str, Any]], dict[str, Any]]:
         """A change of latents that noises x̂_0 anew where a variation begins; its seed rules from there on."""
-        steps = settings.get("num_inference_steps") or self.pipe.recommended.get("num_inference_steps", 50)
+        steps = self.pipe.resolve_num_inference_steps(settings.get("num_inference_steps"))
         scheduler = sampling_scheduler(self.pipe.scheduler, steps, self.pipe.device)
         timesteps = scheduler.timesteps
         last = len(timesteps) - 1
@@ -290,40 +368,15 @@ class Studio:
 
         return change
 
-    def _records(self, request: PhotoRequest, seeds: list[int], settings: dict[str, Any], out: Any) -> list[dict]:
-        """What `diffsketching generate` records of a photo, with the arguments and variations that only the page has."""
-        probability = None if out.class_probabilities is None else float(out.class_probabilities[0].max())
-        common = {
-            "drawing": "drawing.png",
-            "class_label": out.class_labels[0],
-            "class_predicted": request.class_label is None and out.class_labels[0] is not None,
-            "class_probability": probability,
-            "num_inference_steps": self.pipe.recommended.get("num_inference_steps"),
-            "strength": 1.0,
-            "clip_sample": None,
-            **settings,
-            **self.pipe.guidance_scales,
-            "eta": self.pipe.eta,
-            "scheduler": type(self.pipe.scheduler).__name__,
-        }
-        records = []
-        for k, seed in enumerate(seeds):
-            variations = [asdict(variation) for variation in request.variations]
-            if variations:
-                variations[-1]["seed"] += k
-            name = "_".join(str(number) for number in (seed, *(v["seed"] for v in variations)))
-            records.append({"file": f"photo_{name}.png", "seed": seed, "variations": variations, **common})
-        return records
-
     def archive(self, photos: Photos) -> bytes:
-        """A zip file of the photos and the drawing as PNG, and the metadata.json that makes them again."""
-        document = {"model": self.model_record, "versions": _versions(), "images": photos.records}
+        """A zip file of the images and their sources as PNG, and the metadata.json that makes them again."""
         file = io.BytesIO()
         with zipfile.ZipFile(file, "w") as archive:
-            archive.writestr("drawing.png", _png(photos.drawing))
+            for name, source in photos.sources.items():
+                archive.writestr(f"{name}.png", png(source))
             for image, record in zip(photos.images, photos.records, strict=True):
-                archive.writestr(record["file"], _png(image))
-            archive.writestr("metadata.json", json.dumps(document, indent=2))
+                archive.writestr(record["file"], png(image))
+            archive.writestr("metadata.json", metadata(self.model_record, photos.records))
         return file.getvalue()
 
 
@@ -336,10 +389,7 @@ def example_drawings() -> list[Path]:
 
 def _check_request(request: PhotoRequest, settings: dict[str, Any]) -> None:
     """What the pipeline leaves open because it has its caller's machine to itself."""
-    if not 1 <= request.num_images <= MAX_IMAGES:
-        raise ValueError(f"`num_images` has to be between 1 and {MAX_IMAGES} but is {request.num_images}.")
-    if not 0 <= request.seed <= MAX_SEED:
-        raise ValueError(f"`seed` has to be between 0 and {MAX_SEED} but is {request.seed}.")
+    _check_counts(request.num_images, request.seed)
     steps = settings.get("num_inference_steps")
     if steps is not None and not 1 <= steps <= MAX_STEPS:
         raise ValueError(f"`num_inference_steps` has to be between 1 and {MAX_STEPS} here but is {steps}.")
@@ -348,6 +398,13 @@ def _check_request(request: PhotoRequest, settings: dict[str, Any]) -> None:
             raise ValueError(
                 f"`variations` have to have a strength in (0, 1] and a seed up to {MAX_SEED}: {variation}."
             )
+
+
+def _check_counts(num_images: int, seed: int) -> None:
+    if not 1 <= num_images <= MAX_IMAGES:
+        raise ValueError(f"`num_images` has to be between 1 and {MAX_IMAGES} but is {num_images}.")
+    if not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"`seed` has to be between 0 and {MAX_SEED} but is {seed}.")
 
 
 def more_like_this(photos: Photos, index: int, seed: int, num_images: int = 4) -> PhotoRequest:
@@ -363,11 +420,11 @@ def more_like_this(photos: Photos, index: int, seed: int, num_images: int = 4) -
     before = tuple(Variation(**variation) for variation in record["variations"])
     strength = VARIATION_STRENGTH * (before[-1].strength if before else 1.0)
     return PhotoRequest(
-        photos.drawing,
+        photos.sources["drawing"],
         record["class_label"],
         num_images,
         record["seed"],
-        settings={name: record[name] for name in CALL_SETTINGS},
+        settings={name: record[name] for name in CALL_SETTINGS if name in record},
         variations=(*before, Variation(seed, strength)),
     )
 
@@ -377,7 +434,7 @@ def more_like_this(photos: Photos, index: int, seed: int, num_images: int = 4) -
 
 def remember(history: list[dict[str, Any]], photos: Photos) -> list[dict[str, Any]]:
     """`history` with `photos` in front, as JSON values; the oldest are dropped beyond `MAX_HISTORY_BYTES`."""
-    pictures = [base64.b64encode(_png(image)).decode() for image in (photos.drawing, *photos.images)]
+    pictures = [base64.b64encode(png(image)).decode() for image in (photos.sources["drawing"], *photos.images)]
     kept: list[dict[str, Any]] = []
     size = 0
     for entry in [{"pictures": pictures, "records": photos.records}, *history]:
@@ -400,7 +457,7 @@ def recall(entry: dict[str, Any]) -> Photos:
         records = [dict(record) for record in entry["records"]]
         if len(images) != len(records):
             raise ValueError("its photos and records differ in number")
-        return Photos(drawing, images, records)
+        return Photos({"drawing": drawing}, images, records)
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise ValueError(f"this entry of the history cannot be read: {error}.") from error
 

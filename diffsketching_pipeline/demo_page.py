@@ -13,17 +13,21 @@
 # limitations under the License.
 """The drawing page: what is on it, and which part of it calls what in `demo.py`."""
 
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
 from gradio.processing_utils import save_bytes_to_cache
 from gradio.utils import LRUCache, get_upload_folder
-from PIL import Image
+from PIL import Image, ImageOps
 
 from diffsketching_pipeline.demo import (
+    CALL_SETTINGS,
     CANVAS_SIZE,
+    MAX_FRAMES,
     MAX_IMAGES,
     MAX_SEED,
     MAX_STEPS,
@@ -48,11 +52,13 @@ _DELETE_CACHE = (600, 3600)
 _SAMPLING: dict[str, Any] = {"concurrency_id": "sampling", "concurrency_limit": 1}
 _PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 _GUESS = "let it guess"
+_UPLOADS = ("image", ".svg", ".ndjson")
+_COPY = "canvas => canvas"
 _HAND_OVER = f"(canvas, seed, keep) => [canvas, keep ? seed : Math.floor(Math.random() * {MAX_SEED})]"
 _CSS = """
 /* Each pixel that the model sees is to be told apart. */
 .seen img { image-rendering: pixelated; }
-#status progress { width: 100%; accent-color: var(--color-accent); }
+.status progress { width: 100%; accent-color: var(--color-accent); }
 """
 
 
@@ -91,10 +97,9 @@ class _Handlers:
 
     def make_photos(self, request: gr.Request, canvas, class_label, num_images, realism, seed, *expert):
         with _told_to_user():
-            settings = dict(zip(_EXPERT, expert, strict=True))
-            label = None if class_label == _GUESS else class_label
-            wish = PhotoRequest(_drawing(canvas), label, int(num_images), int(seed), realism, settings)
-            yield from self._show(wish, request)
+            settings = dict(zip(CALL_SETTINGS, expert, strict=True))
+            wish = PhotoRequest(_drawing(canvas), _label(class_label), int(num_images), int(seed), realism, settings)
+            yield from _show(self.studio.make_photos(wish, str(request.session_hash)))
 
     def make_photos_live(self, request: gr.Request, live: bool, *values):
         if live:
@@ -102,41 +107,62 @@ class _Handlers:
         else:
             yield gr.skip(), gr.skip(), gr.skip()
 
-    def more_like_this(self, request: gr.Request, photos: Photos | None, selected: int, seed: int):
+    def more_like_this(self, request: gr.Request, photos: Photos | None, selected: int):
         with _told_to_user():
             if photos is None:
                 raise ValueError("There is no photo yet: make some, and choose one.")
-            yield from self._show(more_like_this(photos, selected, int(seed)), request)
+            wish = more_like_this(photos, selected, secrets.randbelow(MAX_SEED))
+            yield from _show(self.studio.make_photos(wish, str(request.session_hash)))
 
-    def _show(self, wish: PhotoRequest, request: gr.Request):
-        """Values of the gallery, of the line below it and of the photos, as they form."""
-        for update in self.studio.make_photos(wish, str(request.session_hash)):
-            if isinstance(update, Photos):
-                yield _captioned(update), "", update
-                return
-            yield update.images or gr.skip(), _progress_bar(update), gr.skip()
-        yield gr.skip(), "Stopped.", gr.skip()
+    def start_edit(self, photos: Photos | None, selected: int) -> tuple[Any, Any]:
+        """The chosen photo on the canvas of the other tab, large enough to draw on, and that tab."""
+        with _told_to_user():
+            if photos is None:
+                raise ValueError("There is no photo yet: make some, and choose one.")
+        photo = ImageOps.contain(photos.images[min(selected, len(photos.images) - 1)], (CANVAS_SIZE, CANVAS_SIZE))
+        return {"background": photo, "layers": [], "composite": photo}, gr.Tabs(selected="edit")
+
+    def edit_photo(self, request: gr.Request, canvas, class_label, num_images, strength, seed):
+        with _told_to_user():
+            if canvas is None or canvas["background"] is None or not canvas["layers"]:
+                raise ValueError(
+                    "There is nothing to edit yet: upload a photo or start from one you made, and draw on it."
+                )
+            photo, strokes = canvas["background"].convert("RGB"), canvas["layers"][0].convert("RGBA")
+            strokes = Image.alpha_composite(Image.new("RGBA", strokes.size, "white"), strokes).convert("RGB")
+            owner = str(request.session_hash)
+            yield from _show(
+                self.studio.edit_photo(
+                    photo, strokes, _label(class_label), int(num_images), int(seed), strength, owner
+                )
+            )
+
+    def interpolate(self, request: gr.Request, first, last, class_label, num_frames, seed):
+        with _told_to_user():
+            drawings = [_drawing(first), _drawing(last)]
+            owner = str(request.session_hash)
+            yield from _show(self.studio.interpolate(drawings, _label(class_label), int(num_frames), int(seed), owner))
 
     def stop(self, request: gr.Request) -> str:
         self.studio.stop(str(request.session_hash))
         return "Stopped."
 
-    def keep(self, photos: Photos | None, history: list[dict[str, Any]]) -> tuple[Any, Any]:
-        """The new history, and the file to download; both as they were where there are no photos."""
-        if photos is None:
-            return gr.skip(), gr.skip()
-        return remember(history, photos), self.download(photos)
+    def keep(self, photos: Photos | None, history: list[dict[str, Any]]) -> Any:
+        return gr.skip() if photos is None else remember(history, photos)
 
-    def download(self, photos: Photos) -> gr.DownloadButton:
+    def pack(self, photos: Photos | None) -> Any:
+        """The button that downloads them."""
+        if photos is None:
+            return gr.skip()
         name = f"photos_{photos.records[0]['seed']}.zip"
         path = save_bytes_to_cache(self.studio.archive(photos), name, get_upload_folder())
         return gr.DownloadButton(value=path, interactive=True)
 
     def reopen(self, history: list[dict[str, Any]], event: gr.SelectData):
-        """Values of the gallery, the photos, the seed and the download, of one entry of the history."""
+        """Values of the gallery, the photos and the seed, of one entry of the history."""
         with _told_to_user():
             photos = recall(history[event.index])
-        return _captioned(photos), photos, photos.records[0]["seed"], self.download(photos)
+        return _captioned(photos), photos, photos.records[0]["seed"]
 
 
 def _on_canvas(lines: Image.Image) -> dict[str, Any]:
@@ -155,6 +181,20 @@ def _index_of(event: gr.SelectData) -> int:
     return event.index
 
 
+def _show(updates: Iterator[Progress | Photos]) -> Iterator[tuple[Any, Any, Any]]:
+    """Values of the gallery, of the line below it and of the photos, as they form."""
+    for update in updates:
+        if isinstance(update, Photos):
+            yield _captioned(update), "", update
+            return
+        yield update.images or gr.skip(), _progress_bar(update), gr.skip()
+    yield gr.skip(), "Stopped.", gr.skip()
+
+
+def _label(choice: str) -> str | None:
+    return None if choice == _GUESS else choice
+
+
 def _drawing(canvas: dict[str, Any] | None) -> Image.Image:
     drawing = canvas and (canvas["composite"] or canvas["background"])
     if not drawing:
@@ -163,9 +203,9 @@ def _drawing(canvas: dict[str, Any] | None) -> Image.Image:
 
 
 def _captioned(photos: Photos) -> list[tuple[Image.Image, str]]:
-    names = [record["file"].removesuffix(".png").removeprefix("photo_") for record in photos.records]
+    names = [record["file"].removesuffix(".png").split("_", 1)[1] for record in photos.records]
     label = photos.records[0]["class_label"]
-    return [(image, f"{label}, {name}") for image, name in zip(photos.images, names, strict=True)]
+    return [(image, f"{label} {name}" if label else name) for image, name in zip(photos.images, names, strict=True)]
 
 
 def _show_history(history: list[dict[str, Any]]) -> list[tuple[Image.Image, str]]:
@@ -179,7 +219,7 @@ def _show_history(history: list[dict[str, Any]]) -> list[tuple[Image.Image, str]
     return shown
 
 
-# Name, label, hint and further settings of each argument of the call that the slider does not rule alone.
+# Of each argument of the call that takes a number, in the order of CALL_SETTINGS.
 _EXPERT_FIELDS: dict[str, dict[str, Any]] = {
     "num_inference_steps": {"label": "Steps", "precision": 0, "minimum": 1, "maximum": MAX_STEPS},
     "sketch_guidance_scale": {"label": "Sketch guidance", "info": "1 is off"},
@@ -190,7 +230,6 @@ _EXPERT_FIELDS: dict[str, dict[str, Any]] = {
     "strength": {"label": "Strength", "info": "below 1 starts from the drawing", "minimum": 0, "maximum": 1},
     "eta": {"label": "Eta", "info": "fresh noise in each step", "minimum": 0, "maximum": 1},
 }
-_EXPERT = (*_EXPERT_FIELDS, "clip_sample")
 
 
 def _expert_drawer() -> list[gr.components.Component]:
@@ -203,59 +242,121 @@ def _expert_drawer() -> list[gr.components.Component]:
     return [*fields, clip]
 
 
-def _canvas(label: str) -> gr.ImageEditor:
-    canvas = gr.ImageEditor(
+def _canvas(label: str, **options: Any) -> gr.ImageEditor:
+    options = {
         # An empty layer, because without one the brush has to be chosen first.
-        value=_on_canvas(Image.new("RGBA", (CANVAS_SIZE, CANVAS_SIZE))),
+        "value": _on_canvas(Image.new("RGBA", (CANVAS_SIZE, CANVAS_SIZE))),
+        "sources": (),
+        "fixed_canvas": True,
+        **options,
+    }
+    canvas = gr.ImageEditor(
         label=label,
         height=CANVAS_SIZE + 80,
-        type="pil",
-        image_mode="RGB",
         format="png",
-        sources=(),
         transforms=(),
         layers=False,
         buttons=[],
         brush=gr.Brush(default_size=6, colors=["#000000"], color_mode="fixed"),
         eraser=gr.Eraser(default_size=24),
         canvas_size=(CANVAS_SIZE, CANVAS_SIZE),
-        fixed_canvas=True,
+        **options,
     )
     # A drawing waits here until its request is read, which never happens where the queue is full.
     canvas.blob_storage = LRUCache(4 * MAX_WAITING)
     return canvas
 
 
-def _relay_of(canvas: gr.ImageEditor) -> gr.ImageEditor:
+def _relay_of(canvas: gr.ImageEditor, **options: Any) -> gr.ImageEditor:
     """
     What hands the canvas over: its value is copied here in the browser, and this is the input of the events.
 
     Gradio 6.21 to 6.31 reads a component that was an event's input anew, and uploads it, with each message about any event
     thereafter; that of a canvas costs a tenth of a second without a graphics card.
     """
-    relay = gr.ImageEditor(type="pil", image_mode="RGB", label="drawing", visible=False)
+    relay = gr.ImageEditor(**{"type": "pil", "image_mode": "RGB", "label": "drawing", "visible": False, **options})
     relay.blob_storage = canvas.blob_storage
     return relay
+
+
+def _seed() -> tuple[gr.Number, gr.Checkbox]:
+    seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=120)
+    return seed, gr.Checkbox(label="Keep this seed", min_width=120)
+
+
+def _class(handlers: _Handlers) -> gr.Dropdown:
+    return gr.Dropdown([_GUESS, *handlers.studio.class_names], value=_GUESS, label="What it is")
+
+
+@dataclass
+class _Results:
+    """Where the images of a tab are shown."""
+
+    gallery: gr.Gallery
+    status: gr.HTML
+    photos: gr.State
+    make: gr.Button
+    stop: gr.Button
+    download: gr.DownloadButton
+
+    @classmethod
+    def place(cls, name: str, label: str, columns: int = 2) -> "_Results":
+        gallery = gr.Gallery(
+            label=label,
+            columns=columns,
+            height=CANVAS_SIZE + 80,
+            format="png",
+            buttons=["download", "fullscreen"],
+            interactive=False,
+        )
+        status = gr.HTML(elem_id=f"{name}-status", elem_classes="status", min_height=40)
+        with gr.Row():
+            make = gr.Button(f"Make {label.lower()}", variant="primary", elem_id=f"{name}-make", min_width=120)
+            stop = gr.Button("Stop", elem_id=f"{name}-stop", min_width=120)
+            download = gr.DownloadButton("Download all", interactive=False, min_width=120)
+        return cls(gallery, status, gr.State(), make, stop, download)
+
+    @property
+    def shown(self) -> dict[str, Any]:
+        """Arguments of an event whose images are shown here."""
+        return {
+            "outputs": [self.gallery, self.status, self.photos],
+            "show_progress_on": self.status,
+            **_SAMPLING,
+        }
+
+    def end(self, handlers: _Handlers, events: list[Any]) -> None:
+        """What follows `events` whose images are shown here, and what stops them."""
+        self.stop.click(handlers.stop, None, self.status, cancels=events, queue=False, **_PRIVATE)
+        self.photos.change(handlers.pack, self.photos, self.download, show_progress="hidden", **_PRIVATE)
 
 
 def build_page(studio: Studio) -> gr.Blocks:
     """The page over `studio`, to be launched with [`launch`]."""
     handlers = _Handlers(studio)
     with gr.Blocks(title="DiffSketching", analytics_enabled=False, delete_cache=_DELETE_CACHE) as page:
-        gr.Markdown("# DiffSketching\nDraw something to wear: photos of that shape appear.")
-        with gr.Tab("Draw"):
-            _draw_tab(handlers, page)
+        gr.Markdown("# DiffSketching\nDraw a shape, and watch photos of it appear.")
+        with gr.Tabs() as tabs:
+            with gr.Tab("Draw", id="draw"):
+                canvas, results, selected, start_edit = _draw_tab(handlers, page)
+            with gr.Tab("Edit a photo", id="edit"):
+                photo = _edit_tab(handlers)
+            with gr.Tab("In between", id="between"):
+                _interpolation_tab(handlers, canvas)
+        start_edit.click(
+            handlers.start_edit, [results.photos, selected], [photo, tabs], show_progress_on=tabs, **_PRIVATE
+        )
     page.queue(max_size=MAX_WAITING)
     return page
 
 
-def _draw_tab(handlers: _Handlers, page: gr.Blocks) -> None:
+def _draw_tab(handlers: _Handlers, page: gr.Blocks) -> tuple[gr.ImageEditor, _Results, gr.State, gr.Button]:
     history = gr.BrowserState([], storage_key="diffsketching-history", secret="diffsketching")
-    photos, selected = gr.State(), gr.State(0)
+    selected = gr.State(0)
     with gr.Row():
         with gr.Column():
             canvas = _canvas("Your drawing: dark lines on white")
-            upload = gr.UploadButton("Upload a drawing, or a photo of one", file_types=["image"])
+            upload = gr.UploadButton("Upload a drawing, or a photo of one", file_types=[*_UPLOADS])
             examples = gr.Dataset(
                 label="Examples",
                 components=[gr.Image(visible=False)],
@@ -273,27 +374,15 @@ def _draw_tab(handlers: _Handlers, page: gr.Blocks) -> None:
                 )
                 guess = gr.Label(label="What it takes it for", num_top_classes=3, min_width=140)
         with gr.Column():
-            gallery = gr.Gallery(
-                label="Photos",
-                columns=2,
-                height=CANVAS_SIZE + 80,
-                format="png",
-                buttons=["download", "fullscreen"],
-                interactive=False,
-            )
-            status = gr.HTML(elem_id="status", min_height=40)
+            results = _Results.place("draw", "Photos")
             with gr.Row():
-                make = gr.Button("Make photos", variant="primary", elem_id="make")
-                stop = gr.Button("Stop", variant="stop", elem_id="stop")
-            with gr.Row():
-                more = gr.Button("More like the chosen photo", elem_id="more")
-                download = gr.DownloadButton("Download all", interactive=False, elem_id="download")
-            class_label = gr.Dropdown([_GUESS, *handlers.studio.class_names], value=_GUESS, label="What it is")
+                more = gr.Button("More like the chosen photo", elem_id="more", min_width=120)
+                start_edit = gr.Button("Edit the chosen photo", elem_id="start-edit", min_width=120)
+            class_label = _class(handlers)
             realism = gr.Slider(0, 1, 0.5, step=0.05, label="Follow the drawing (0) or look real (1)")
+            num_images = gr.Slider(1, MAX_IMAGES, 4, step=1, label="Number of photos")
             with gr.Row():
-                num_images = gr.Slider(1, MAX_IMAGES, 4, step=1, label="Number of photos")
-                seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED)
-                keep_seed = gr.Checkbox(label="Keep this seed")
+                seed, keep_seed = _seed()
             live = gr.Checkbox(label="Live: photos after each stroke, with this seed")
             expert = _expert_drawer()
     earlier = gr.Gallery(
@@ -302,12 +391,11 @@ def _draw_tab(handlers: _Handlers, page: gr.Blocks) -> None:
 
     drawing = _relay_of(canvas)
     wishes = [drawing, class_label, num_images, realism, seed, *expert]
-    shown = {"outputs": [gallery, status, photos], "show_progress_on": status, **_SAMPLING}
-    made = make.click(None, [canvas, seed, keep_seed], [drawing, seed], js=_HAND_OVER).then(
-        handlers.make_photos, wishes, api_name="make_photos", **shown
+    made = results.make.click(None, [canvas, seed, keep_seed], [drawing, seed], js=_HAND_OVER).then(
+        handlers.make_photos, wishes, api_name="make_photos", **results.shown
     )
-    varied = more.click(handlers.more_like_this, [photos, selected, seed], **shown, **_PRIVATE)
-    looked = canvas.change(None, canvas, drawing, js="canvas => canvas").then(
+    varied = more.click(handlers.more_like_this, [results.photos, selected], **results.shown, **_PRIVATE)
+    looked = canvas.change(None, canvas, drawing, js=_COPY).then(
         handlers.look_at,
         [drawing, live],
         [seen, guess],
@@ -316,17 +404,59 @@ def _draw_tab(handlers: _Handlers, page: gr.Blocks) -> None:
         concurrency_limit=4,
         trigger_mode="always_last",
     )
-    drawn = looked.then(None, canvas, drawing, js="canvas => canvas").then(
-        handlers.make_photos_live, [live, *wishes], trigger_mode="always_last", **shown, **_PRIVATE
+    drawn = looked.then(None, canvas, drawing, js=_COPY).then(
+        handlers.make_photos_live, [live, *wishes], trigger_mode="always_last", **results.shown, **_PRIVATE
     )
-    stop.click(handlers.stop, None, status, cancels=[made, varied, drawn], queue=False, **_PRIVATE)
+    results.end(handlers, [made, varied, drawn])
     for event in (made, varied):
-        event.success(handlers.keep, [photos, history], [history, download], show_progress="hidden", **_PRIVATE)
+        event.success(handlers.keep, [results.photos, history], history, show_progress="hidden", **_PRIVATE)
     upload.upload(handlers.read_upload, upload, canvas, show_progress_on=seen, **_PRIVATE)
     examples.click(handlers.read_example, examples, canvas, show_progress_on=seen, **_PRIVATE)
-    gallery.select(_index_of, None, selected, **_PRIVATE)
-    earlier.select(handlers.reopen, history, [gallery, photos, seed, download], **_PRIVATE)
+    results.gallery.select(_index_of, None, selected, **_PRIVATE)
+    earlier.select(handlers.reopen, history, [results.gallery, results.photos, seed], **_PRIVATE)
     gr.on([page.load, history.change], _show_history, history, earlier, show_progress="hidden", **_PRIVATE)
+    return canvas, results, selected, start_edit
+
+
+def _edit_tab(handlers: _Handlers) -> gr.ImageEditor:
+    with gr.Row():
+        with gr.Column():
+            # The canvas takes on the photo's size, so that the result has it, too.
+            photo = _canvas(
+                "A photo, and the lines that are new in it", value=None, sources=("upload",), fixed_canvas=False
+            )
+        with gr.Column():
+            results = _Results.place("edit", "Edits")
+            class_label = _class(handlers)
+            num_images = gr.Slider(1, MAX_IMAGES, 2, step=1, label="Number of photos")
+            strength = gr.Slider(0.1, 1, 0.9, step=0.05, label="Small change (0) or something new (1)")
+            with gr.Row():
+                seed, keep_seed = _seed()
+    relay = _relay_of(photo, image_mode="RGBA", label="photo")
+    edited = results.make.click(None, [photo, seed, keep_seed], [relay, seed], js=_HAND_OVER).then(
+        handlers.edit_photo, [relay, class_label, num_images, strength, seed], api_name="edit_photo", **results.shown
+    )
+    results.end(handlers, [edited])
+    return photo
+
+
+def _interpolation_tab(handlers: _Handlers, first: gr.ImageEditor) -> None:
+    with gr.Row():
+        with gr.Column():
+            last = _canvas("Where it leads, from the drawing on the first tab")
+        with gr.Column():
+            results = _Results.place("between", "Frames", columns=4)
+            class_label = _class(handlers)
+            num_frames = gr.Slider(3, MAX_FRAMES, 8, step=1, label="Number of frames")
+            with gr.Row():
+                seed, keep_seed = _seed()
+    relays = [_relay_of(first, label="first"), _relay_of(last, label="last")]
+    made = (
+        results.make.click(None, [last, seed, keep_seed], [relays[1], seed], js=_HAND_OVER)
+        .then(None, first, relays[0], js=_COPY)
+        .then(handlers.interpolate, [*relays, class_label, num_frames, seed], api_name="interpolate", **results.shown)
+    )
+    results.end(handlers, [made])
 
 
 def launch(

@@ -60,23 +60,31 @@ class Conditioning:
     """
     What the network is told about each of the `batch_size` images of a batch.
 
+    One prediction is made per row, and those of an image are averaged: a row is one of several drawings of an image, one
+    class of a mixture, or one end of an interpolation.
+
     Args:
-        class_labels (`torch.LongTensor` of shape `[batch_size]`, *optional*):
-            Class index of each image; `None` for a network without classes.
-        sketch (`torch.Tensor` of shape `[num_sketches, 1, height, width]`, *optional*):
-            Drawings, -1 = stroke and +1 = paper; `None` for no drawing.
-        sketch_owner (`torch.LongTensor` of shape `[num_sketches]`, *optional*):
-            Index of the image that each drawing belongs to, in any order; every image owns at least one. `None` when
-            drawing `i` belongs to image `i`. The predictions for several drawings of one image are averaged.
+        class_labels (`torch.LongTensor` of shape `[num_rows]`, *optional*):
+            Class index of each row; `None` for a network without classes.
+        sketch (`torch.Tensor` of shape `[num_rows, 1, height, width]`, *optional*):
+            Drawing of each row, -1 = stroke and +1 = paper; `None` for no drawing.
+        owner (`torch.LongTensor` of shape `[num_rows]`, *optional*):
+            Index of the image that each row belongs to, in any order; every image owns at least one. `None` when row `i`
+            belongs to image `i`.
         null_class_labels (`torch.LongTensor` of shape `[batch_size]`, *optional*):
             What classifier-free guidance puts in the place of `class_labels` where it withholds the drawing: the index
-            of "no class", so that it strengthens both. `None` for a network without it: the class then stays.
+            of "no class", so that it strengthens both, or of a class to move away from. `None` for a network without
+            it: the class then stays.
+        weights (`torch.Tensor` of shape `[num_rows, 1, 1, 1]` or `[num_rows, 1, height, width]`, *optional*):
+            Share of each row in its image's prediction, at each pixel maybe; those of an image sum to 1. `None` for equal
+            shares.
     """
 
     class_labels: torch.Tensor | None = None
     sketch: torch.Tensor | None = None
-    sketch_owner: torch.Tensor | None = None
+    owner: torch.Tensor | None = None
     null_class_labels: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
 
 
 class NoisePrediction(NamedTuple):
@@ -134,8 +142,8 @@ def predict_noise(
     """
     One noise prediction, guided by the drawing without a classifier: ε = ε(∅) + w (ε(s, y) - ε(∅)) (Ho & Salimans, 2022).
 
-    ∅ is no drawing and, where the network knows "no class", no class either. Both predictions, and those for several
-    drawings of one image, come from one batched forward. x̂_0 is clipped if asked, and ε is always re-derived from the
+    ∅ is no drawing and, where the network knows "no class", no class either. Both predictions, and those of all rows of
+    an image, come from one batched forward. x̂_0 is clipped if asked, and ε is always re-derived from the
     clipped x̂_0, as guided-diffusion does before it adds guidance.
 
     Args:
@@ -182,32 +190,52 @@ def _guided_model_output(
 ) -> torch.Tensor:
     # ε, v and x_0 are linear in one another at a fixed x_t, so averaging and extrapolating the raw output is the same
     # as doing it in ε, and needs one conversion instead of several.
-    labels, sketch, owner = conditioning.class_labels, conditioning.sketch, conditioning.sketch_owner
+    labels, owner, weights = conditioning.class_labels, conditioning.owner, conditioning.weights
     if unet_config["num_class_embeds"] is None:
         labels = None
-    if unet_config["in_channels"] == latents.shape[1]:
-        return _call_unet(unet, latents, timestep, labels)
-    if sketch is None:
-        return _call_unet(unet, torch.cat([latents, torch.zeros_like(latents[:, :1])], dim=1), timestep, labels)
+    takes_sketch = unet_config["in_channels"] != latents.shape[1]
+    sketch = conditioning.sketch if takes_sketch else None
+    if sketch is None and owner is not None:
+        labels, owner, weights = _merge_equal_rows(labels, owner, weights)
 
-    sketch = sketch.to(latents)
     rows = torch.arange(len(latents), device=latents.device) if owner is None else owner
-    sample = torch.cat([latents[rows], sketch], dim=1)
-    if sketch_guidance_scale == 1.0:
-        return _average_by_owner(_call_unet(unet, sample, _pick(timestep, rows), _pick(labels, rows)), owner, latents)
+    sample = latents if owner is None else latents[rows]
+    if takes_sketch:
+        sample = torch.cat([sample, torch.zeros_like(sample[:, :1]) if sketch is None else sketch.to(latents)], dim=1)
+    if sketch is None or sketch_guidance_scale == 1.0:
+        output = _call_unet(unet, sample, _pick(timestep, rows), labels)
+        return _average_by_owner(output, owner, weights, latents)
 
-    null = torch.cat([latents, torch.zeros_like(latents[:, :1])], dim=1)
+    # Without "no class" each row keeps its class, and only the drawing is withheld.
+    null_labels = conditioning.null_class_labels
+    keeps_class = labels is not None and null_labels is None
+    null_owner = owner if keeps_class else None
+    null_rows = rows if keeps_class else torch.arange(len(latents), device=latents.device)
+    null = torch.cat([latents[null_rows], torch.zeros_like(latents[null_rows, :1])], dim=1)
     if labels is not None:
-        null_labels = labels if conditioning.null_class_labels is None else conditioning.null_class_labels
-        labels = torch.cat([labels[rows], null_labels])
-    rows = torch.cat([rows, torch.arange(len(latents), device=latents.device)])
-    output = _call_unet(unet, torch.cat([sample, null]), _pick(timestep, rows), labels)
+        labels = torch.cat([labels, labels if null_labels is None else null_labels])
+    timestep = _pick(timestep, torch.cat([rows, null_rows]))
+    output = _call_unet(unet, torch.cat([sample, null]), timestep, labels)
     conditional, unconditional = output.split([len(sample), len(null)])
-    conditional = _average_by_owner(conditional, owner, latents)
+    conditional = _average_by_owner(conditional, owner, weights, latents)
+    unconditional = _average_by_owner(unconditional, null_owner, weights, latents)
     guided = unconditional + sketch_guidance_scale * (conditional - unconditional)
     # A variance is not a direction: extrapolating it has no meaning.
     channels = latents.shape[1]
     return torch.cat([guided[:, :channels], conditional[:, channels:]], dim=1)
+
+
+def _merge_equal_rows(
+    labels: torch.Tensor | None, owner: torch.Tensor, weights: torch.Tensor | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Class, owner and weight of the rows of a network that takes no drawing: those that differ in nothing else are one."""
+    if labels is None:
+        return None, None, None
+    rows, index = torch.unique(torch.stack([owner, labels], dim=1), dim=0, return_inverse=True)
+    if weights is None:
+        weights = (1 / torch.bincount(owner)[owner]).reshape(-1, 1, 1, 1)
+    weights = weights.new_zeros(len(rows), *weights.shape[1:]).index_add(0, index, weights)
+    return rows[:, 1], rows[:, 0], weights
 
 
 def _pick(values: Any, rows: torch.Tensor) -> Any:
@@ -221,11 +249,15 @@ def _call_unet(
     return unet(sample.to(dtype), timestep, class_labels, return_dict=False)[0].float()
 
 
-def _average_by_owner(values: torch.Tensor, owner: torch.Tensor | None, latents: torch.Tensor) -> torch.Tensor:
+def _average_by_owner(
+    values: torch.Tensor, owner: torch.Tensor | None, weights: torch.Tensor | None, latents: torch.Tensor
+) -> torch.Tensor:
     if owner is None:
         return values
-    count = torch.bincount(owner, minlength=len(latents))
     total = values.new_zeros(len(latents), *values.shape[1:])
+    if weights is not None:
+        return total.index_add(0, owner, values * weights.to(values))
+    count = torch.bincount(owner, minlength=len(latents))
     return total.index_add(0, owner, values) / count.reshape(-1, 1, 1, 1)
 
 
@@ -332,7 +364,7 @@ def denoise(
     predict: Callable[[torch.Tensor, torch.Tensor, int], NoisePrediction],
     latents: torch.Tensor,
     timesteps: Sequence[torch.Tensor] | torch.Tensor,
-    step_kwargs: Mapping[str, Any] | None = None,
+    step_kwargs: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None = None,
     on_step_end: Callable[[int, torch.Tensor, torch.Tensor, NoisePrediction], tuple[torch.Tensor, bool]] | None = None,
     truncate_backprop_steps: int | None = None,
 ) -> torch.Tensor:
@@ -344,7 +376,7 @@ def denoise(
         predict: `predict(latents, timestep, step_index)` returns the final (guided) [`NoisePrediction`].
         latents (`torch.Tensor` of shape `[batch_size, 3, height, width]`): x at `timesteps[0]`.
         timesteps: the timesteps still to go, in descending order.
-        step_kwargs: passed to the scheduler's `step`; see [`scheduler_step_kwargs`].
+        step_kwargs: passed to the scheduler's `step`, or what makes them for each step; see [`scheduler_step_kwargs`].
         on_step_end: `on_step_end(step_index, timestep, latents, prediction)` after each step; returns the latents to go
             on with, and whether to go on.
         truncate_backprop_steps: if given, gradients are recorded in this many last steps only (DRaFT-K, Clark et al.,
@@ -357,8 +389,9 @@ def denoise(
     for step_index, timestep in enumerate(timesteps):
         with torch.set_grad_enabled(torch.is_grad_enabled() and step_index >= first_recorded):
             prediction = predict(latents, timestep, step_index)
+            kwargs = step_kwargs() if callable(step_kwargs) else step_kwargs or {}
             latents = scheduler_step(
-                scheduler, prediction.noise_pred, timestep, latents, prediction.variance, **(step_kwargs or {})
+                scheduler, prediction.noise_pred, timestep, latents, prediction.variance, **kwargs
             )
         if on_step_end is not None:
             latents, proceed = on_step_end(step_index, timestep, latents, prediction)
@@ -387,12 +420,31 @@ def ddim_inverse_step(
 
     `timestep` is t, the noisier end, for a scheduler made by [`sampling_scheduler`].
     """
-    timestep = int(timestep)
-    previous = timestep - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
-    alpha_prod = scheduler.alphas_cumprod[timestep]
-    alpha_prod_prev = scheduler.alphas_cumprod[previous] if previous >= 0 else scheduler.final_alpha_cumprod
+    alpha_prod, alpha_prod_prev = _step_alpha_prods(scheduler, timestep)
     pred_original_sample = (latents - (1 - alpha_prod_prev).sqrt() * noise_pred) / alpha_prod_prev.sqrt()
     return alpha_prod.sqrt() * pred_original_sample + (1 - alpha_prod).sqrt() * noise_pred
+
+
+def forward_step(
+    scheduler: DDIMScheduler, noise: torch.Tensor, timestep: torch.Tensor | int, latents: torch.Tensor
+) -> torch.Tensor:
+    """
+    x_t from x_{t-1} = `latents` and fresh `noise`: a draw from q(x_t | x_{t-1}), which undoes a step at random (RePaint,
+    Lugmayr et al., 2022).
+
+    `timestep` is t, the noisier end, for a scheduler made by [`sampling_scheduler`].
+    """
+    alpha_prod, alpha_prod_prev = _step_alpha_prods(scheduler, timestep)
+    ratio = alpha_prod / alpha_prod_prev
+    return ratio.sqrt() * latents + (1 - ratio).sqrt() * noise
+
+
+def _step_alpha_prods(scheduler: DDIMScheduler, timestep: torch.Tensor | int) -> tuple[torch.Tensor, torch.Tensor]:
+    """ᾱ at both ends of the step from `timestep`."""
+    timestep = int(timestep)
+    previous = timestep - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+    alpha_prod_prev = scheduler.alphas_cumprod[previous] if previous >= 0 else scheduler.final_alpha_cumprod
+    return scheduler.alphas_cumprod[timestep], alpha_prod_prev
 
 
 def invert(

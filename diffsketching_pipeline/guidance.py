@@ -20,20 +20,23 @@ A callback follows diffusers' `PipelineCallback` and composes with `MultiPipelin
 - `noise_pred`, `pred_original_sample`: the base prediction, the same for every callback; attached to `latents` if any
   callback of the call has `through_unet`;
 - `alpha_prod`: ᾱ_t, `[1, 1, 1, 1]`;
-- `class_labels` `[batch_size]`, `sketch` `[num_sketches, 1, height, width]` and `sketch_owner` `[num_sketches]`, each
-  `None` if there is none;
+- `class_labels` `[num_rows]` and `sketch` `[num_rows, 1, height, width]`, each `None` if there is none; `owner`
+  `[num_rows]`, the image that each row belongs to (one has several for several drawings, or a mixture of classes), and
+  `row_shares` `[num_rows]`, the share of each row in its image;
 - `noise_pred_delta`: what is added to `noise_pred` in the end. A callback adds its own term to it and returns
   `callback_kwargs`, so that the order of callbacks does not matter.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.callbacks import PipelineCallback
 from diffusers.configuration_utils import register_to_config
 from torch import nn
+from torchvision.transforms.functional import gaussian_blur
 
 from diffsketching_pipeline.losses import SketchFeatureMaps, SketchPerceptualLoss, clamp_straight_through
 
@@ -151,23 +154,33 @@ def classifier_noise_delta(
     class_labels: torch.Tensor,
     alpha_prod: torch.Tensor,
     scale: float,
+    owner: torch.Tensor | None = None,
+    row_shares: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     What classifier guidance adds to ε: -w_c sqrt(1-ᾱ_t) ∇_{x_t} log p_φ(y | x_t, t) (eq. 4), detached.
+
+    For a mixture of classes log p_φ is the mean over them, weighted by their shares.
 
     Args:
         classifier: p_φ, called as `classifier(sample, timestep, return_dict=False)`; returns a tuple of logits.
         latents (`torch.Tensor` of shape `[batch_size, 3, height, width]`): x_t.
         timestep: t.
-        class_labels (`torch.LongTensor` of shape `[batch_size]`): y.
+        class_labels (`torch.LongTensor` of shape `[num_rows]`): y.
         alpha_prod (`torch.Tensor`): ᾱ_t, shaped to broadcast against `latents`.
         scale: w_c.
+        owner (`torch.LongTensor` of shape `[num_rows]`, *optional*): the image of each row; row i is image i if left out.
+        row_shares (`torch.Tensor` of shape `[num_rows]`, *optional*): weight of each row in its image.
     """
     with gradient_mode():
         sample = latents.detach().clone().requires_grad_(True)
-        logits = classifier(sample, timestep, return_dict=False)[0]
-        log_prob = logits.log_softmax(dim=-1).gather(1, class_labels.clone()[:, None]).sum()
-        (gradient,) = torch.autograd.grad(log_prob, sample)
+        log_prob = classifier(sample, timestep, return_dict=False)[0].log_softmax(dim=-1)
+        if owner is not None:
+            log_prob = log_prob[owner.clone()]
+        log_prob = log_prob.gather(1, class_labels.clone()[:, None])[:, 0]
+        if row_shares is not None:
+            log_prob = log_prob * row_shares.clone()
+        (gradient,) = torch.autograd.grad(log_prob.sum(), sample)
     return -scale * (1 - alpha_prod).sqrt() * gradient
 
 
@@ -187,6 +200,8 @@ class ClassifierGuidanceCallback(GuidanceCallback):
             callback_kwargs["class_labels"],
             callback_kwargs["alpha_prod"],
             self.config.scale,
+            callback_kwargs["owner"],
+            callback_kwargs["row_shares"],
         )
 
 
@@ -232,12 +247,12 @@ class SketchGuidanceCallback(GuidanceCallback):
         target = self._target_features(pipeline, perceptual_loss, callback_kwargs["sketch"])
         original = callback_kwargs["pred_original_sample"]
         with gradient_mode():
-            owner = callback_kwargs["sketch_owner"].clone()
+            owner = callback_kwargs["owner"].clone()
             if not self.through_unet:
                 original = original.detach().clone().requires_grad_(True)
             features = [x[owner] for x in perceptual_loss.features(sketcher(clamp_straight_through(original)))]
-            # Several drawings of one image: the sum of their constraints has the direction of their mean.
-            loss = perceptual_loss.distance(features, target).sum()
+            # Of several drawings of one image, the constraints are averaged as their predictions are.
+            loss = (perceptual_loss.distance(features, target) * callback_kwargs["row_shares"].clone()).sum()
             if self.through_unet:
                 return torch.autograd.grad(loss, callback_kwargs["latents"], retain_graph=True)[0]
             gradient = torch.autograd.grad(loss, original)[0]
@@ -252,3 +267,53 @@ class SketchGuidanceCallback(GuidanceCallback):
 
         # The same at every step. Kept together with the drawing, whose `id` is then not given to another.
         return pipeline.cached(("sketch_features", id(sketch)), features)[1]
+
+
+class Colours(NamedTuple):
+    """
+    What colour guidance aims at.
+
+    Attributes:
+        candidates: `[num_candidates, 3, height, width]` or `[num_candidates, 3, 1, 1]` in [-1, 1]; each pixel is drawn
+            towards the nearest of them.
+        mask: how far each pixel is guided, `[batch_size or 1, 1, height, width]` in [0, 1].
+    """
+
+    candidates: torch.Tensor
+    mask: torch.Tensor
+
+
+class ColourGuidanceCallback(GuidanceCallback):
+    """
+    Guidance by colour: the low frequencies of x̂_0 are drawn towards given colours, which leaves shape and texture.
+
+    x̂_0 becomes x̂_0 + w m B(m (c - x̂_0)) / B(m) with B a Gaussian blur, m the mask and c the nearest of the candidate
+    colours, which is ε̂ = ε - sqrt(ᾱ_t / (1-ᾱ_t)) times that change (compare ILVR, Choi et al., 2021).
+
+    Args:
+        colours ([`Colours`]): on the device that is sampled on.
+        scale (`float`, defaults to 0.5): w; 1.0 replaces the low frequencies.
+        guidance_start, guidance_end (`float`): fractions of the steps between which guidance is on.
+    """
+
+    def __init__(self, colours: Colours, scale: float = 0.5, guidance_start: float = 0.0, guidance_end: float = 1.0):
+        super().__init__(scale=scale, guidance_start=guidance_start, guidance_end=guidance_end)
+        self.colours = colours
+
+    def noise_delta(self, pipeline: Any, timestep: Any, callback_kwargs: dict[str, Any]) -> torch.Tensor:
+        original = callback_kwargs["pred_original_sample"].detach()
+        candidates, mask = self.colours
+        # Of the candidates the nearest to the blurred colour, so that a fold or a print does not switch between them.
+        distances = (blur(original)[:, None] - candidates).square().sum(dim=2)
+        nearest = distances.argmin(dim=1)[:, None, None].expand(-1, -1, 3, -1, -1)
+        target = candidates.expand(len(original), -1, -1, *original.shape[2:]).gather(1, nearest)[:, 0]
+        change = mask * blur(mask * (target - original)) / blur(mask).clamp_min(1e-3)
+        alpha_prod = callback_kwargs["alpha_prod"]
+        return -self.config.scale * (alpha_prod / (1 - alpha_prod)).sqrt() * change
+
+
+def blur(images: torch.Tensor) -> torch.Tensor:
+    """`[batch_size, channels, height, width]` without what is smaller than about a tenth of the longer side."""
+    sigma = max(images.shape[-2:]) / 16
+    size = 2 * math.ceil(2 * sigma) + 1
+    return gaussian_blur(images, [size, size], [sigma, sigma])

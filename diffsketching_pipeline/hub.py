@@ -137,7 +137,8 @@ def export_pipeline(
         pipe.save_pretrained(folder, max_shard_size=max_shard_size)
         if fp16_variant:
             _save_fp16(pipe, folder, max_shard_size)
-        pipeline = flatten_modules(["pipeline_diffsketching"], f"The pipeline of this checkpoint, {origin}")
+        module = type(pipe).__module__.removeprefix(f"{__package__}.")
+        pipeline = flatten_modules([module], f"The pipeline of this checkpoint, {origin}")
         (folder / "pipeline.py").write_text(pipeline, encoding="utf-8")
         # diffusers copies local files of components into one folder, so two of one name have to be equal.
         models = flatten_modules(_MODEL_MODULES, f"Models of this checkpoint, {origin}")
@@ -152,12 +153,12 @@ def export_pipeline(
 
 def _check_exportable(pipe: Any) -> None:
     from diffsketching_pipeline.lora import has_lora
-    from diffsketching_pipeline.pipeline_diffsketching import DiffSketchingPipeline
+    from diffsketching_pipeline.pipeline_utils import DiffSketchingMixin
 
-    if type(pipe) is not DiffSketchingPipeline:
+    if not isinstance(pipe, DiffSketchingMixin) or type(pipe).__module__.split(".")[0] != __package__:
         raise ValueError(
-            f"`pipe` has to be a DiffSketchingPipeline of this package but is a {type(pipe).__module__}."
-            f"{type(pipe).__name__}: load it with `diffsketching_pipeline.DiffSketchingPipeline.from_pretrained`."
+            f"`pipe` has to be a pipeline of this package but is a {type(pipe).__module__}.{type(pipe).__name__}: load it"
+            " with `diffsketching_pipeline.DiffSketchingPipeline.from_pretrained`."
         )
     for name, component in pipe.components.items():
         library = type(component).__module__.split(".")[0]

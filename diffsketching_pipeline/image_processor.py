@@ -27,10 +27,10 @@ import numpy as np
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.utils import CONFIG_NAME, logging
-from PIL import Image, ImageOps
+from PIL import Image, ImageColor, ImageOps
 from scipy import ndimage
 from skimage.filters import apply_hysteresis_threshold, threshold_otsu
-from skimage.morphology import skeletonize
+from skimage.morphology import convex_hull_image, skeletonize
 
 
 logger = logging.get_logger(__name__)  # pylint: disable=invalid-name
@@ -69,6 +69,8 @@ _TRACE_SCALE = 6
 _DRAW_SCALE = 4
 # In pixels. Thinner lines than this do not survive area averaging.
 _MIN_LINE_WIDTH = 0.75
+# Whiter than this in all channels is the paper under strokes of colour.
+_PAPER_LEVEL = 250
 # Area averaging leaves thin lines grey; this gives them a dark core.
 _LINE_GAIN = 1.6
 
@@ -317,6 +319,110 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         return image.convert("RGB")
     except ValueError as error:
         raise ValueError(f"{name} has mode {image.mode!r}; convert it to RGB. ({error})") from error
+
+
+def read_photo(image: Any, name: str) -> Image.Image:
+    """
+    One photo at its own size, upright, as 8-bit RGB, or RGBA where it has transparency.
+
+    Args:
+        image (path, `PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
+            Arrays `[H, W, C]` and tensors `[C, H, W]`, C = 1, 3 or 4: uint8, or floats in [-1, 1] or [0, 1].
+
+    Raises:
+        ValueError: naming the photo that cannot be read, is empty or too large, or has another type or shape.
+    """
+    opened = _open_any(image, name)
+    return opened.convert("RGBA") if opened.has_transparency_data else _to_rgb(opened, name)
+
+
+def preprocess_mask(mask: Any, name: str) -> Image.Image:
+    """
+    A mask as 8-bit grey at its own size: white is inside, and what is transparent is black.
+
+    Args:
+        mask (path, `PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
+            Arrays and tensors as for [`read_photo`], or without channels; also bool.
+
+    Raises:
+        ValueError: naming the mask that cannot be read, or has another type or shape.
+    """
+    opened = _open_any(mask, name)
+    if not opened.has_transparency_data:
+        return _to_rgb(opened, name).convert("L")
+    opened = opened.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", opened.size, "black"), opened).convert("L")
+
+
+def _open_any(value: Any, name: str) -> Image.Image:
+    item = _make_item(value, name)
+    if not _is_array(item.value):
+        return _load_image(item.value, item.name)
+    # Unlike a drawing, a mask may be 0 everywhere as far as reading it goes.
+    if item.signed is not None or item.value.dtype not in (np.bool_, torch.bool):
+        _check_array(item)
+    return _array_to_pil(item)
+
+
+def parse_palette(colours: Any) -> torch.Tensor | None:
+    """
+    `[num_colours, 3, 1, 1]` in [-1, 1] of a list of CSS colours or (r, g, b) of 0 to 255; `None` for anything else.
+
+    Raises:
+        ValueError: for an empty list, or a colour that is none.
+    """
+    if not isinstance(colours, (list, tuple)):
+        return None
+    if not colours:
+        raise ValueError("`colour_hint` is an empty list: give at least one colour, or None.")
+    parsed = []
+    for colour in colours:
+        try:
+            rgb = ImageColor.getrgb(colour)[:3] if isinstance(colour, str) else tuple(colour)
+        except (ValueError, TypeError):
+            rgb = ()
+        if len(rgb) != 3 or not all(_is_number(value) and 0 <= value <= 255 for value in rgb):
+            raise ValueError(
+                f"`colour_hint` has {colour!r}, which is no colour: use names or codes such as 'navy' and '#803010', or (r, g,"
+                " b) of 0 to 255."
+            )
+        parsed.append(rgb)
+    return torch.tensor(parsed, dtype=torch.float32)[:, :, None, None] / 127.5 - 1
+
+
+def preprocess_colour_strokes(image: Any, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Coarse strokes of colour on a page of any size: their colours `[3, height, width]` in [-1, 1], and the share of each
+    pixel that they cover `[1, height, width]`. Paper is what is transparent or, in an opaque image, white.
+
+    Raises:
+        ValueError: if the image cannot be read, or holds no stroke.
+    """
+    page = read_photo(image, "`colour_hint`")
+    rgb = np.asarray(page.convert("RGB"))
+    alpha = np.asarray(page.getchannel("A")) if page.mode == "RGBA" else 255 * (rgb.min(axis=2) < _PAPER_LEVEL)
+    if not alpha.any():
+        raise ValueError("`colour_hint` holds no colour: it is white or transparent everywhere.")
+    # Premultiplied, so that paper does not bleed into the strokes where the page is made smaller.
+    layers = [channel * (alpha / 255.0) for channel in (*rgb.transpose(2, 0, 1), np.full(alpha.shape, 255.0))]
+    fitted = [
+        np.asarray(ImageOps.pad(Image.fromarray(layer.astype(np.float32)), (width, height), Image.Resampling.BOX))
+        for layer in layers
+    ]
+    cover = torch.from_numpy(fitted[3])[None] / 255
+    colours = torch.from_numpy(np.stack(fitted[:3])) / cover.clamp_min(1e-6) / 127.5 - 1
+    return torch.where(cover > 0, colours, 0.0), cover
+
+
+def enclosed_area(sketch: torch.Tensor) -> torch.Tensor:
+    """
+    What drawings `[K, 1, height, width]` of one result enclose together, `[1, height, width]` of 0 and 1: what a line
+    shuts off from the border or, where outlines have gaps, the convex hull of the lines.
+    """
+    lines = (sketch.amin(dim=(0, 1)) < 0).cpu().numpy()
+    filled, hull = ndimage.binary_fill_holes(lines), convex_hull_image(lines)
+    area = filled if filled.sum() > 0.5 * hull.sum() else hull
+    return torch.from_numpy(area)[None].float()
 
 
 # What was given: checks that need no decoding

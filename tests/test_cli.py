@@ -23,6 +23,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from diffsketching_pipeline import cli
+from diffsketching_pipeline.cli_utils import write_atomically
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +201,7 @@ def test_a_failed_write_leaves_no_half_file(monkeypatch, tmp_path):
     (tmp_path / "kept.png").write_bytes(b"whole")
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
-        cli._write_atomically(tmp_path / "kept.png", b"other")
+        write_atomically(tmp_path / "kept.png", b"other")
     assert os.listdir(tmp_path) == ["kept.png"]
     assert (tmp_path / "kept.png").read_bytes() == b"whole"
 

@@ -200,7 +200,7 @@ def test_several_drawings_of_one_image_average_its_noise(scale, tiny_unet, sketc
     for order in ([0, 1, 2], [2, 1, 0], [1, 2, 0]):
         found = predict_noise(
             *(tiny_unet, tiny_unet.config, scheduler, latents, 500),
-            Conditioning(labels, sketches[order], owner[order]),
+            Conditioning(labels[owner[order]], sketches[order], owner[order]),
             scale,
             clip_sample=False,
         )

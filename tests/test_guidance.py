@@ -29,7 +29,8 @@ TIMESTEP = 300
 def make_kwargs(pipe, sketch, owner=(0, 1), attached=False, clip_sample=False, labels=(0, 2), latents=None):
     """What the pipeline hands to a callback: the base prediction at `TIMESTEP` for two images."""
     latents = 0.2 * randn(2, 3, SIZE, SIZE, seed=7) if latents is None else latents
-    conditioning = Conditioning(torch.tensor(labels), sketch, torch.tensor(owner))
+    owner = torch.tensor(owner)
+    conditioning = Conditioning(torch.tensor(labels)[owner], sketch, owner)
     with torch.set_grad_enabled(attached):
         latents = latents.clone().requires_grad_(attached)
         base = predict_noise(
@@ -44,7 +45,8 @@ def make_kwargs(pipe, sketch, owner=(0, 1), attached=False, clip_sample=False, l
         "alpha_prod": cosine_alphas_cumprod()[TIMESTEP].float().reshape(1, 1, 1, 1),
         "class_labels": conditioning.class_labels,
         "sketch": sketch,
-        "sketch_owner": conditioning.sketch_owner,
+        "owner": owner,
+        "row_shares": 1 / torch.bincount(owner)[owner],
         "noise_pred_delta": torch.zeros_like(latents),
     }
 

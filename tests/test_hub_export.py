@@ -24,6 +24,7 @@ from hub_client import describe
 from hub_server import metadata_errors
 
 from diffsketching_pipeline import (
+    DiffSketchingEditPipeline,
     DiffSketchingPipeline,
     DiffSketchingPipelineOutput,
     add_lora,
@@ -111,12 +112,26 @@ def test_the_bundled_checkpoint_keeps_its_card(tmp_path):
 
 
 def test_the_generated_code_needs_nothing_of_the_package(tmp_path):
-    (tmp_path / "pipeline.py").write_text(flatten_modules(["pipeline_diffsketching"], "A pipeline."))
-    code = "import sys\nsys.modules['diffsketching_pipeline'] = None\nimport pipeline\n"
-    code += "import diffusers.utils.dynamic_modules_utils as m\nprint(m.find_pipeline_class(pipeline).__name__)"
+    modules = ["pipeline_diffsketching", "pipeline_diffsketching_edit", "pipeline_diffsketching_interpolation"]
+    code = "import importlib, sys\nsys.modules['diffsketching_pipeline'] = None\n"
+    code += "import diffusers.utils.dynamic_modules_utils as m\n"
+    for index, module in enumerate(modules):
+        (tmp_path / f"code{index}.py").write_text(flatten_modules([module], "A pipeline."))
+        code += f"print(m.find_pipeline_class(importlib.import_module('code{index}')).__name__)\n"
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.stdout == "DiffSketchingPipeline\n", done.stderr
+    names = ["DiffSketchingPipeline", "DiffSketchingEditPipeline", "DiffSketchingInterpolationPipeline"]
+    assert done.stdout.split() == names, done.stderr
+
+
+def test_an_export_brings_the_code_of_the_pipeline_that_was_exported(tiny_pipeline, tmp_path):
+    edit = DiffSketchingEditPipeline.from_pipe(tiny_pipeline)
+    folder = export_pipeline(edit, tmp_path / "edit", license="apache-2.0")
+    code = (folder / "pipeline.py").read_text()
+    assert "class DiffSketchingEditPipeline(" in code and "class DiffSketchingPipeline(" not in code
+    assert json.loads((folder / "model_index.json").read_text())["_class_name"] == "DiffSketchingEditPipeline"
+    # Whatever was exported, each pipeline loads from it.
+    assert DiffSketchingPipeline.from_pretrained(folder).id2label == edit.id2label
 
 
 def test_modules_that_do_not_fit_into_one_file_are_refused(tmp_path, monkeypatch):
@@ -152,7 +167,7 @@ def test_what_others_could_not_load_is_refused_and_leaves_nothing(tiny_pipeline,
         pass
 
     out = tmp_path / "out"
-    with pytest.raises(ValueError, match="`pipe` has to be a DiffSketchingPipeline of this package but is a .*Output"):
+    with pytest.raises(ValueError, match="`pipe` has to be a pipeline of this package but is a .*Output"):
         export_pipeline(DiffSketchingPipelineOutput([], [], None), out)
     with pytest.raises(ValueError, match="`metrics` has to be a metrics.json .* but is .*missing.json"):
         export_pipeline(tiny_pipeline, out, metrics=tmp_path / "missing.json")

@@ -97,6 +97,8 @@ def ways(place, source, plain, **where):
         f"{place}: bfloat16": load(source, torch_dtype="bfloat16", **where) | {"run": False},
         f"{place}: device map": load(source, device_map="cpu", **where),
         f"{place}: plain": load(plain),
+        f"{place}: edit": load(source, "DiffSketchingEditPipeline", **where) | {"run": False},
+        f"{place}: interpolation": load(source, "DiffSketchingInterpolationPipeline", **where) | {"run": False},
     }
 
 
@@ -226,6 +228,15 @@ def test_the_pipeline_gives_the_pixels_of_the_one_that_was_saved(results, expect
         assert result["components"] == COMPONENTS
         assert result["dtypes"] == ["torch.float32"] and result["devices"] == ["cpu"]
     assert expected["old"]["pixels"] != expected["new"]["pixels"]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_the_other_pipelines_load_from_the_same_checkpoint(results, expected, place):
+    for name in ("edit", "interpolation"):
+        result = result_of(results, f"{place}: {name}")
+        assert result["module"] == f"diffsketching_pipeline.pipeline_diffsketching_{name}"
+        assert result["weights"] == expected[PLACES[place]]["weights"]
+        assert result["components"] == COMPONENTS
 
 
 @pytest.mark.parametrize("place", ["folder", "hub", "commit", "cache", "cached commit"])

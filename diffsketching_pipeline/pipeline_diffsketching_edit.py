@@ -1,0 +1,430 @@
+# Copyright 2026 The DiffSketching Pipeline Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import DiffusionPipeline
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from PIL import Image
+from scipy import ndimage
+from skimage.morphology import convex_hull_image
+
+from diffsketching_pipeline.denoising import forward_step, sampling_scheduler, scheduler_step_kwargs
+from diffsketching_pipeline.image_processor import SketchProcessor, preprocess_mask, preprocess_photos, read_photo
+from diffsketching_pipeline.pipeline_utils import (
+    DiffSketchingMixin,
+    SamplingOptions,
+    is_real_number,
+    join_conditions,
+)
+
+
+# Strokes are read at this many pixels of the page's longer side to find what they enclose.
+_PAGE_SIDE = 256
+# How far the page of a drawing may differ from the photo's in aspect ratio.
+_ASPECT_TOLERANCE = 0.03
+
+
+class EditedRegion(NamedTuple):
+    """
+    The part of a photo that the model sees.
+
+    Attributes:
+        photo: the whole photo, RGB or RGBA.
+        box: left, top, right and bottom of the part, in pixels of the photo.
+        mask: `[height, width]` of the whole photo, True where it may change.
+    """
+
+    photo: Image.Image
+    box: tuple[int, int, int, int]
+    mask: np.ndarray
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the part in pixels of the photo."""
+        left, top, right, bottom = self.box
+        return right - left, bottom - top
+
+    def crop_mask(self) -> np.ndarray:
+        """The mask of the part."""
+        left, top, right, bottom = self.box
+        return self.mask[top:bottom, left:right]
+
+
+class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
+    r"""
+    Pipeline that changes a part of a photo into the shape of a drawing (DiffSketching, https://arxiv.org/abs/2305.18812).
+
+    This model inherits from [`DiffusionPipeline`]. Check the superclass documentation for the generic methods
+    implemented for all pipelines (downloading, saving, running on a particular device, etc.), and
+    [`~pipeline_utils.DiffSketchingMixin`] for the components. The `scheduler` has to be a [`DDIMScheduler`], and the
+    `sketcher` tells the network what lies around the mask.
+    """
+
+    def check_inputs(
+        self,
+        mask_image,
+        sketch,
+        class_labels,
+        num_images_per_sketch,
+        strength,
+        fractions: dict[str, float],
+        num_resample_steps,
+        num_fixed_point_iterations,
+        options: SamplingOptions,
+    ):
+        self.check_num_images(num_images_per_sketch)
+        has_sketch = sketch is not None or self.sketcher is not None
+        self.check_options(options, class_labels, has_sketch)
+        self._check_invertible(num_fixed_point_iterations)
+        if mask_image is None and sketch is None:
+            raise ValueError("`mask_image` and `sketch` are None: give at least one, to say what may change.")
+        if not 0.0 < strength <= 1.0:
+            raise ValueError(f"`strength` has to be in (0, 1] but is {strength}.")
+        for name, value in fractions.items():
+            if not is_real_number(value) or not 0.0 <= value <= 1.0:
+                raise ValueError(f"`{name}` has to be in [0, 1] but is {value!r}.")
+        if isinstance(num_resample_steps, bool) or not isinstance(num_resample_steps, int) or num_resample_steps < 1:
+            raise ValueError(f"`num_resample_steps` has to be an integer of at least 1 but is {num_resample_steps!r}.")
+
+    def prepare_mask_image(self, image, mask_image=None, sketch=None, mask_padding: float = 0.05) -> Image.Image:
+        """
+        What may change, as `__call__` takes it from the same arguments: a `PIL.Image.Image` of mode L and the photo's size,
+        255 where the photo may change.
+
+        Raises:
+            ValueError: if the photo or the mask cannot be read, the mask has another size or is empty, or there is neither
+                a mask nor a drawing.
+        """
+        photo = read_photo(image, "`image`")
+        if mask_image is None:
+            if sketch is None:
+                raise ValueError("`mask_image` and `sketch` are None: give at least one, to say what may change.")
+            return self._mask_of_strokes(photo.size, sketch, mask_padding)
+        if _is_box(mask_image):
+            return _mask_of_box(photo.size, mask_image)
+        mask = preprocess_mask(mask_image, "`mask_image`")
+        if mask.size != photo.size:
+            raise ValueError(
+                f"`mask_image` has to have the photo's size, {photo.width} x {photo.height} pixels, but has {mask.width} x"
+                f" {mask.height}."
+            )
+        mask = mask.point(lambda level: 255 * (level > 127))
+        if mask.getbbox() is None:
+            raise ValueError("`mask_image` is empty: make it white (above 127) where the photo may change.")
+        return mask
+
+    def _mask_of_strokes(self, size: tuple[int, int], sketch, mask_padding: float) -> Image.Image:
+        """What strokes that lie together enclose or span, grown by `mask_padding` of the photo's longer side."""
+        scale = _PAGE_SIDE / max(size)
+        width, height = (max(8, round(side * scale)) for side in size)
+        strokes = self.prepare_strokes(sketch, size, (width, height))[0, 0].numpy() < 0
+        padding = mask_padding * _PAGE_SIDE
+        near, count = ndimage.label(ndimage.distance_transform_edt(~strokes) <= 2 * padding)
+        area = np.zeros_like(strokes)
+        for index in range(1, count + 1):
+            area |= convex_hull_image(strokes & (near == index))
+        area = ndimage.distance_transform_edt(~area) <= padding
+        return Image.fromarray(area).convert("L").resize(size, Image.Resampling.NEAREST)
+
+    def prepare_strokes(self, sketch, photo_size: tuple[int, int], size: tuple[int, int]) -> torch.Tensor:
+        """
+        The drawing in its place on the photo's page, `[1, 1, height, width]`.
+
+        Args:
+            photo_size, size: width and height of the photo, and of the result, in pixels.
+
+        Raises:
+            ValueError: if it cannot be read, is not one drawing, is empty, or its page has another aspect ratio.
+        """
+        page = read_photo(sketch, "`sketch`").size
+        if abs(page[0] * photo_size[1] / (page[1] * photo_size[0]) - 1) > _ASPECT_TOLERANCE:
+            raise ValueError(
+                f"`sketch` has to be drawn on the photo's page, of {photo_size[0]} x {photo_size[1]} pixels or as wide for its"
+                f" height, but has {page[0]} x {page[1]}."
+            )
+        config: Any = self.sketch_processor.config
+        # As wide in pixels as where a whole drawing fills the model's size.
+        line_width = config.line_width and min(0.25, config.line_width * min(self.height, self.width) / min(size))
+        processor = SketchProcessor(config.resolution, config.threshold, line_width=line_width)
+        return processor.preprocess(sketch, size[1], size[0], fit="page", resize_mode="stretch")
+
+    def prepare_region(self, image, mask: Image.Image, crop_margin: float) -> EditedRegion:
+        """
+        The part of the photo around the mask: as near to a square as the photo allows, with a margin of `crop_margin` of the
+        mask's longer side.
+        """
+        photo = read_photo(image, "`image`")
+        left, top, right, bottom = mask.getbbox() or (0, 0, *mask.size)
+        side = round((1 + 2 * crop_margin) * max(right - left, bottom - top))
+        horizontal = _centred_interval(left, right, side, photo.width)
+        vertical = _centred_interval(top, bottom, side, photo.height)
+        box = (horizontal[0], vertical[0], horizontal[1], vertical[1])
+        return EditedRegion(photo, box, np.asarray(mask) > 127)
+
+    def prepare_photo(self, region: EditedRegion) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        The part at the model's size, `[1, 3, height, width]` in [-1, 1], and where it may change, bool `[1, 1, height,
+        width]`: each pixel that the mask touches, for outside of the mask the photo is put back anyway.
+        """
+        size = (self.width, self.height)
+        part = region.photo.crop(region.box).resize(size, Image.Resampling.LANCZOS)
+        mask = torch.from_numpy(region.crop_mask()).to(self._execution_device, torch.float32)[None, None]
+        inside = F.adaptive_max_pool2d(mask, (self.height, self.width)) > 0
+        return preprocess_photos(part, self.height, self.width).to(self._execution_device), inside
+
+    def prepare_drawing(self, region: EditedRegion, latents: torch.Tensor, inside: torch.Tensor, sketch):
+        """
+        What the network is shown, `[1, 1, height, width]`: the strokes inside the mask, and around it (or without a drawing
+        everywhere) the contours that `sketcher` finds in the photo. `None` where there is neither.
+
+        Args:
+            latents: the part of the photo, `[1, 3, height, width]` in [-1, 1].
+            inside: `[1, 1, height, width]`, True where it may change.
+        """
+        contours = None
+        if self.sketcher is not None:
+            contours = self.sketcher(latents.to(self.sketcher.dtype)).float()
+        if sketch is None:
+            return contours
+        width, height = region.size
+        scale = (self.width / width, self.height / height)
+        page = tuple(max(8, round(side * factor)) for side, factor in zip(region.photo.size, scale, strict=True))
+        strokes = self.prepare_strokes(sketch, region.photo.size, page)
+        left, top = round(region.box[0] * scale[0]), round(region.box[1] * scale[1])
+        left, top = min(left, page[0] - self.width), min(top, page[1] - self.height)
+        strokes = strokes[..., top : top + self.height, left : left + self.width].to(latents.device)
+        return strokes if contours is None else torch.where(inside, strokes, contours)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image,
+        mask_image=None,
+        sketch=None,
+        class_labels=None,
+        num_images_per_sketch: int = 1,
+        num_inference_steps: int | None = None,
+        sketch_guidance_scale: float | None = None,
+        classifier_guidance_scale: float | None = None,
+        perceptual_guidance_scale: float | None = None,
+        guidance_start: float = 0.0,
+        guidance_end: float = 1.0,
+        guidance_callbacks: PipelineCallback | MultiPipelineCallbacks | Sequence[PipelineCallback] | None = None,
+        strength: float = 0.9,
+        mask_padding: float = 0.05,
+        crop_margin: float = 0.5,
+        feather: float = 0.05,
+        num_resample_steps: int = 3,
+        num_fixed_point_iterations: int = 1,
+        eta: float | None = None,
+        clip_sample: bool | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[..., dict] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        negative_class_labels=None,
+        colour_hint=None,
+        colour_guidance_scale: float = 0.5,
+    ):
+        r"""
+        A photo in which a part follows a drawing.
+
+        The part around the mask is scaled to the model's size, inverted and sampled again from the noise that `strength`
+        leaves; at each step the surroundings are those of the inverted photo. The result is pasted into the photo.
+
+        Args:
+            image (path, `PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
+                One photo of any size and mode; see [`~image_processor.read_photo`].
+            mask_image (path, `PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or four numbers, *optional*):
+                What may change: white (above 127 of 255) in an image of the photo's size, or a box `(left, top, right,
+                bottom)` in pixels. `None` is what the strokes enclose or span, grown by `mask_padding`.
+            sketch (path, `PIL.Image.Image`, `np.ndarray` or `torch.Tensor`, *optional*):
+                The lines that are new inside the mask, dark on light, on the photo's page: they keep their place, the page
+                may be larger or smaller than the photo. `None` keeps the photo's own contours.
+            class_labels (`str`, `int` or `dict`, *optional*):
+                Class of the result, or a mixture; `None` asks `sketch_encoder`.
+            num_images_per_sketch (`int`, defaults to 1):
+                Number of results.
+            strength (`float`, defaults to 0.9):
+                How much may change, in (0, 1]: the share of the steps that is sampled again. Low values keep the photo's
+                colours and layout; 1.0 makes something new from noise.
+            mask_padding (`float`, defaults to 0.05):
+                What a mask that is found from the strokes grows by, as a share of the photo's longer side.
+            crop_margin (`float`, defaults to 0.5):
+                How much of the surroundings the model sees, as a share of the mask's longer side. It knows whole garments:
+                a close crop of a large photo is sharper but less well understood.
+            feather (`float`, defaults to 0.05):
+                Width of the border inside the mask over which result and photo are blended, as a share of the part's longer
+                side.
+            num_resample_steps (`int`, defaults to 3):
+                How often each step is taken (RePaint, Lugmayr et al., 2022): more fits the result better to its
+                surroundings, and costs as many times more.
+            num_fixed_point_iterations (`int`, defaults to 1):
+                Of the inversion; see [`~DiffSketchingPipeline.invert`].
+            output_type (`str`, defaults to `"pil"`):
+                `"pil"`, `"np"` and `"pt"` are photos of the given size; `"latent"` is the part at the model's size.
+
+        All other arguments are those of [`DiffSketchingPipeline.__call__`].
+
+        Examples:
+            ```python
+            >>> from PIL import Image
+            >>> from diffsketching_pipeline import DiffSketchingEditPipeline, bundled_checkpoint
+
+            >>> pipe = DiffSketchingEditPipeline.from_pretrained(bundled_checkpoint())
+            >>> photo = Image.open("shirt.jpg")
+            >>> out = pipe(photo, sketch="new-sleeves.png", class_labels="longsleeve")
+            >>> out.images[0].save("shirt.edited.png")
+            ```
+
+        Returns:
+            [`DiffSketchingPipelineOutput`] or `tuple`: outside of the mask the images equal the photo bit for bit (as RGB,
+            or RGBA where it has transparency).
+
+        Raises:
+            ValueError: for a photo, mask or drawing that cannot be read or is empty, a mask of another size than the photo,
+                a scheduler other than [`DDIMScheduler`], and as [`DiffSketchingPipeline.__call__`].
+        """
+        # 0. Check inputs
+        options = SamplingOptions(
+            sketch_guidance_scale=sketch_guidance_scale,
+            classifier_guidance_scale=classifier_guidance_scale,
+            perceptual_guidance_scale=perceptual_guidance_scale,
+            guidance_start=guidance_start,
+            guidance_end=guidance_end,
+            guidance_callbacks=guidance_callbacks,
+            eta=eta,
+            clip_sample=clip_sample,
+            generator=generator,
+            output_type=output_type,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            negative_class_labels=negative_class_labels,
+            colour_hint=colour_hint,
+            colour_guidance_scale=colour_guidance_scale,
+        )
+        fractions = {"mask_padding": mask_padding, "crop_margin": crop_margin, "feather": feather}
+        self.check_inputs(
+            mask_image,
+            sketch,
+            class_labels,
+            num_images_per_sketch,
+            strength,
+            fractions,
+            num_resample_steps,
+            num_fixed_point_iterations,
+            options,
+        )
+        device = self._execution_device
+        num_inference_steps = self.resolve_num_inference_steps(num_inference_steps)
+        scheduler = sampling_scheduler(self.scheduler, num_inference_steps, device)
+        timesteps = self.get_timesteps(scheduler, num_inference_steps, strength)
+
+        # 1. Find the part of the photo to work on, and its mask at the model's size
+        mask = self.prepare_mask_image(image, mask_image, sketch, mask_padding)
+        region = self.prepare_region(image, mask, crop_margin)
+        photo, inside = self.prepare_photo(region)
+
+        # 2. Put strokes and surroundings together, and find the class
+        drawing = self.prepare_drawing(region, photo, inside, sketch)
+        groups = None if drawing is None else [drawing]
+        labels, probabilities = self.prepare_class_labels(class_labels, groups, 1)
+        condition = self.prepare_conditions(groups, labels, negative_class_labels)[0]
+        conditioning = join_conditions([[(condition, 1.0)]] * num_images_per_sketch)
+        colours = self.prepare_colours(colour_hint, groups, num_images_per_sketch)
+        guidance = self.prepare_guidance(options, groups is not None, None not in labels, colours)
+        self._check_guided_start(scheduler, timesteps, guidance)
+
+        # 3. Invert the photo, which gives the surroundings at every step
+        unconditional = join_conditions([[(self.prepare_conditions(None, [None])[0], 1.0)]])
+        known = [*self._invert(scheduler, timesteps, photo, unconditional, num_fixed_point_iterations), photo]
+
+        # 4. Start from the inverted photo, or inside the mask from noise
+        generators = self.prepare_generators(generator, num_images_per_sketch)
+        self._eta = self._resolve_eta(eta, has_latents=False)
+        step_kwargs = scheduler_step_kwargs(scheduler, self._eta, generators)
+        latents = known[0].expand(num_images_per_sketch, -1, -1, -1)
+        if strength == 1.0:
+            latents = torch.where(inside, self.prepare_latents(num_images_per_sketch, generators), latents)
+
+        # 5. Denoise, with the photo around the mask
+        def after_step(step_index: int, latents: torch.Tensor) -> torch.Tensor:
+            index, repetition = divmod(step_index, num_resample_steps)
+            if repetition == num_resample_steps - 1:
+                return torch.where(inside, latents, known[index + 1])
+            noise = self.prepare_latents(num_images_per_sketch, generators)
+            return torch.where(inside, forward_step(scheduler, noise, timesteps[index], latents), known[index])
+
+        timesteps_to_walk = timesteps.repeat_interleave(num_resample_steps)
+        latents = self._denoise(
+            scheduler, timesteps_to_walk, latents, conditioning, guidance, options, step_kwargs, after_step
+        )
+
+        # 6. Put the part back into the photo
+        images: Any = latents if output_type == "latent" else self.paste(region, latents, feather, output_type)
+        return self._output(images, labels, probabilities, return_dict)
+
+    def paste(self, region: EditedRegion, latents: torch.Tensor, feather: float, output_type: str) -> Any:
+        """
+        The photo with each generated part `[batch_size, 3, height, width]` in its place, blended over `feather` of the
+        part's longer side inside the mask; bit for bit the photo outside of it.
+        """
+        parts = self.image_processor.postprocess(latents.clamp(-1, 1), output_type="pil")
+        mask = region.crop_mask()
+        depth = ndimage.distance_transform_edt(np.pad(mask, 1, mode="edge"))[1:-1, 1:-1]
+        share = np.clip(depth / max(1.0, feather * max(region.size)), 0, 1)
+        share = (share * share * (3 - 2 * share))[..., None]
+        left, top, right, bottom = region.box
+        photo = np.asarray(region.photo)
+        images = []
+        for part in parts:
+            pixels = np.asarray(part.resize(region.size, Image.Resampling.BICUBIC).convert(region.photo.mode))
+            image = photo.copy()
+            old = image[top:bottom, left:right]
+            blended = np.rint(old + share * (pixels.astype(np.float32) - old)).astype(np.uint8)
+            image[top:bottom, left:right] = np.where(mask[..., None], blended, old)
+            images.append(image)
+        if output_type == "pil":
+            return [Image.fromarray(image) for image in images]
+        stacked = np.stack(images).astype(np.float32) / 255
+        return stacked if output_type == "np" else torch.from_numpy(stacked).permute(0, 3, 1, 2)
+
+
+def _is_box(mask_image) -> bool:
+    return isinstance(mask_image, (list, tuple)) and all(is_real_number(value) for value in mask_image)
+
+
+def _mask_of_box(size: tuple[int, int], box: Sequence[float]) -> Image.Image:
+    width, height = size
+    if len(box) != 4 or not (0 <= box[0] < box[2] <= width and 0 <= box[1] < box[3] <= height):
+        raise ValueError(
+            f"`mask_image` as a box has to be (left, top, right, bottom) inside the photo of {width} x {height} pixels but is"
+            f" {tuple(box)}."
+        )
+    mask = Image.new("L", size, 0)
+    left, top, right, bottom = (round(value) for value in box)
+    mask.paste(255, (left, top, max(right, left + 1), max(bottom, top + 1)))
+    return mask
+
+
+def _centred_interval(start: int, end: int, length: int, limit: int) -> tuple[int, int]:
+    """An interval of a length around another, moved to lie within [0, limit], or all of that."""
+    length = min(max(length, end - start), limit)
+    first = min(max((start + end - length) // 2, 0), limit - length)
+    return first, first + length

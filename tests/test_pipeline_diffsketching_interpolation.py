@@ -1,0 +1,160 @@
+# Copyright 2026 The DiffSketching Pipeline Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+import pytest
+import torch
+from diffusers import DDPMScheduler, UniPCMultistepScheduler
+from testing_utils import SIZE, randn
+
+from diffsketching_pipeline import DiffSketchingInterpolationPipeline, GuidanceCallback
+from diffsketching_pipeline.pipeline_diffsketching_interpolation import frame_positions, slerp
+
+
+STEPS = {"num_inference_steps": 4, "output_type": "latent"}
+SCALES = {"sketch_guidance_scale": 1.5, "classifier_guidance_scale": 1.0}
+
+
+@pytest.fixture
+def pipe(tiny_pipeline):
+    pipe = DiffSketchingInterpolationPipeline.from_pipe(tiny_pipeline)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("seeds", [[5], [5, 6, 7]])
+def test_frames_at_keys_are_the_plain_results(pipe, tiny_pipeline, sketches, eta, seeds):
+    options = {**STEPS, **SCALES, "eta": eta}
+    generators = [seeded(seed) for seed in seeds]
+    generator = generators if len(seeds) > 1 else generators[0]
+    frames = pipe(list(sketches), class_labels=["a", "b", "c"], num_frames=5, generator=generator, **options)
+    assert frames.images.shape == (5, 3, SIZE, SIZE) and frames.class_labels == ["a", "b", "c"]
+    for key, frame in ((0, 0), (1, 2), (2, 4)):
+        generator = [seeded(seeds[key])] if len(seeds) > 1 else seeded(seeds[0])
+        alone = tiny_pipeline(sketches[key], "abc"[key], 1, generator=generator, **options).images
+        torch.testing.assert_close(frames.images[frame], alone[0], atol=1e-4, rtol=0)
+    assert not torch.allclose(frames.images[0], frames.images[1], atol=1e-2)
+
+
+def test_between_keys_the_predictions_and_the_noise_are_blended(pipe, tiny_pipeline, sketches):
+    class Spy(GuidanceCallback):
+        def noise_delta(self, pipeline, timestep, callback_kwargs):
+            self.seen = {**callback_kwargs}
+            return torch.zeros_like(callback_kwargs["latents"])
+
+    noise, spy = randn(2, 3, SIZE, SIZE), Spy()
+    options = {"num_inference_steps": 1, "output_type": "latent", "clip_sample": False, "sketch_guidance_scale": 1.0}
+    options |= {"classifier_guidance_scale": 0.0, "guidance_callbacks": spy}
+    pipe(list(sketches[:2]), class_labels=["a", "b"], num_frames=5, latents=noise, **options)
+    frames = spy.seen
+    # A quarter of the way, between two independent draws of noise: slerp is by their angle.
+    start, end = noise.flatten(1)
+    angle = torch.arccos(torch.dot(start, end) / (start.norm() * end.norm()))
+    expected = (torch.sin(0.75 * angle) * noise[0] + torch.sin(0.25 * angle) * noise[1]) / torch.sin(angle)
+    torch.testing.assert_close(frames["latents"][1], expected)
+    alone = []
+    for key in (0, 1):
+        tiny_pipeline(sketches[key], "ab"[key], 1, latents=expected[None], **options)
+        alone.append(spy.seen["noise_pred"][0])
+    torch.testing.assert_close(frames["noise_pred"][1], 0.75 * alone[0] + 0.25 * alone[1], atol=1e-5, rtol=0)
+
+
+def test_one_generator_makes_the_noise_of_all_frames(pipe, sketches):
+    started = []
+
+    def on_step_end(pipe, step_index, timestep, kwargs):
+        started.append(kwargs["latents"])
+        return {}
+
+    same = [sketches[0], sketches[0]]
+    options = {**STEPS, "eta": 1.0, "class_labels": "a", "callback_on_step_end": on_step_end}
+    frames = pipe(same, num_frames=3, generator=seeded(), **options).images
+    torch.testing.assert_close(frames[1], frames[0], atol=1e-5, rtol=0)
+    other = pipe(same, num_frames=3, generator=[seeded(0), seeded(1)], **options).images
+    assert not torch.allclose(other[0], other[2], atol=1e-2)
+
+
+def test_photos_come_back_at_the_ends(pipe, tiny_pipeline):
+    photos = torch.rand(2, 3, SIZE, SIZE, generator=seeded())
+    frames = pipe(images=photos, class_labels=["a", "b"], num_frames=3, **STEPS).images
+    noise = tiny_pipeline.invert(photos, ["a", "b"], num_inference_steps=4)
+    back = tiny_pipeline(None, ["a", "b"], 1, latents=noise, clip_sample=False, **STEPS).images
+    torch.testing.assert_close(frames[[0, 2]], back, atol=1e-5, rtol=0)
+    assert pipe.guidance_scales["classifier_guidance_scale"] == 0.0 and pipe.eta == 0.0
+
+
+def test_between_classes_of_one_drawing_and_of_none(pipe, tiny_pipeline, sketches):
+    for sketch in (sketches[:1], None):
+        frames = pipe(sketch, class_labels=["a", {"b": 1, "c": 3}], num_frames=2, generator=seeded(), **STEPS)
+        assert frames.class_labels == ["a", {"b": 0.25, "c": 0.75}]
+        alone = tiny_pipeline(sketch, {"b": 1, "c": 3}, 1, generator=seeded(), **STEPS).images
+        torch.testing.assert_close(frames.images[1:], alone, atol=1e-4, rtol=0)
+
+
+def test_other_schedulers_interpolate(pipe, sketches):
+    pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config)
+    frames = pipe(list(sketches[:2]), class_labels="a", num_frames=3, generator=seeded(), **STEPS).images
+    assert torch.isfinite(frames).all()
+
+
+def test_frames_are_spread_evenly_over_the_keys():
+    assert frame_positions(2, 3) == [(0, 0.0), (0, 0.5), (1, 0.0)]
+    assert frame_positions(3, 5) == [(0, 0.0), (0, 0.5), (1, 0.0), (1, 0.5), (2, 0.0)]
+    assert frame_positions(3, 4) == [(0, 0.0), (0, 2 / 3), (1, 1 / 3), (2, 0.0)]
+
+
+def test_slerp_keeps_the_norm_and_falls_back_to_a_line():
+    start, end = randn(3, 8, 8, seed=1), randn(3, 8, 8, seed=2)
+    end = end * (start.norm() / end.norm())
+    torch.testing.assert_close(slerp(start, end, 0.3).norm(), start.norm())
+    torch.testing.assert_close(slerp(start, end, 0.5), slerp(end, start, 0.5))
+    torch.testing.assert_close(slerp(start, start, 0.3), start)
+    torch.testing.assert_close(slerp(start, 3 * start, 0.5), 2 * start)
+    assert torch.isfinite(slerp(start, -start, 0.5)).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "two or more keys to interpolate between, .* there are none"),
+        ({"images": torch.zeros(1, 3, SIZE, SIZE)}, "there are 1 in `images`"),
+        ({"class_labels": ["a"]}, "there are 1 in `class_labels`"),
+        (
+            {"class_labels": ["a", "b"], "latents": torch.zeros(3, 3, SIZE, SIZE)},
+            "2 in `class_labels`, 3 in `latents`",
+        ),
+        ({"class_labels": ["a", "b"], "num_frames": 1}, "`num_frames` has to be an integer of at least 2 but is 1"),
+        ({"class_labels": ["a", "b"], "generator": [seeded()] * 3}, "`generator` has to have one entry per image, 2"),
+        ({"class_labels": ["a", {"b": 0.0}]}, "weights do not sum to something positive"),
+        ({"images": torch.zeros(2, 3, SIZE, SIZE), "eta": 0.5}, "`eta=0.5` would lead away from `images`"),
+        ({"images": torch.zeros(2, 3, SIZE, SIZE), "generator": seeded()}, "`generator` is the noise"),
+    ],
+)
+def test_bad_input_is_one_clear_error(pipe, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pipe(num_inference_steps=2, **arguments)
+
+
+def test_one_sketch_is_refused(pipe, sketches):
+    with pytest.raises(ValueError, match="there are 1 in `sketches`: give a list of `sketches`"):
+        pipe(sketches[0], num_inference_steps=2)
+
+
+def test_noise_that_cannot_be_interpolated_is_refused(pipe, sketches):
+    pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(ValueError, match="DDPMScheduler, whose noise cannot be interpolated"):
+        pipe(list(sketches[:2]), num_inference_steps=2)
