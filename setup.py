@@ -48,6 +48,7 @@ setup(
     install_requires=[
         "accelerate>=1.1",
         "diffusers>=0.39",
+        "fonttools>=4.50",
         "huggingface_hub>=0.34",
         "numpy>=1.26",
         "pillow>=10.1",

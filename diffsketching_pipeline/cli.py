@@ -47,6 +47,7 @@ from diffsketching_pipeline.cli_utils import (
     generate_images,
     labels_for_each,
     load_pipeline,
+    numbered_names,
     parse_colour_hint,
     parse_label,
     png,
@@ -112,7 +113,10 @@ def _root(
 
 @app.command()
 def generate(
-    drawings: Annotated[list[Path], typer.Argument(help="Drawings: PNG, JPEG, ... dark strokes on light paper.")],
+    drawings: Annotated[
+        list[Path],
+        typer.Argument(help="Drawings: PNG, JPEG, ... dark strokes on light paper; SVG, Quick, Draw! ndjson."),
+    ],
     class_label: Annotated[
         Optional[list[str]],
         typer.Option(
@@ -139,25 +143,30 @@ def generate(
 ) -> None:
     """Photos of each drawing: PNGs, a contact sheet per drawing, and metadata.json to reproduce each of them."""
     check_counts(num_images, batch_size, seed)
-    labels = labels_for_each(class_label, len(drawings), "drawings")
-    names = unique_names(drawings)
+
+    from diffsketching_pipeline.image_processor import SketchProcessor
+
+    with user_errors():
+        # Every drawing is read before the model is loaded: a bad one is an error at once.
+        counts = [len(SketchProcessor(BUNDLED_SIZE).preprocess(path, invert=invert)) for path in drawings]
+    names = numbered_names(unique_names(drawings), counts)
+    labels = labels_for_each(class_label, len(names), "drawings")
     files = {name: [output_dir / f"{name}_{seed + k}.png" for k in range(num_images)] for name in names}
     sheets = {name: output_dir / f"{name}_sheet.png" for name in names}
     check_output(output_dir, [*(path for paths in files.values() for path in paths), *sheets.values()], overwrite)
     metadata_path = output_dir / "metadata.json"
     earlier = read_metadata(metadata_path)
 
-    from diffsketching_pipeline.image_processor import SketchProcessor
-
-    with user_errors():
-        # Every drawing is read before the model is loaded: a bad one is an error at once.
-        sketches = [SketchProcessor(BUNDLED_SIZE).preprocess(path, invert=invert) for path in drawings]
     pipe = load_pipeline(model, device)
     negative = None if negative_class_label is None else parse_label(negative_class_label)
     check_labels(pipe, [*labels, negative])
     with user_errors():
         sketches = [
-            pipe.sketch_processor.preprocess(path, pipe.height, pipe.width, invert=invert) for path in drawings
+            (path, index, sketch)
+            for path in drawings
+            for index, sketch in enumerate(
+                pipe.sketch_processor.preprocess(path, pipe.height, pipe.width, invert=invert).split(1)
+            )
         ]
 
     settings = {
@@ -172,14 +181,15 @@ def generate(
     }
     records: list[dict[str, Any]] = []
     seeds = range(seed, seed + num_images)
-    with progress(len(drawings) * num_images) as advance:
-        for drawing, name, label, sketch in zip(drawings, names, labels, sketches, strict=True):
+    with progress(len(names) * num_images) as advance:
+        for (drawing, index, sketch), name, label in zip(sketches, names, labels, strict=True):
             with user_errors():
                 images, out = generate_images(
                     pipe, seeds, batch_size, advance, sketch=sketch, class_labels=label, **settings
                 )
             record = {
                 **file_record("drawing", drawing),
+                "drawing_index": index,
                 "invert": invert,
                 **class_record(label, out),
                 **sampling_record(pipe, settings),

@@ -145,6 +145,15 @@ def unique_names(files: list[Path], what: str = "drawings") -> list[str]:
     return names
 
 
+def numbered_names(names: list[str], counts: list[int]) -> list[str]:
+    """One name per drawing, from those of files that hold one (and keep theirs) or several."""
+    return [
+        name if count == 1 else f"{name}-{index}"
+        for name, count in zip(names, counts, strict=True)
+        for index in range(count)
+    ]
+
+
 def check_output(output_dir: Path, paths: Sequence[Path], overwrite: bool) -> None:
     """Refuses a folder that is a file, and files that are there and not to be replaced."""
     if output_dir.exists() and not output_dir.is_dir():

@@ -116,7 +116,7 @@ class Progress:
     images: list[Image.Image] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Photos:
     """A finished request: each image with its record, which makes it again from the `sources`, pictures by name."""
 
