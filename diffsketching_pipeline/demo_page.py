@@ -252,7 +252,7 @@ def _canvas(label: str, **options: Any) -> gr.ImageEditor:
     }
     canvas = gr.ImageEditor(
         label=label,
-        height=CANVAS_SIZE + 80,
+        height=f"min({CANVAS_SIZE + 80}px, 110vw)",
         format="png",
         transforms=(),
         layers=False,
@@ -301,19 +301,20 @@ class _Results:
 
     @classmethod
     def place(cls, name: str, label: str, columns: int = 2) -> "_Results":
-        gallery = gr.Gallery(
-            label=label,
-            columns=columns,
-            height=CANVAS_SIZE + 80,
-            format="png",
-            buttons=["download", "fullscreen"],
-            interactive=False,
-        )
-        status = gr.HTML(elem_id=f"{name}-status", elem_classes="status", min_height=40)
         with gr.Row():
             make = gr.Button(f"Make {label.lower()}", variant="primary", elem_id=f"{name}-make", min_width=120)
             stop = gr.Button("Stop", elem_id=f"{name}-stop", min_width=120)
-            download = gr.DownloadButton("Download all", interactive=False, min_width=120)
+        status = gr.HTML(elem_id=f"{name}-status", elem_classes="status", min_height=40)
+        gallery = gr.Gallery(
+            label=label,
+            columns=columns,
+            height="auto",
+            format="png",
+            buttons=["download", "fullscreen"],
+            interactive=False,
+            elem_id=f"{name}-photos",
+        )
+        download = gr.DownloadButton("Download all", interactive=False, elem_id=f"{name}-download")
         return cls(gallery, status, gr.State(), make, stop, download)
 
     @property
@@ -376,8 +377,8 @@ def _draw_tab(handlers: _Handlers, page: gr.Blocks) -> tuple[gr.ImageEditor, _Re
         with gr.Column():
             results = _Results.place("draw", "Photos")
             with gr.Row():
-                more = gr.Button("More like the chosen photo", elem_id="more", min_width=120)
-                start_edit = gr.Button("Edit the chosen photo", elem_id="start-edit", min_width=120)
+                more = gr.Button("More like the chosen one", elem_id="more", min_width=120)
+                start_edit = gr.Button("Edit the chosen one", elem_id="start-edit", min_width=120)
             class_label = _class(handlers)
             realism = gr.Slider(0, 1, 0.5, step=0.05, label="Follow the drawing (0) or look real (1)")
             num_images = gr.Slider(1, MAX_IMAGES, 4, step=1, label="Number of photos")
