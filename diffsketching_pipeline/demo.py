@@ -44,7 +44,7 @@ MAX_IMAGES = 8
 MAX_FRAMES = 16
 MAX_STEPS = 100
 MAX_SEED = 2**32 - 1
-# The arguments of the pipeline's call that a request may set.
+# The arguments of the pipeline's call that a record keeps and a variation repeats.
 CALL_SETTINGS = (
     "num_inference_steps",
     "sketch_guidance_scale",

@@ -25,7 +25,6 @@ from gradio.utils import LRUCache, get_upload_folder
 from PIL import Image, ImageOps
 
 from diffsketching_pipeline.demo import (
-    CALL_SETTINGS,
     CANVAS_SIZE,
     MAX_FRAMES,
     MAX_IMAGES,
@@ -84,21 +83,50 @@ class _Handlers:
     def read_example(self, index: int) -> dict[str, Any]:
         return _on_canvas(self.studio.read_drawing(example_drawings()[index]))
 
-    def look_at(self, request: gr.Request, canvas: dict[str, Any] | None, live: bool) -> tuple[Any, Any]:
+    def look_at(self, request: gr.Request, drawing: dict[str, Any] | None, live: bool) -> tuple[Any, Any]:
         """The drawing as the model sees it and its guess; with `live`, photos of the strokes before are given up."""
         if live:
             self.studio.stop(str(request.session_hash))
         try:
-            seen, probabilities = self.studio.look_at(_drawing(canvas))
+            seen, probabilities = self.studio.look_at(_drawing(drawing))
         except ValueError:
             # Mostly blank: no reason to alarm somebody who has not asked for photos yet.
             return None, None
         return seen, probabilities or None
 
-    def make_photos(self, request: gr.Request, canvas, class_label, num_images, realism, seed, *expert):
+    def make_photos(
+        self,
+        request: gr.Request,
+        drawing,
+        class_label=_GUESS,
+        num_images=4,
+        realism=0.5,
+        seed=0,
+        num_inference_steps=None,
+        sketch_guidance_scale=None,
+        classifier_guidance_scale=None,
+        perceptual_guidance_scale=None,
+        guidance_start=None,
+        guidance_end=None,
+        strength=None,
+        eta=None,
+        clip_sample=None,
+    ):
+        """Photos of a drawing; what is None is the slider's (`realism`), or the checkpoint's recommendation."""
+        settings = {
+            "num_inference_steps": num_inference_steps,
+            "sketch_guidance_scale": sketch_guidance_scale,
+            "classifier_guidance_scale": classifier_guidance_scale,
+            "perceptual_guidance_scale": perceptual_guidance_scale,
+            "guidance_start": guidance_start,
+            "guidance_end": guidance_end,
+            "strength": strength,
+            "eta": eta,
+            "clip_sample": clip_sample,
+        }
         with _told_to_user():
-            settings = dict(zip(CALL_SETTINGS, expert, strict=True))
-            wish = PhotoRequest(_drawing(canvas), _label(class_label), int(num_images), int(seed), realism, settings)
+            label = _label(class_label)
+            wish = PhotoRequest(_drawing(drawing), label, int(num_images), int(seed), realism, settings)
             yield from _show(self.studio.make_photos(wish, str(request.session_hash)))
 
     def make_photos_live(self, request: gr.Request, live: bool, *values):
@@ -219,7 +247,7 @@ def _show_history(history: list[dict[str, Any]]) -> list[tuple[Image.Image, str]
     return shown
 
 
-# Of each argument of the call that takes a number, in the order of CALL_SETTINGS.
+# Of each argument of the call that takes a number, in the order of `_Handlers.make_photos`.
 _EXPERT_FIELDS: dict[str, dict[str, Any]] = {
     "num_inference_steps": {"label": "Steps", "precision": 0, "minimum": 1, "maximum": MAX_STEPS},
     "sketch_guidance_scale": {"label": "Sketch guidance", "info": "1 is off"},
@@ -279,9 +307,12 @@ def _relay_of(canvas: gr.ImageEditor, **options: Any) -> gr.ImageEditor:
     return relay
 
 
-def _seed() -> tuple[gr.Number, gr.Checkbox]:
-    seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=120)
-    return seed, gr.Checkbox(label="Keep this seed", min_width=120)
+def _seed(name: str) -> tuple[gr.Number, gr.Checkbox]:
+    with gr.Row():
+        seed = gr.Number(
+            0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=120, elem_id=f"{name}-seed"
+        )
+        return seed, gr.Checkbox(label="Keep this seed", min_width=120, elem_id=f"{name}-keep-seed")
 
 
 def _class(handlers: _Handlers) -> gr.Dropdown:
@@ -357,7 +388,7 @@ def _draw_tab(handlers: _Handlers, page: gr.Blocks) -> tuple[gr.ImageEditor, _Re
     with gr.Row():
         with gr.Column():
             canvas = _canvas("Your drawing: dark lines on white")
-            upload = gr.UploadButton("Upload a drawing, or a photo of one", file_types=[*_UPLOADS])
+            upload = gr.UploadButton("Upload a drawing, or a photo of one", file_types=[*_UPLOADS], elem_id="upload")
             examples = gr.Dataset(
                 label="Examples",
                 components=[gr.Image(visible=False)],
@@ -381,13 +412,19 @@ def _draw_tab(handlers: _Handlers, page: gr.Blocks) -> tuple[gr.ImageEditor, _Re
                 start_edit = gr.Button("Edit the chosen one", elem_id="start-edit", min_width=120)
             class_label = _class(handlers)
             realism = gr.Slider(0, 1, 0.5, step=0.05, label="Follow the drawing (0) or look real (1)")
-            num_images = gr.Slider(1, MAX_IMAGES, 4, step=1, label="Number of photos")
-            with gr.Row():
-                seed, keep_seed = _seed()
-            live = gr.Checkbox(label="Live: photos after each stroke, with this seed")
+            num_images = gr.Slider(1, MAX_IMAGES, 4, step=1, label="Number of photos", elem_id="num-images")
+            seed, keep_seed = _seed("draw")
+            live = gr.Checkbox(label="Live: photos after each stroke, with this seed", elem_id="live")
             expert = _expert_drawer()
     earlier = gr.Gallery(
-        label="Earlier", columns=8, height=160, format="png", allow_preview=False, buttons=[], interactive=False
+        label="Earlier",
+        columns=8,
+        height=160,
+        format="png",
+        allow_preview=False,
+        buttons=[],
+        interactive=False,
+        elem_id="earlier",
     )
 
     drawing = _relay_of(canvas)
@@ -431,8 +468,7 @@ def _edit_tab(handlers: _Handlers) -> gr.ImageEditor:
             class_label = _class(handlers)
             num_images = gr.Slider(1, MAX_IMAGES, 2, step=1, label="Number of photos")
             strength = gr.Slider(0.1, 1, 0.9, step=0.05, label="Small change (0) or something new (1)")
-            with gr.Row():
-                seed, keep_seed = _seed()
+            seed, keep_seed = _seed("edit")
     relay = _relay_of(photo, image_mode="RGBA", label="photo")
     edited = results.make.click(None, [photo, seed, keep_seed], [relay, seed], js=_HAND_OVER).then(
         handlers.edit_photo, [relay, class_label, num_images, strength, seed], api_name="edit_photo", **results.shown
@@ -449,8 +485,7 @@ def _interpolation_tab(handlers: _Handlers, first: gr.ImageEditor) -> None:
             results = _Results.place("between", "Frames", columns=4)
             class_label = _class(handlers)
             num_frames = gr.Slider(3, MAX_FRAMES, 8, step=1, label="Number of frames")
-            with gr.Row():
-                seed, keep_seed = _seed()
+            seed, keep_seed = _seed("between")
     relays = [_relay_of(first, label="first"), _relay_of(last, label="last")]
     made = (
         results.make.click(None, [last, seed, keep_seed], [relays[1], seed], js=_HAND_OVER)
