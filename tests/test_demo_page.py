@@ -15,7 +15,12 @@
 
 import importlib.util
 import io
+import os
+import re
 import shutil
+import socket
+import subprocess
+import sys
 import threading
 import time
 import urllib.request
@@ -24,6 +29,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image, ImageDraw
 
 
@@ -33,6 +39,7 @@ from diffsketching_pipeline import DiffSketchingPipeline, SketchProcessor, bundl
 from diffsketching_pipeline.demo import CANVAS_SIZE, Studio, example_drawings  # noqa: E402
 
 
+ROOT = Path(__file__).parents[1]
 # The outline of the pants among the examples, in pixels of the canvas.
 PANTS = [(150, 48), (366, 46), (402, 462), (304, 466), (258, 194), (214, 466), (112, 464), (150, 48)]
 SQUARE = [(120, 120), (400, 120), (400, 400), (120, 400), (120, 120)]
@@ -258,7 +265,7 @@ def test_phone_width_keyboard_and_labels(browser, address):
 
 def test_a_drawn_shape_is_followed(start_browser, browser, monkeypatch):
     """Of the examples, the photo's contours are nearest to the one that was drawn; with the bundled model."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "training"))
+    monkeypatch.syspath_prepend(str(ROOT / "training"))
     import metrics
 
     pipe = DiffSketchingPipeline.from_pretrained(bundled_checkpoint())
@@ -326,3 +333,40 @@ def test_without_gradio_the_command_says_what_to_install(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main()
     assert stopped.value.code == 2 and "pip install 'diffsketching_pipeline[demo]'" in capsys.readouterr().err
+
+
+# -- as a Space --
+
+
+def test_the_space_answers_what_the_readme_asks(tiny_pipeline_factory, tmp_path, monkeypatch):
+    space = ROOT / "examples" / "space"
+    front_matter = yaml.safe_load((space / "README.md").read_text(encoding="utf-8").split("---")[1])
+    assert front_matter["sdk"] == "gradio" and (space / front_matter["app_file"]).is_file()
+    tiny_pipeline_factory(recommended={"num_inference_steps": 2}).save_pretrained(tmp_path / "tiny")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    env = {**os.environ, "DIFFSKETCHING_MODEL": str(tmp_path / "tiny"), "GRADIO_SERVER_PORT": str(port)}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    served = subprocess.Popen([sys.executable, front_matter["app_file"]], cwd=space, env=env)
+    try:
+        address = f"http://127.0.0.1:{port}"
+        wait_for(lambda: served.poll() is None and is_up(address), 120)
+        readme = (ROOT / "README.md").read_text(encoding="utf-8")
+        snippet = re.search(r"<!-- snippet: api -->\s*```python\n(.*?)```", readme, re.S)[1]
+        assert "http://127.0.0.1:7860" in snippet and '"t-shirt"' in snippet
+        names: dict = {}
+        monkeypatch.chdir(ROOT)
+        exec(snippet.replace("http://127.0.0.1:7860", address).replace('"t-shirt"', '"b"'), names)
+        sizes = [Image.open(photo["image"]).size for photo in names["photos"]]
+        assert sizes == [(16, 16), (16, 16)]
+    finally:
+        served.terminate()
+        served.wait(20)
+
+
+def is_up(address):
+    try:
+        return urllib.request.urlopen(address).status == 200
+    except OSError:
+        return False
