@@ -24,7 +24,8 @@ TRAIN = [
     "tqdm>=4.65",
     "webdataset>=1.0",
 ]
-TEST = [*TRAIN, "imageio-ffmpeg>=0.5", "mypy>=1.11", "pytest>=8.0", "ruff>=0.6", "selenium>=4.11", "types-PyYAML"]
+DEMO = ["gradio>=6.31"]
+TEST = [*TRAIN, *DEMO, "imageio-ffmpeg>=0.5", "mypy>=1.11", "pytest>=8.0", "ruff>=0.6", "selenium>=4.11", "types-PyYAML"]
 
 
 class BuildWithModelCard(build_py):
@@ -47,12 +48,21 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     author="The DiffSketching Pipeline Authors",
-    packages=find_packages(include=["diffsketching_pipeline", "diffsketching_pipeline.*"]),
-    package_data={"diffsketching_pipeline": ["py.typed", "checkpoints/**/*"]},
+    packages=[
+        *find_packages(include=["diffsketching_pipeline", "diffsketching_pipeline.*"]),
+        "diffsketching_pipeline.drawings",
+    ],
+    # The drawings of the demo are the examples.
+    package_dir={"diffsketching_pipeline.drawings": "examples/drawings"},
+    package_data={
+        "diffsketching_pipeline": ["py.typed", "checkpoints/**/*"],
+        "diffsketching_pipeline.drawings": ["*"],
+    },
     python_requires=">=3.10",
     install_requires=[
         "accelerate>=1.1",
         "diffusers>=0.39",
+        "fonttools>=4.50",
         "huggingface_hub>=0.34",
         "numpy>=1.26",
         "pillow>=10.1",
@@ -66,7 +76,7 @@ setup(
         "typer>=0.16",
     ],
     cmdclass={"build_py": BuildWithModelCard},
-    extras_require={"train": TRAIN, "test": TEST},
+    extras_require={"demo": DEMO, "train": TRAIN, "test": TEST},
     entry_points={"console_scripts": ["diffsketching=diffsketching_pipeline.cli:main"]},
     classifiers=[
         "Development Status :: 4 - Beta",

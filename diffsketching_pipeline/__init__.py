@@ -37,6 +37,7 @@ _MODULES = {
     "SketchGuidanceCallback": "guidance",
     "SketchPerceptualLoss": "losses",
     "SketchProcessor": "image_processor",
+    "VectorSketch": "vector_sketch",
     "add_lora": "lora",
     "bundled_checkpoint": "hub",
     "expand_unet_for_sketch": "convert_guided_diffusion",
@@ -80,6 +81,7 @@ if TYPE_CHECKING:
         DiffSketchingInterpolationPipeline as DiffSketchingInterpolationPipeline,
     )
     from diffsketching_pipeline.pipeline_output import DiffSketchingPipelineOutput as DiffSketchingPipelineOutput
+    from diffsketching_pipeline.vector_sketch import VectorSketch as VectorSketch
     from diffsketching_pipeline.weights import interpolate_unets as interpolate_unets
 
 

@@ -13,6 +13,7 @@
 # limitations under the License.
 """The `diffsketching` command. An error is one line on stderr and exit code 2, before any work is done."""
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,7 @@ from diffsketching_pipeline.cli_utils import (
     generate_images,
     labels_for_each,
     load_pipeline,
+    numbered_names,
     parse_colour_hint,
     parse_label,
     png,
@@ -112,7 +114,10 @@ def _root(
 
 @app.command()
 def generate(
-    drawings: Annotated[list[Path], typer.Argument(help="Drawings: PNG, JPEG, ... dark strokes on light paper.")],
+    drawings: Annotated[
+        list[Path],
+        typer.Argument(help="Drawings: PNG, JPEG, ... dark strokes on light paper; SVG, Quick, Draw! ndjson."),
+    ],
     class_label: Annotated[
         Optional[list[str]],
         typer.Option(
@@ -139,25 +144,30 @@ def generate(
 ) -> None:
     """Photos of each drawing: PNGs, a contact sheet per drawing, and metadata.json to reproduce each of them."""
     check_counts(num_images, batch_size, seed)
-    labels = labels_for_each(class_label, len(drawings), "drawings")
-    names = unique_names(drawings)
+
+    from diffsketching_pipeline.image_processor import SketchProcessor
+
+    with user_errors():
+        # Every drawing is read before the model is loaded: a bad one is an error at once.
+        counts = [len(SketchProcessor(BUNDLED_SIZE).preprocess(path, invert=invert)) for path in drawings]
+    names = numbered_names(unique_names(drawings), counts)
+    labels = labels_for_each(class_label, len(names), "drawings")
     files = {name: [output_dir / f"{name}_{seed + k}.png" for k in range(num_images)] for name in names}
     sheets = {name: output_dir / f"{name}_sheet.png" for name in names}
     check_output(output_dir, [*(path for paths in files.values() for path in paths), *sheets.values()], overwrite)
     metadata_path = output_dir / "metadata.json"
     earlier = read_metadata(metadata_path)
 
-    from diffsketching_pipeline.image_processor import SketchProcessor
-
-    with user_errors():
-        # Every drawing is read before the model is loaded: a bad one is an error at once.
-        sketches = [SketchProcessor(BUNDLED_SIZE).preprocess(path, invert=invert) for path in drawings]
     pipe = load_pipeline(model, device)
     negative = None if negative_class_label is None else parse_label(negative_class_label)
     check_labels(pipe, [*labels, negative])
     with user_errors():
         sketches = [
-            pipe.sketch_processor.preprocess(path, pipe.height, pipe.width, invert=invert) for path in drawings
+            (path, index, sketch)
+            for path in drawings
+            for index, sketch in enumerate(
+                pipe.sketch_processor.preprocess(path, pipe.height, pipe.width, invert=invert).split(1)
+            )
         ]
 
     settings = {
@@ -172,14 +182,15 @@ def generate(
     }
     records: list[dict[str, Any]] = []
     seeds = range(seed, seed + num_images)
-    with progress(len(drawings) * num_images) as advance:
-        for drawing, name, label, sketch in zip(drawings, names, labels, sketches, strict=True):
+    with progress(len(names) * num_images) as advance:
+        for (drawing, index, sketch), name, label in zip(sketches, names, labels, strict=True):
             with user_errors():
                 images, out = generate_images(
                     pipe, seeds, batch_size, advance, sketch=sketch, class_labels=label, **settings
                 )
             record = {
                 **file_record("drawing", drawing),
+                "drawing_index": index,
                 "invert": invert,
                 **class_record(label, out),
                 **sampling_record(pipe, settings),
@@ -230,6 +241,28 @@ def info(
     console.print(f"classes ({pipe.num_classes}): {', '.join(pipe.id2label.values()) or 'integers'}", highlight=False)
     recommended = "   ".join(f"{key}={value}" for key, value in pipe.recommended.items()) or "none"
     console.print(f"recommended: {recommended}", highlight=False)
+
+
+@app.command()
+def demo(
+    model: Model = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[Optional[int], typer.Option(help="[default: the first free one from 7860]")] = None,
+    share: Annotated[bool, typer.Option("--share", help="Also at a public address, by Gradio's servers.")] = False,
+    device: Device = "auto",
+) -> None:
+    """A page to draw on, and to watch photos of the drawing appear; needs the extra `demo`."""
+    if importlib.util.find_spec("gradio") is None:
+        raise UserError("this needs Gradio: `pip install 'diffsketching_pipeline[demo]'`.")
+    print(f"Loading {model or 'garments-64'} ...", flush=True)
+    pipe = load_pipeline(model, device)
+    from diffsketching_pipeline.demo import Studio
+    from diffsketching_pipeline.demo_page import launch
+
+    with user_errors((OSError,)):
+        page = launch(Studio(pipe, model), host, port, share)
+    print(f"Draw at {page.share_url or page.local_url}; Ctrl+C ends it.", flush=True)
+    page.block_thread()
 
 
 _MODEL_ARGUMENT = typer.Argument(help="Pipeline folder or hub id; `garments-64` is the bundled one.")

@@ -145,6 +145,15 @@ def unique_names(files: list[Path], what: str = "drawings") -> list[str]:
     return names
 
 
+def numbered_names(names: list[str], counts: list[int]) -> list[str]:
+    """One name per drawing, from those of files that hold one (and keep theirs) or several."""
+    return [
+        name if count == 1 else f"{name}-{index}"
+        for name, count in zip(names, counts, strict=True)
+        for index in range(count)
+    ]
+
+
 def check_output(output_dir: Path, paths: Sequence[Path], overwrite: bool) -> None:
     """Refuses a folder that is a file, and files that are there and not to be replaced."""
     if output_dir.exists() and not output_dir.is_dir():
@@ -249,11 +258,16 @@ def write_metadata(
 ) -> None:
     """The records of this run beside those of earlier ones into the same folder."""
     merged = {**earlier, **{record["file"]: record for record in records}}
-    document = {"model": _model_record(pipe, model), "versions": _versions(), "images": list(merged.values())}
-    write_atomically(path, json.dumps(document, indent=2).encode())
+    write_atomically(path, metadata(model_record(pipe, model), list(merged.values())))
 
 
-def _model_record(pipe: Any, model: str | None) -> dict[str, Any]:
+def metadata(model: dict[str, Any], records: list[dict[str, Any]]) -> bytes:
+    """The content of a metadata.json."""
+    return json.dumps({"model": model, "versions": _versions(), "images": records}, indent=2).encode()
+
+
+def model_record(pipe: Any, model: str | None) -> dict[str, Any]:
+    """Which weights results were made with."""
     import torch
 
     digest = hashlib.sha256()

@@ -27,15 +27,17 @@ import numpy as np
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.utils import CONFIG_NAME, logging
-from PIL import Image, ImageColor, ImageOps
+from PIL import Image, ImageColor, ImageDraw, ImageOps
 from scipy import ndimage
 from skimage.filters import apply_hysteresis_threshold, threshold_otsu
 from skimage.morphology import convex_hull_image, skeletonize
 
+from diffsketching_pipeline.vector_sketch import VectorSketch, is_vector_file, read_vector_sketches
+
 
 logger = logging.get_logger(__name__)  # pylint: disable=invalid-name
 
-Sketch = str | os.PathLike | Image.Image | np.ndarray | torch.Tensor
+Sketch = str | os.PathLike | Image.Image | np.ndarray | torch.Tensor | VectorSketch
 SketchInput = Sketch | Sequence[Sketch | Sequence[Sketch]]
 
 # A file is judged by its header, before anything is decoded.
@@ -197,6 +199,7 @@ class SketchProcessor(ConfigMixin):
                 with C = 1, 3 or 4 (alpha last). uint8 is 0-255 and uint16 0-65535; floats that contain a negative
                 value are in [-1, 1], others in [0, 1]. A float tensor with a negative value, one channel and exactly
                 the output's size already is in the convention: it is checked (and inverted if need be), not redrawn.
+                An `.svg` file or a [`VectorSketch`] is one drawing, an `.ndjson` file of Quick, Draw! is a batch of them.
             height, width (`int`, *optional*):
                 Size of the output in pixels, in [8, 4096]; `resolution` by default.
             invert, threshold, fit, resize_mode (*optional*):
@@ -233,18 +236,21 @@ class SketchProcessor(ConfigMixin):
 
 def _preprocess_item(item: _Item, options: _Options, inverted: list[str]) -> torch.Tensor:
     """`[1, H, W]`; the name is added to `inverted` if light strokes on dark were detected, not asked for."""
-    gray = _to_gray(item, options.invert)
-    _check_not_uniform(gray, item.name)
-    invert = options.invert
-    if invert is None:
-        invert = _is_light_on_dark(gray)
-        inverted += [item.name] if invert else []
-    if _in_convention(item, options.size):
-        sketch = item.value.detach().to("cpu", torch.float32).reshape(1, *options.size).clamp(-1, 1)
-        return -sketch if invert else sketch
-
-    gray = _without_surround(255 - gray if invert else gray)
-    mask, page, factor = _trace(gray, options, item.name)
+    if isinstance(item.value, VectorSketch):
+        mask, page, factor = _rasterize(item.value, options)
+        if not mask.any():
+            raise ValueError(f"{item.name} holds no drawing: its lines lie outside of its page.")
+    else:
+        gray = _to_gray(item, options.invert)
+        _check_not_uniform(gray, item.name)
+        invert = options.invert
+        if invert is None:
+            invert = _is_light_on_dark(gray)
+            inverted += [item.name] if invert else []
+        if _in_convention(item, options.size):
+            sketch = item.value.detach().to("cpu", torch.float32).reshape(1, *options.size).clamp(-1, 1)
+            return -sketch if invert else sketch
+        mask, page, factor = _trace(_without_surround(255 - gray if invert else gray), options, item.name)
     width = max(_MIN_LINE_WIDTH, (options.line_width or 0.0) * min(options.size))
     scale, _ = _place_drawing(mask, page, factor, options)
     lines = _centre_lines(mask, gap=width / scale.max())
@@ -461,14 +467,14 @@ def _is_array(value: Any) -> TypeGuard[np.ndarray | torch.Tensor]:
 def _group_sketches(sketch: SketchInput) -> list[list[_Item]]:
     """One list of items per result."""
     if not isinstance(sketch, (list, tuple)):
-        if _is_array(sketch) and sketch.ndim == 4:
+        if _is_batch(sketch):
             return [[item] for item in _split_batch(sketch, "sketch {}")]
         return [[_make_item(sketch, "sketch 0")]]
     if len(sketch) == 0:
         raise ValueError("`sketch` is an empty list; pass at least one drawing, or `None` for none.")
     groups = []
     for i, entry in enumerate(sketch):
-        if _is_array(entry) and entry.ndim == 4:
+        if _is_batch(entry):
             groups.append(_split_batch(entry, f"sketch {i}, drawing {{}}"))
         elif isinstance(entry, (list, tuple)):
             if len(entry) == 0:
@@ -479,7 +485,19 @@ def _group_sketches(sketch: SketchInput) -> list[list[_Item]]:
     return groups
 
 
-def _split_batch(batch: np.ndarray | torch.Tensor, name: str) -> list[_Item]:
+def _is_batch(value: Any) -> TypeGuard[np.ndarray | torch.Tensor | str | os.PathLike]:
+    return is_vector_file(value) or (_is_array(value) and value.ndim == 4)
+
+
+def _split_batch(batch: np.ndarray | torch.Tensor | str | os.PathLike, name: str) -> list[_Item]:
+    if isinstance(batch, (str, os.PathLike)):
+        path = os.fspath(batch)
+        try:
+            return [
+                _Item(value, f"{name.format(i)} ({path!r})") for i, value in enumerate(read_vector_sketches(batch))
+            ]
+        except ValueError as error:
+            raise ValueError(f"{name.format(0)} ({path!r}) cannot be used: {error}") from error
     if batch.shape[0] == 0:
         raise ValueError(f"{name.format(0)} does not exist: the batch has shape {list(batch.shape)}.")
     signed = _is_signed(batch)
@@ -492,6 +510,8 @@ def _make_item(value: Any, name: str) -> _Item:
     if isinstance(value, Image.Image):
         path = getattr(value, "filename", "")
         return _Item(value, f"{name} ({path!r})" if path else name)
+    if isinstance(value, VectorSketch):
+        return _Item(value, name)
     if _is_array(value):
         return _Item(value[0] if value.ndim == 4 and value.shape[0] == 1 else value, name, _is_signed(value))
     raise ValueError(
@@ -520,7 +540,7 @@ def _check_item(item: _Item) -> None:
             _check_dimensions(image.size, item.name)
     elif isinstance(item.value, Image.Image):
         _check_dimensions(item.value.size, item.name)
-    else:
+    elif _is_array(item.value):
         _check_array(item)
 
 
@@ -759,6 +779,28 @@ def _trace(gray: np.ndarray, options: _Options, name: str) -> tuple[np.ndarray, 
         closer, closer_factor = _ink(gray, options.threshold, side)
         mask, factor = (closer, closer_factor) if closer.any() else (mask, factor)
     return mask, np.array(gray.shape) * factor, factor
+
+
+def _rasterize(sketch: VectorSketch, options: _Options) -> tuple[np.ndarray, np.ndarray, float]:
+    """The lines as a mask of one-cell strokes, and what [`_trace`] returns beside it; what leaves the page is cut off."""
+    assert sketch.page is not None
+    points = np.concatenate(sketch.strokes)
+    if options.fit == "page":
+        origin, extent = np.array(sketch.page[:2]), np.array(sketch.page[2:])
+    else:
+        origin, extent = points.min(0), np.ptp(points, axis=0)
+    cells = _TRACE_SCALE * max(options.size)
+    scale = (cells - 1) / extent.max()
+    width, height = np.ceil(extent * scale).astype(int) + 1
+    canvas = Image.new("L", (int(width), int(height)))
+    draw = ImageDraw.Draw(canvas)
+    for stroke in sketch.strokes:
+        # Pillow's integers overflow far outside of the page.
+        line = np.clip((stroke - origin) * scale, -cells, 2 * cells).round()
+        draw.line([(x, y) for x, y in line], fill=1) if len(line) > 1 else draw.point(tuple(line[0]), fill=1)
+    mask = np.asarray(canvas, dtype=bool)
+    # A line has no pixels: nothing that it spans is too small to be magnified.
+    return mask, np.array(mask.shape), 1 / _MIN_SOURCE_EXTENT
 
 
 def _occupied(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -132,6 +132,32 @@ def test_drawings_of_one_name_in_two_folders_do_not_collide(monkeypatch, checkpo
     assert {"a-shape_0.png", "b-shape_0.png"} <= set(os.listdir(out))
 
 
+def test_vector_files_are_drawings_one_or_several(monkeypatch, checkpoint, drawing, tmp_path):
+    strokes = [[[30, 90, 90, 30, 30], [20, 20, 70, 70, 20]]]
+    (tmp_path / "two.ndjson").write_text(2 * (json.dumps({"drawing": strokes}) + "\n"))
+    (tmp_path / "one.svg").write_text('<svg><rect x="3" y="2" width="6" height="5"/></svg>')
+    out = tmp_path / "out"
+    arguments = (
+        tmp_path / "one.svg",
+        "--num-images",
+        1,
+        "--class-label",
+        "a",
+        "--class-label",
+        "b",
+        "--class-label",
+        "a",
+    )
+    assert generate(monkeypatch, checkpoint, tmp_path / "two.ndjson", out, *arguments) == 0
+    records = json.loads((out / "metadata.json").read_text())["images"]
+    assert [(r["file"], r["drawing_index"], r["class_label"]) for r in records] == [
+        ("two-0_0.png", 0, "a"),
+        ("two-1_0.png", 1, "b"),
+        ("one_0.png", 0, "a"),
+    ]
+    assert all((out / r["file"]).exists() for r in records)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

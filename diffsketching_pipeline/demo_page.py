@@ -1,0 +1,538 @@
+# Copyright 2026 The DiffSketching Pipeline Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The drawing page: what is on it, and which part of it calls what in `demo.py`."""
+
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+from gradio.processing_utils import save_bytes_to_cache
+from gradio.utils import LRUCache, get_upload_folder
+from PIL import Image, ImageOps
+
+from diffsketching_pipeline.demo import (
+    CANVAS_SIZE,
+    MAX_FRAMES,
+    MAX_IMAGES,
+    MAX_SEED,
+    MAX_STEPS,
+    PhotoRequest,
+    Photos,
+    Progress,
+    Studio,
+    example_drawings,
+    more_like_this,
+    recall,
+    remember,
+)
+from diffsketching_pipeline.image_processor import MAX_SKETCH_PIXELS
+
+
+# Requests that may wait; whoever comes then is told that the queue is full.
+MAX_WAITING = 16
+MAX_UPLOAD_BYTES = 16_000_000
+# Pictures that were shown are deleted after an hour; every ten minutes it is looked for them.
+_DELETE_CACHE = (600, 3600)
+# Whatever samples takes turns; looking at a drawing does not wait for it.
+_SAMPLING: dict[str, Any] = {"concurrency_id": "sampling", "concurrency_limit": 1}
+_PRIVATE: dict[str, Any] = {"api_visibility": "private"}
+_GUESS = "let it guess"
+_UPLOADS = ("image", ".svg", ".ndjson")
+_COPY = "canvas => canvas"
+_HAND_OVER = f"(canvas, seed, keep) => [canvas, keep ? seed : Math.floor(Math.random() * {MAX_SEED})]"
+_CSS = """
+/* Each pixel that the model sees is to be told apart. */
+.seen img { image-rendering: pixelated; }
+.status progress { width: 100%; accent-color: var(--color-accent); }
+"""
+
+
+@contextmanager
+def _told_to_user() -> Iterator[None]:
+    """What the library refuses is shown on the page; the log is for what nobody expected."""
+    try:
+        yield
+    except ValueError as error:
+        raise gr.Error(str(error), print_exception=False) from error
+
+
+class _Handlers:
+    """What happens on an event of the page: from the values of its inputs to those of its outputs."""
+
+    def __init__(self, studio: Studio):
+        self.studio = studio
+
+    def read_upload(self, path: str) -> dict[str, Any]:
+        with _told_to_user():
+            return _on_canvas(self.studio.read_drawing(path))
+
+    def read_example(self, index: int) -> dict[str, Any]:
+        return _on_canvas(self.studio.read_drawing(example_drawings()[index]))
+
+    def look_at(self, request: gr.Request, drawing: dict[str, Any] | None, live: bool) -> tuple[Any, Any]:
+        """The drawing as the model sees it and its guess; with `live`, photos of the strokes before are given up."""
+        if live:
+            self.studio.stop(str(request.session_hash))
+        try:
+            seen, probabilities = self.studio.look_at(_drawing(drawing))
+        except ValueError:
+            # Mostly blank: no reason to alarm somebody who has not asked for photos yet.
+            return None, None
+        return seen, probabilities or None
+
+    def make_photos(
+        self,
+        request: gr.Request,
+        drawing,
+        class_label=_GUESS,
+        num_images=4,
+        realism=0.5,
+        seed=0,
+        num_inference_steps=None,
+        sketch_guidance_scale=None,
+        classifier_guidance_scale=None,
+        perceptual_guidance_scale=None,
+        guidance_start=None,
+        guidance_end=None,
+        strength=None,
+        eta=None,
+        clip_sample=None,
+    ):
+        """Photos of a drawing; what is None is the slider's (`realism`), or the checkpoint's recommendation."""
+        settings = {
+            "num_inference_steps": num_inference_steps,
+            "sketch_guidance_scale": sketch_guidance_scale,
+            "classifier_guidance_scale": classifier_guidance_scale,
+            "perceptual_guidance_scale": perceptual_guidance_scale,
+            "guidance_start": guidance_start,
+            "guidance_end": guidance_end,
+            "strength": strength,
+            "eta": eta,
+            "clip_sample": clip_sample,
+        }
+        with _told_to_user():
+            label = _label(class_label)
+            wish = PhotoRequest(_drawing(drawing), label, int(num_images), int(seed), realism, settings)
+            yield from _show(self.studio.make_photos(wish, str(request.session_hash)))
+
+    def make_photos_live(self, request: gr.Request, live: bool, *values):
+        if live:
+            yield from self.make_photos(request, *values)
+        else:
+            yield gr.skip(), gr.skip(), gr.skip()
+
+    def more_like_this(self, request: gr.Request, photos: Photos | None, selected: int):
+        with _told_to_user():
+            if photos is None:
+                raise ValueError("There is no photo yet: make some, and choose one.")
+            wish = more_like_this(photos, selected, secrets.randbelow(MAX_SEED))
+            yield from _show(self.studio.make_photos(wish, str(request.session_hash)))
+
+    def start_edit(self, photos: Photos | None, selected: int) -> tuple[Any, Any]:
+        """The chosen photo on the canvas of the other tab, large enough to draw on, and that tab."""
+        with _told_to_user():
+            if photos is None:
+                raise ValueError("There is no photo yet: make some, and choose one.")
+        photo = ImageOps.contain(photos.images[min(selected, len(photos.images) - 1)], (CANVAS_SIZE, CANVAS_SIZE))
+        return {"background": photo, "layers": [], "composite": photo}, gr.Tabs(selected="edit")
+
+    def edit_photo(self, request: gr.Request, canvas, class_label, num_images, strength, seed):
+        with _told_to_user():
+            if canvas is None or canvas["background"] is None or not canvas["layers"]:
+                raise ValueError(
+                    "There is nothing to edit yet: upload a photo or start from one you made, and draw on it."
+                )
+            photo, strokes = canvas["background"].convert("RGB"), canvas["layers"][0].convert("RGBA")
+            strokes = Image.alpha_composite(Image.new("RGBA", strokes.size, "white"), strokes).convert("RGB")
+            owner = str(request.session_hash)
+            yield from _show(
+                self.studio.edit_photo(
+                    photo, strokes, _label(class_label), int(num_images), int(seed), strength, owner
+                )
+            )
+
+    def interpolate(self, request: gr.Request, first, last, class_label, num_frames, seed):
+        with _told_to_user():
+            drawings = [_drawing(first), _drawing(last)]
+            owner = str(request.session_hash)
+            yield from _show(self.studio.interpolate(drawings, _label(class_label), int(num_frames), int(seed), owner))
+
+    def stop(self, request: gr.Request) -> str:
+        self.studio.stop(str(request.session_hash))
+        return "Stopped."
+
+    def keep(self, photos: Photos | None, history: list[dict[str, Any]]) -> Any:
+        return gr.skip() if photos is None else remember(history, photos)
+
+    def pack(self, photos: Photos | None) -> Any:
+        """The button that downloads them."""
+        if photos is None:
+            return gr.skip()
+        name = f"photos_{photos.records[0]['seed']}.zip"
+        path = save_bytes_to_cache(self.studio.archive(photos), name, get_upload_folder())
+        return gr.DownloadButton(value=path, interactive=True)
+
+    def reopen(self, history: list[dict[str, Any]], event: gr.SelectData):
+        """Values of the gallery, the photos and the seed, of one entry of the history."""
+        with _told_to_user():
+            photos = recall(history[event.index])
+        return _captioned(photos), photos, photos.records[0]["seed"]
+
+
+def _on_canvas(lines: Image.Image) -> dict[str, Any]:
+    """A value of the canvas: `lines` are a layer, not the background, so that the eraser works on them."""
+    page = Image.new("RGBA", lines.size, "white")
+    return {"background": None, "layers": [lines], "composite": Image.alpha_composite(page, lines)}
+
+
+def _progress_bar(progress: Progress) -> str:
+    # Gradio's own bar is hidden by what a generator yields.
+    text = f"step {progress.step} of {progress.num_steps}, {progress.seconds_left:.0f} s left"
+    return f'<label>{text} <progress value="{progress.step}" max="{progress.num_steps}"></progress></label>'
+
+
+def _index_of(event: gr.SelectData) -> int:
+    return event.index
+
+
+def _show(updates: Iterator[Progress | Photos]) -> Iterator[tuple[Any, Any, Any]]:
+    """Values of the gallery, of the line below it and of the photos, as they form."""
+    for update in updates:
+        if isinstance(update, Photos):
+            yield _captioned(update), "", update
+            return
+        yield update.images or gr.skip(), _progress_bar(update), gr.skip()
+    yield gr.skip(), "Stopped.", gr.skip()
+
+
+def _label(choice: str) -> str | None:
+    return None if choice == _GUESS else choice
+
+
+def _drawing(canvas: dict[str, Any] | None) -> Image.Image:
+    drawing = canvas and (canvas["composite"] or canvas["background"])
+    if not drawing:
+        raise ValueError("There is no drawing yet: draw, upload or choose one.")
+    return drawing
+
+
+def _captioned(photos: Photos) -> list[tuple[Image.Image, str]]:
+    names = [record["file"].removesuffix(".png").split("_", 1)[1] for record in photos.records]
+    label = photos.records[0]["class_label"]
+    return [(image, f"{label} {name}" if label else name) for image, name in zip(photos.images, names, strict=True)]
+
+
+def _show_history(history: list[dict[str, Any]]) -> list[tuple[Image.Image, str]]:
+    """The first photo of each entry; what cannot be read any more is left out with all that is older."""
+    shown = []
+    for entry in history or []:
+        try:
+            shown.append(_captioned(recall(entry))[0])
+        except ValueError:
+            break
+    return shown
+
+
+# Of each argument of the call that takes a number, in the order of `_Handlers.make_photos`.
+_EXPERT_FIELDS: dict[str, dict[str, Any]] = {
+    "num_inference_steps": {"label": "Steps", "precision": 0, "minimum": 1, "maximum": MAX_STEPS},
+    "sketch_guidance_scale": {"label": "Sketch guidance", "info": "1 is off"},
+    "classifier_guidance_scale": {"label": "Classifier guidance", "info": "0 is off"},
+    "perceptual_guidance_scale": {"label": "Perceptual guidance", "info": "0 is off"},
+    "guidance_start": {"label": "Guidance from", "info": "share of the steps", "minimum": 0, "maximum": 1},
+    "guidance_end": {"label": "Guidance until", "info": "share of the steps", "minimum": 0, "maximum": 1},
+    "strength": {"label": "Strength", "info": "below 1 starts from the drawing", "minimum": 0, "maximum": 1},
+    "eta": {"label": "Eta", "info": "fresh noise in each step", "minimum": 0, "maximum": 1},
+}
+
+
+def _expert_drawer() -> list[gr.components.Component]:
+    with gr.Accordion("Expert", open=False):
+        gr.Markdown("What is left empty is the slider's, or the model's own.")
+        with gr.Row():
+            fields = [gr.Number(value=None, min_width=140, **options) for options in _EXPERT_FIELDS.values()]
+            choices = [("the scheduler's", None), ("yes", True), ("no", False)]
+            clip = gr.Dropdown(choices, value=None, label="Clip", info="x̂_0 to [-1, 1] in each step", min_width=140)
+    return [*fields, clip]
+
+
+def _canvas(label: str, **options: Any) -> gr.ImageEditor:
+    options = {
+        # An empty layer, because without one the brush has to be chosen first.
+        "value": _on_canvas(Image.new("RGBA", (CANVAS_SIZE, CANVAS_SIZE))),
+        "sources": (),
+        "fixed_canvas": True,
+        **options,
+    }
+    canvas = gr.ImageEditor(
+        label=label,
+        height=f"min({CANVAS_SIZE + 80}px, 110vw)",
+        format="png",
+        transforms=(),
+        layers=False,
+        buttons=[],
+        brush=gr.Brush(default_size=6, colors=["#000000"], color_mode="fixed"),
+        eraser=gr.Eraser(default_size=24),
+        canvas_size=(CANVAS_SIZE, CANVAS_SIZE),
+        **options,
+    )
+    # A drawing waits here until its request is read, which never happens where the queue is full.
+    canvas.blob_storage = LRUCache(4 * MAX_WAITING)
+    return canvas
+
+
+def _relay_of(canvas: gr.ImageEditor, **options: Any) -> gr.ImageEditor:
+    """
+    What hands the canvas over: its value is copied here in the browser, and this is the input of the events.
+
+    Gradio 6.21 to 6.31 reads a component that was an event's input anew, and uploads it, with each message about any event
+    thereafter; that of a canvas costs a tenth of a second without a graphics card.
+    """
+    relay = gr.ImageEditor(**{"type": "pil", "image_mode": "RGB", "label": "drawing", "visible": False, **options})
+    relay.blob_storage = canvas.blob_storage
+    return relay
+
+
+def _seed(name: str) -> tuple[gr.Number, gr.Checkbox]:
+    with gr.Row():
+        seed = gr.Number(
+            0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=120, elem_id=f"{name}-seed"
+        )
+        return seed, gr.Checkbox(label="Keep this seed", min_width=120, elem_id=f"{name}-keep-seed")
+
+
+def _class(handlers: _Handlers) -> gr.Dropdown:
+    return gr.Dropdown([_GUESS, *handlers.studio.class_names], value=_GUESS, label="What it is")
+
+
+@dataclass
+class _Results:
+    """Where the images of a tab are shown."""
+
+    gallery: gr.Gallery
+    status: gr.HTML
+    photos: gr.State
+    make: gr.Button
+    stop: gr.Button
+    download: gr.DownloadButton
+
+    @classmethod
+    def place(cls, name: str, label: str, columns: int = 2) -> "_Results":
+        with gr.Row():
+            make = gr.Button(f"Make {label.lower()}", variant="primary", elem_id=f"{name}-make", min_width=120)
+            stop = gr.Button("Stop", elem_id=f"{name}-stop", min_width=120)
+        status = gr.HTML(elem_id=f"{name}-status", elem_classes="status", min_height=40)
+        gallery = gr.Gallery(
+            label=label,
+            columns=columns,
+            height="auto",
+            format="png",
+            buttons=["download", "fullscreen"],
+            interactive=False,
+            elem_id=f"{name}-photos",
+        )
+        download = gr.DownloadButton("Download all", interactive=False, elem_id=f"{name}-download")
+        return cls(gallery, status, gr.State(), make, stop, download)
+
+    @property
+    def shown(self) -> dict[str, Any]:
+        """Arguments of an event whose images are shown here."""
+        return {
+            "outputs": [self.gallery, self.status, self.photos],
+            "show_progress_on": self.status,
+            **_SAMPLING,
+        }
+
+    def end(self, handlers: _Handlers, events: list[Any]) -> None:
+        """What follows `events` whose images are shown here, and what stops them."""
+        self.stop.click(handlers.stop, None, self.status, cancels=events, queue=False, **_PRIVATE)
+        self.photos.change(handlers.pack, self.photos, self.download, show_progress="hidden", **_PRIVATE)
+
+
+def build_page(studio: Studio) -> gr.Blocks:
+    """The page over `studio`, to be launched with [`launch`]."""
+    handlers = _Handlers(studio)
+    with gr.Blocks(title="DiffSketching", analytics_enabled=False, delete_cache=_DELETE_CACHE) as page:
+        gr.Markdown("# DiffSketching\nDraw a shape, and watch photos of it appear.")
+        with gr.Tabs() as tabs:
+            with gr.Tab("Draw", id="draw"):
+                canvas, results, selected, start_edit = _draw_tab(handlers, page)
+            with gr.Tab("Edit a photo", id="edit"):
+                photo = _edit_tab(handlers)
+            with gr.Tab("In between", id="between"):
+                _interpolation_tab(handlers, canvas)
+        start_edit.click(
+            handlers.start_edit, [results.photos, selected], [photo, tabs], show_progress_on=tabs, **_PRIVATE
+        )
+    page.queue(max_size=MAX_WAITING)
+    return page
+
+
+def _draw_tab(handlers: _Handlers, page: gr.Blocks) -> tuple[gr.ImageEditor, _Results, gr.State, gr.Button]:
+    history = gr.BrowserState([], storage_key="diffsketching-history", secret="diffsketching")
+    selected = gr.State(0)
+    with gr.Row():
+        with gr.Column():
+            canvas = _canvas("Your drawing: dark lines on white")
+            upload = gr.UploadButton("Upload a drawing, or a photo of one", file_types=[*_UPLOADS], elem_id="upload")
+            examples = gr.Dataset(
+                label="Examples",
+                components=[gr.Image(visible=False)],
+                samples=[[str(path)] for path in example_drawings()],
+                type="index",
+            )
+            with gr.Row():
+                seen = gr.Image(
+                    label="What the model sees",
+                    interactive=False,
+                    buttons=[],
+                    height=180,
+                    elem_classes="seen",
+                    min_width=140,
+                )
+                guess = gr.Label(label="What it takes it for", num_top_classes=3, min_width=140)
+        with gr.Column():
+            results = _Results.place("draw", "Photos")
+            with gr.Row():
+                more = gr.Button("More like the chosen one", elem_id="more", min_width=120)
+                start_edit = gr.Button("Edit the chosen one", elem_id="start-edit", min_width=120)
+            class_label = _class(handlers)
+            realism = gr.Slider(0, 1, 0.5, step=0.05, label="Follow the drawing (0) or look real (1)")
+            num_images = gr.Slider(1, MAX_IMAGES, 4, step=1, label="Number of photos", elem_id="num-images")
+            seed, keep_seed = _seed("draw")
+            live = gr.Checkbox(label="Live: photos after each stroke, with this seed", elem_id="live")
+            expert = _expert_drawer()
+    earlier = gr.Gallery(
+        label="Earlier",
+        columns=8,
+        height=160,
+        format="png",
+        allow_preview=False,
+        buttons=[],
+        interactive=False,
+        elem_id="earlier",
+    )
+
+    drawing = _relay_of(canvas)
+    wishes = [drawing, class_label, num_images, realism, seed, *expert]
+    made = results.make.click(None, [canvas, seed, keep_seed], [drawing, seed], js=_HAND_OVER).then(
+        handlers.make_photos, wishes, api_name="make_photos", **results.shown
+    )
+    varied = more.click(handlers.more_like_this, [results.photos, selected], **results.shown, **_PRIVATE)
+    looked = canvas.change(None, canvas, drawing, js=_COPY).then(
+        handlers.look_at,
+        [drawing, live],
+        [seen, guess],
+        api_name="look_at",
+        show_progress="hidden",
+        concurrency_limit=4,
+        trigger_mode="always_last",
+    )
+    drawn = looked.then(None, canvas, drawing, js=_COPY).then(
+        handlers.make_photos_live, [live, *wishes], trigger_mode="always_last", **results.shown, **_PRIVATE
+    )
+    results.end(handlers, [made, varied, drawn])
+    for event in (made, varied):
+        event.success(handlers.keep, [results.photos, history], history, show_progress="hidden", **_PRIVATE)
+    upload.upload(handlers.read_upload, upload, canvas, show_progress_on=seen, **_PRIVATE)
+    examples.click(handlers.read_example, examples, canvas, show_progress_on=seen, **_PRIVATE)
+    results.gallery.select(_index_of, None, selected, **_PRIVATE)
+    earlier.select(handlers.reopen, history, [results.gallery, results.photos, seed], **_PRIVATE)
+    gr.on([page.load, history.change], _show_history, history, earlier, show_progress="hidden", **_PRIVATE)
+    return canvas, results, selected, start_edit
+
+
+def _edit_tab(handlers: _Handlers) -> gr.ImageEditor:
+    with gr.Row():
+        with gr.Column():
+            # The canvas takes on the photo's size, so that the result has it, too.
+            photo = _canvas(
+                "A photo, and the lines that are new in it", value=None, sources=("upload",), fixed_canvas=False
+            )
+        with gr.Column():
+            results = _Results.place("edit", "Edits")
+            class_label = _class(handlers)
+            num_images = gr.Slider(1, MAX_IMAGES, 2, step=1, label="Number of photos")
+            strength = gr.Slider(0.1, 1, 0.9, step=0.05, label="Small change (0) or something new (1)")
+            seed, keep_seed = _seed("edit")
+    relay = _relay_of(photo, image_mode="RGBA", label="photo")
+    edited = results.make.click(None, [photo, seed, keep_seed], [relay, seed], js=_HAND_OVER).then(
+        handlers.edit_photo, [relay, class_label, num_images, strength, seed], api_name="edit_photo", **results.shown
+    )
+    results.end(handlers, [edited])
+    return photo
+
+
+def _interpolation_tab(handlers: _Handlers, first: gr.ImageEditor) -> None:
+    with gr.Row():
+        with gr.Column():
+            last = _canvas("Where it leads, from the drawing on the first tab")
+        with gr.Column():
+            results = _Results.place("between", "Frames", columns=4)
+            class_label = _class(handlers)
+            num_frames = gr.Slider(3, MAX_FRAMES, 8, step=1, label="Number of frames")
+            seed, keep_seed = _seed("between")
+    relays = [_relay_of(first, label="first"), _relay_of(last, label="last")]
+    made = (
+        results.make.click(None, [last, seed, keep_seed], [relays[1], seed], js=_HAND_OVER)
+        .then(None, first, relays[0], js=_COPY)
+        .then(handlers.interpolate, [*relays, class_label, num_frames, seed], api_name="interpolate", **results.shown)
+    )
+    results.end(handlers, [made])
+
+
+def launch(
+    studio: Studio, host: str | None = None, port: int | None = None, share: bool = False, **kwargs: Any
+) -> gr.Blocks:
+    """
+    Serves the page in the background.
+
+    Args:
+        studio ([`Studio`]): the model.
+        host (`str`, *optional*): address to listen on; `None` is `GRADIO_SERVER_NAME`, or else 127.0.0.1.
+        port (`int`, *optional*): `None` is `GRADIO_SERVER_PORT`, or else the first free one from 7860.
+        share (`bool`, defaults to `False`): whether to open a public address, too, through Gradio's servers.
+        kwargs: further arguments of `gradio.Blocks.launch`.
+
+    Returns:
+        [`gradio.Blocks`]: running; it has a `local_url`, and is ended by `close()`.
+
+    Raises:
+        OSError: if the port is taken.
+    """
+    # Gradio decodes pictures before we see them: it, too, is to refuse what unpacks to more than this. Pillow warns at
+    # its limit and raises at twice that.
+    Image.MAX_IMAGE_PIXELS = MAX_SKETCH_PIXELS // 2
+    page = build_page(studio)
+    page.launch(
+        server_name=host,
+        server_port=port,
+        share=share,
+        prevent_thread_lock=True,
+        quiet=True,
+        show_error=True,
+        max_file_size=MAX_UPLOAD_BYTES,
+        run_history=False,
+        footer_links=["api"],
+        enable_monitoring=False,
+        ssr_mode=False,
+        # The fonts of Gradio's themes may be Google's.
+        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        css=_CSS,
+        **kwargs,
+    )
+    return page

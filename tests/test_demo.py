@@ -1,0 +1,251 @@
+# Copyright 2026 The DiffSketching Pipeline Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What the drawing page does, without a browser."""
+
+import io
+import json
+import threading
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageChops, ImageDraw
+
+
+pytest.importorskip("gradio", reason="Gradio is not installed: pip install .[demo]")
+
+from diffsketching_pipeline import demo  # noqa: E402
+from diffsketching_pipeline.demo import PhotoRequest, Photos, Progress, Studio, more_like_this  # noqa: E402
+
+
+STEPS = {"num_inference_steps": 6, "eta": 1.0}
+
+
+@pytest.fixture
+def studio(tiny_pipeline_factory):
+    recommended = {"num_inference_steps": 6, "sketch_guidance_scale": 2.0, "classifier_guidance_scale": 1.5}
+    return Studio(tiny_pipeline_factory(recommended=recommended))
+
+
+@pytest.fixture
+def drawing():
+    page = Image.new("RGB", (120, 120), "white")
+    ImageDraw.Draw(page).rectangle((30, 20, 90, 100), outline="black", width=4)
+    return page
+
+
+def finish(updates):
+    return list(updates)[-1]
+
+
+def pixels(images):
+    return np.stack([np.asarray(image, dtype=int) for image in images])
+
+
+def alone(studio, drawing, seed, **arguments):
+    """What the pipeline makes of one seed, by nobody's help."""
+    settings = {**studio.call_settings(0.5), **STEPS, **arguments}
+    generator = [torch.Generator().manual_seed(seed)]
+    return studio.pipe(drawing, class_labels="b", num_images_per_sketch=1, generator=generator, **settings).images
+
+
+def test_photos_form_step_by_step_and_are_those_of_the_pipeline(studio, drawing):
+    request = PhotoRequest(drawing, "b", 2, seed=7, settings=STEPS)
+    *progress, photos = studio.make_photos(request, "me")
+    assert [(p.step, p.num_steps) for p in progress] == [(k, 6) for k in range(1, 7)]
+    assert [p.step for p in progress if p.images] == [1, 4] and all(len(p.images or "12") == 2 for p in progress)
+    assert progress[-1].seconds_left == 0 < progress[0].seconds_left
+    assert [record["seed"] for record in photos.records] == [7, 8]
+    for k in range(2):
+        assert np.abs(pixels(photos.images[k : k + 1]) - pixels(alone(studio, drawing, 7 + k))).max() <= 2
+
+
+def test_two_at_once_get_their_own_and_one_stops_alone(studio, drawing):
+    results = {}
+
+    def ask(owner, seed, stop_at=None):
+        seen = []
+        for update in studio.make_photos(PhotoRequest(drawing, "b", 1, seed, settings=STEPS), owner):
+            seen.append(update)
+            if stop_at is not None and isinstance(update, Progress) and update.step == stop_at:
+                studio.stop(owner)
+        results[owner] = seen
+
+    asked = [("a", 1), ("b", 2, 1), ("c", 3)]
+    threads = [threading.Thread(target=ask, args=arguments) for arguments in asked]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for owner, seed in (("a", 1), ("c", 3)):
+        assert np.abs(pixels(results[owner][-1].images) - pixels(alone(studio, drawing, seed))).max() <= 2
+    # The step that was running when it was stopped is the last one, or the one after it.
+    assert len(results["b"]) <= 3 and all(isinstance(update, Progress) for update in results["b"])
+    assert studio._running == []
+
+
+def test_who_leaves_frees_the_model(studio, drawing):
+    updates = studio.make_photos(PhotoRequest(drawing, "b", 1, settings={**STEPS, "num_inference_steps": 100}), "gone")
+    next(updates)
+    updates.close()
+    assert isinstance(finish(studio.make_photos(PhotoRequest(drawing, "b", 1, 5, settings=STEPS), "next")), Photos)
+    assert not studio.pipe.interrupt and studio._running == []
+
+
+def test_a_request_that_fails_harms_no_other(studio, drawing):
+    blank = Image.new("RGB", (64, 64), "white")
+    with pytest.raises(ValueError, match="holds no drawing"):
+        finish(studio.make_photos(PhotoRequest(blank), "a"))
+    assert isinstance(finish(studio.make_photos(PhotoRequest(drawing, settings=STEPS), "a")), Photos)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_images": 0}, "`num_images` has to be between 1 and 8 but is 0"),
+        ({"num_images": 9}, "`num_images` has to be between 1 and 8 but is 9"),
+        ({"seed": -1}, "`seed` has to be between 0 and"),
+        ({"realism": 1.5}, r"`realism` has to be in \[0, 1\] but is 1.5"),
+        (
+            {"settings": {"num_inference_steps": 101}},
+            "`num_inference_steps` has to be between 1 and 100 here but is 101",
+        ),
+        ({"settings": {"eta": 2.0}}, "`eta` has to be in"),
+        ({"variations": (demo.Variation(1, 0.0),)}, "`variations` have to have a strength in"),
+        ({"class_label": "z"}, "unknown class 'z'"),
+    ],
+)
+def test_out_of_bounds_is_told(studio, drawing, changes, message):
+    with pytest.raises(ValueError, match=message):
+        finish(studio.make_photos(PhotoRequest(drawing, **changes), "a"))
+
+
+def test_the_slider_leads_from_the_drawing_over_the_recommendation_to_the_class(studio, tiny_pipeline_factory):
+    ends = [studio.call_settings(position) for position in (0.0, 0.5, 1.0)]
+    assert ends[1]["sketch_guidance_scale"] == 2.0 and ends[1]["classifier_guidance_scale"] == 1.5
+    sketch, classifier = ([end[f"{name}_guidance_scale"] for end in ends] for name in ("sketch", "classifier"))
+    assert sketch == sorted(sketch, reverse=True) and sketch[-1] == 1.0
+    assert classifier == sorted(classifier) and classifier[0] == 0.0
+    poor = Studio(tiny_pipeline_factory(components=(), in_channels=3))
+    assert poor.call_settings(0.2).keys() == {"guidance_start", "guidance_end"}
+
+
+def test_more_like_one_starts_as_it_did_and_ends_otherwise(studio, drawing):
+    photos = finish(studio.make_photos(PhotoRequest(drawing, "b", 2, 3, settings=STEPS), "a"))
+    request = more_like_this(photos, 1, seed=40, num_images=2)
+    assert (request.seed, request.variations) == (4, (demo.Variation(40, 0.6),))
+    *progress, near = studio.make_photos(request, "a")
+    *origin, _ = studio.make_photos(PhotoRequest(drawing, "b", 2, 4, settings=STEPS), "a")
+    # Of six steps the first two are the same, the fourth is not.
+    first, fourth = ([pixels(run[k].images[:1]) for run in (progress, origin)] for k in (0, 3))
+    assert np.abs(first[0] - first[1]).max() <= 2 < np.abs(fourth[0] - fourth[1]).max()
+    assert np.abs(pixels(near.images[:1]) - pixels(near.images[1:])).max() > 2
+    assert [record["variations"][0]["seed"] for record in near.records] == [40, 41]
+    nearer = more_like_this(near, 1, seed=9, num_images=1)
+    assert nearer.variations == (demo.Variation(41, 0.6), demo.Variation(9, pytest.approx(0.36)))
+    assert finish(studio.make_photos(nearer, "a")).records[0]["file"] == "photo_4_41_9.png"
+    with pytest.raises(ValueError, match="`index` has to be between 0 and 1 but is 5"):
+        more_like_this(photos, 5, 0)
+
+
+def test_the_archive_makes_its_photos_again(studio, drawing):
+    photos = finish(studio.make_photos(PhotoRequest(drawing, None, 2, 11, realism=0.8, settings=STEPS), "a"))
+    with zipfile.ZipFile(io.BytesIO(studio.archive(photos))) as archive:
+        assert archive.namelist() == ["drawing.png", "photo_11.png", "photo_12.png", "metadata.json"]
+        document = json.loads(archive.read("metadata.json"))
+        kept, written = (Image.open(io.BytesIO(archive.read(name))) for name in ("drawing.png", "photo_12.png"))
+    record = document["images"][1]
+    assert record["class_predicted"] and document["model"] == studio.model_record
+    again = studio.pipe(
+        kept,
+        class_labels=record["class_label"],
+        num_images_per_sketch=1,
+        generator=[torch.Generator().manual_seed(record["seed"])],
+        **{name: record[name] for name in demo.CALL_SETTINGS if name in record},
+    )
+    assert np.abs(pixels([written]) - pixels(again.images)).max() <= 2
+
+
+def test_history_comes_back_from_json_and_stays_small(monkeypatch, studio, drawing):
+    photos = finish(studio.make_photos(PhotoRequest(drawing, "b", 1, settings=STEPS), "a"))
+    history = json.loads(json.dumps(demo.remember([], photos)))
+    back = demo.recall(history[0])
+    assert (pixels(back.images) == pixels(photos.images)).all() and back.records == photos.records
+    assert not ImageChops.difference(back.sources["drawing"], drawing).getbbox()
+    monkeypatch.setattr(demo, "MAX_HISTORY_BYTES", int(2.5 * len(json.dumps(history[0]))))
+    for _ in range(4):
+        history = demo.remember(history, photos)
+    assert len(history) == 2
+    for broken in ({}, {**history[0], "pictures": ["!"]}, {**history[0], "records": []}):
+        with pytest.raises(ValueError, match="this entry of the history cannot be read"):
+            demo.recall(broken)
+
+
+def test_an_upload_is_redrawn_and_its_place_is_not_told(studio, tmp_path):
+    path = tmp_path / "secret" / "paper.png"
+    path.parent.mkdir()
+    page = Image.new("L", (300, 200), 40)
+    ImageDraw.Draw(page).ellipse((100, 50, 200, 150), outline=230, width=5)
+    page.save(path)
+    layer = studio.read_drawing(path)
+    assert layer.size == (demo.CANVAS_SIZE, demo.CANVAS_SIZE) and layer.getpixel((0, 0))[3] == 0
+    column = np.asarray(layer)[:, demo.CANVAS_SIZE // 2, 3]
+    assert np.flatnonzero(column > 200).min() < 30 and np.flatnonzero(column > 200).max() > demo.CANVAS_SIZE - 30
+    path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(ValueError, match="paper.png") as error:
+        studio.read_drawing(path)
+    assert "secret" not in str(error.value)
+
+
+def test_the_model_is_shown_what_the_page_shows(studio, drawing):
+    seen, probabilities = studio.look_at(drawing)
+    assert seen.size == (16, 16) and sum(probabilities.values()) == pytest.approx(1, abs=1e-5)
+    sketch = studio.pipe.prepare_sketches(drawing)[0]
+    torch.testing.assert_close(
+        torch.tensor(list(probabilities.values())), studio.pipe.predict_class_probabilities(sketch)
+    )
+
+
+def test_a_photo_is_edited_where_it_was_drawn_on(studio):
+    photo = Image.effect_noise((64, 64), 60).convert("RGB")
+    strokes = Image.new("RGB", photo.size, "white")
+    ImageDraw.Draw(strokes).rectangle((20, 20, 40, 40), outline="black", width=2)
+    edited = finish(studio.edit_photo(photo, strokes, "b", 1, 3, 0.9, "a"))
+    changed = np.abs(pixels(edited.images)[0] - pixels([photo])[0]).max(-1) > 0
+    assert changed[22:38, 22:38].mean() > 0.5 and not changed[:8].any() and not changed[:, 56:].any()
+    assert list(edited.sources) == ["photo", "drawing"] and edited.records[0]["strength"] == 0.9
+    with pytest.raises(ValueError, match="`num_images` has to be between"):
+        finish(studio.edit_photo(photo, strokes, "b", 99, 3, 0.9, "a"))
+
+
+def test_frames_lead_from_one_drawing_to_the_other(studio, drawing):
+    other = Image.new("RGB", (120, 120), "white")
+    ImageDraw.Draw(other).ellipse((20, 40, 100, 80), outline="black", width=4)
+    frames = finish(studio.interpolate([drawing, other], "b", 3, 5, "a"))
+    assert [record["file"] for record in frames.records] == ["frame_00.png", "frame_01.png", "frame_02.png"]
+    assert len({image.tobytes() for image in frames.images}) == 3
+    with pytest.raises(ValueError, match="`num_frames` has to be between 2 and 16 but is 17"):
+        finish(studio.interpolate([drawing, other], "b", 17, 5, "a"))
+
+
+def test_the_examples_are_six_drawings():
+    assert [path.stem for path in demo.example_drawings()] == [
+        "dress",
+        "hat",
+        "longsleeve",
+        "pants",
+        "shoes",
+        "t-shirt",
+    ]

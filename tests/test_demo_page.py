@@ -1,0 +1,372 @@
+# Copyright 2026 The DiffSketching Pipeline Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The drawing page in a browser, with a mouse, and by its API; all over the loopback."""
+
+import importlib.util
+import io
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image, ImageDraw
+
+
+gradio_client = pytest.importorskip("gradio_client", reason="Gradio is not installed: pip install .[demo]")
+
+from diffsketching_pipeline import DiffSketchingPipeline, SketchProcessor, bundled_checkpoint, demo_page  # noqa: E402
+from diffsketching_pipeline.demo import CANVAS_SIZE, Studio, example_drawings  # noqa: E402
+
+
+ROOT = Path(__file__).parents[1]
+# The outline of the pants among the examples, in pixels of the canvas.
+PANTS = [(150, 48), (366, 46), (402, 462), (304, 466), (258, 194), (214, 466), (112, 464), (150, 48)]
+SQUARE = [(120, 120), (400, 120), (400, 400), (120, 400), (120, 120)]
+CIRCLE = [(256 + 150 * np.sin(t), 256 + 90 * np.cos(t)) for t in np.linspace(0, 2 * np.pi, 13)]
+
+
+@pytest.fixture(scope="module")
+def studio(tiny_pipeline_factory):
+    return Studio(tiny_pipeline_factory(recommended={"num_inference_steps": 12}))
+
+
+@pytest.fixture(scope="module")
+def address(studio):
+    page = demo_page.launch(studio)
+    yield page.local_url
+    page.close()
+
+
+@pytest.fixture(scope="module")
+def start_browser():
+    """`start()`: a headless Chromium of its own."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: pip install .[test]")
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    driver = shutil.which("chromedriver")
+    if chromium is None or driver is None:
+        pytest.skip("Chromium or its driver is not installed: apt-get install chromium chromium-driver")
+    browsers = []
+
+    def start():
+        options = webdriver.ChromeOptions()
+        options.binary_location = chromium
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+        arguments = ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--enable-unsafe-swiftshader")
+        for argument in (*arguments, "--window-size=1280,1400"):
+            options.add_argument(argument)
+        browsers.append(webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=driver)))
+        return browsers[-1]
+
+    yield start
+    for browser in browsers:
+        browser.quit()
+
+
+@pytest.fixture(scope="module")
+def browser(start_browser):
+    return start_browser()
+
+
+def wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    return value
+
+
+def find(browser, selector):
+    return browser.find_elements("css selector", selector)
+
+
+def open_page(browser, address):
+    browser.get(address)
+    wait_for(lambda: find(browser, "canvas") and find(browser, "button[aria-label=Brush]"))
+    # The brush is chosen once the canvas is ready.
+    wait_for(lambda: find(browser, "button[aria-label=Brush].highlight, button.highlight[aria-label=Brush]"), 20)
+
+
+def click(browser, selector):
+    # A click by script: what floats over the page, such as a message, is not in its way.
+    browser.execute_script("arguments[0].click()", wait_for(lambda: find(browser, selector))[0])
+
+
+def draw(browser, points):
+    """One stroke with the mouse, and the drawing as the model then sees it."""
+    from selenium.webdriver import ActionChains
+
+    canvas = find(browser, "canvas")[0]
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", canvas)
+    # The page of the canvas is square, in the middle of its element.
+    shown = float(find(browser, "[aria-label='Zoom in'] ~ *, .toolbar span")[0].text.strip("%") or 100) / 100
+    moves = [(round((x - CANVAS_SIZE / 2) * shown), round((y - CANVAS_SIZE / 2) * shown)) for x, y in points]
+    actions = ActionChains(browser, duration=20)
+    actions.move_to_element_with_offset(canvas, *moves[0]).click_and_hold()
+    for before, after in zip(moves, moves[1:], strict=False):
+        actions.move_by_offset(after[0] - before[0], after[1] - before[1])
+    actions.release().perform()
+    return wait_for(lambda: find(browser, ".seen img"))[0]
+
+
+def set_number(browser, selector, value):
+    field = find(browser, f"{selector} input[type=number]")[0]
+    browser.execute_script(
+        "arguments[0].value = arguments[1]; arguments[0].dispatchEvent(new Event('input', {bubbles: true}))",
+        field,
+        str(value),
+    )
+
+
+def fetch(source):
+    with urllib.request.urlopen(source) as response:
+        return Image.open(io.BytesIO(response.read())).convert("RGB")
+
+
+def photos_of(browser, count=4, name="draw"):
+    """The photos, once they are finished: the line below them is empty then."""
+
+    def finished():
+        images = find(browser, f"#{name}-photos .grid-container img")
+        return len(images) == count and not find(browser, f"#{name}-status progress") and images
+
+    return [fetch(image.get_attribute("src")) for image in wait_for(finished)]
+
+
+def pixels(image):
+    return np.asarray(image, dtype=int)
+
+
+def test_strokes_become_photos_that_are_there_after_a_reload(browser, address, studio):
+    open_page(browser, address)
+    seen = fetch(draw(browser, SQUARE).get_attribute("src"))
+    assert seen.size == (16, 16) and 20 < (pixels(seen)[..., 0] < 128).sum() < 80
+    click(browser, "#draw-keep-seed input")
+    set_number(browser, "#draw-seed", 21)
+    click(browser, "#draw-make")
+    assert "of 12" in wait_for(lambda: find(browser, "#draw-status label"))[0].text
+    first = photos_of(browser)
+    assert len({image.tobytes() for image in first}) == 4
+    wait_for(lambda: len(find(browser, "#earlier img")) == 1)
+    link = wait_for(lambda: [a for a in find(browser, "a[download]") if a.get_attribute("download").endswith(".zip")])
+    assert link[0].get_attribute("download") == "photos_21.zip"
+
+    open_page(browser, address)
+    click(browser, "#earlier button")
+    assert all((pixels(a) == pixels(b)).all() for a, b in zip(photos_of(browser), first, strict=True))
+    click(browser, "#more")
+    wait_for(lambda: len(find(browser, "#earlier img")) == 2)
+    near = photos_of(browser)
+    assert all((pixels(image) != pixels(first[0])).any() for image in near)
+    # Nothing has come from anywhere else, and nothing went wrong.
+    loaded = browser.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
+    assert all(name.startswith((address, "data:", "blob:")) for name in loaded)
+    assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+
+
+def test_stop_ends_it_within_a_step(browser, address, studio):
+    open_page(browser, address)
+    draw(browser, SQUARE)
+    studio.pipe.recommended["num_inference_steps"] = 100
+    try:
+        click(browser, "#draw-make")
+        wait_for(lambda: find(browser, "#draw-status progress"))
+        click(browser, "#draw-stop")
+        wait_for(lambda: find(browser, "#draw-status")[0].text == "Stopped.")
+        wait_for(lambda: studio._running == [], 10)
+    finally:
+        studio.pipe.recommended["num_inference_steps"] = 12
+
+
+def test_bad_uploads_are_told_and_good_ones_drawn(browser, address, tmp_path):
+    open_page(browser, address)
+    page = Image.new("L", (200, 200), 255)
+    page.save(tmp_path / "blank.png")
+    (tmp_path / "text.png").write_text("not an image")
+    ImageDraw.Draw(page).ellipse((40, 40, 160, 160), outline=0, width=4)
+    page.save(tmp_path / "round.png")
+    (tmp_path / "half.png").write_bytes((tmp_path / "round.png").read_bytes()[:200])
+    (tmp_path / "lines.svg").write_text('<svg><path d="M0 0L9 9"/></svg>')
+    for name, message in {
+        "blank": "holds no drawing",
+        "text": "cannot be read as an image",
+        "half": "half.png",
+    }.items():
+        find(browser, "input[type=file]")[0].send_keys(str(tmp_path / f"{name}.png"))
+        told = wait_for(lambda: find(browser, ".toast-body"))[0].text
+        assert message in told and "/" not in told
+        click(browser, ".toast-close")
+        wait_for(lambda: not find(browser, ".toast-body"))
+    assert not find(browser, ".seen img")
+    find(browser, "input[type=file]")[0].send_keys(str(tmp_path / "round.png"))
+    seen = fetch(wait_for(lambda: find(browser, ".seen img"))[0].get_attribute("src"))
+    assert (pixels(seen)[..., 0] < 128).sum() > 20
+
+
+def test_two_browsers_at_once_get_their_own(browser, start_browser, address):
+    """Each ends up with what it gets alone for its drawing and seed."""
+    browsers = [browser, start_browser()]
+    for one, points, seed in zip(browsers, (SQUARE, CIRCLE), (5, 6), strict=True):
+        open_page(one, address)
+        draw(one, points)
+        click(one, "#draw-keep-seed input")
+        set_number(one, "#draw-seed", seed)
+    runs = []
+    for together in (True, False):
+        for one in browsers:
+            click(one, "#draw-make")
+            wait_for(lambda one=one: find(one, "#draw-status progress"))
+            if not together:
+                photos_of(one)
+        runs.append([photos_of(one) for one in browsers])
+    for together, alone in zip(*runs, strict=True):
+        assert all(np.abs(pixels(a) - pixels(b)).max() <= 2 for a, b in zip(together, alone, strict=True))
+    assert (pixels(runs[0][0][0]) != pixels(runs[0][1][0])).any()
+
+
+def test_phone_width_keyboard_and_labels(browser, address):
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": 360, "height": 740, "deviceScaleFactor": 1, "mobile": True}
+    )
+    try:
+        open_page(browser, address)
+        width = browser.execute_script("return [document.documentElement.scrollWidth, window.innerWidth]")
+        assert width[0] <= width[1] == 360
+        reachable = "return [...document.querySelectorAll('button, input, [role=tab]')].filter(e => e.offsetParent &&"
+        assert browser.execute_script(f"{reachable} e.tabIndex < 0 && e.getAttribute('role') != 'tab')") == []
+        nameless = browser.execute_script(
+            f"{reachable} !(e.innerText || e.ariaLabel || e.title || e.labels?.length || e.type == 'file'"
+            " || e.querySelector('img')))"
+        )
+        assert nameless == [], [element.get_attribute("outerHTML") for element in nameless]
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_a_drawn_shape_is_followed(start_browser, browser, monkeypatch):
+    """Of the examples, the photo's contours are nearest to the one that was drawn; with the bundled model."""
+    monkeypatch.syspath_prepend(str(ROOT / "training"))
+    import metrics
+
+    pipe = DiffSketchingPipeline.from_pretrained(bundled_checkpoint())
+    pipe.set_progress_bar_config(disable=True)
+    page = demo_page.launch(Studio(pipe))
+    try:
+        open_page(browser, page.local_url)
+        draw(browser, PANTS)
+        set_number(browser, "#num-images", 1)
+        click(browser, "#draw-make")
+        [photo] = photos_of(browser, count=1)
+    finally:
+        page.close()
+    sketches = SketchProcessor(256).preprocess(example_drawings())[:, 0].numpy() < 0
+    distances = metrics.contour_distances(metrics.edge_map(photo)[None], sketches)[0]
+    assert example_drawings()[int(distances.argmin())].stem == "pants"
+
+
+# -- by its API --
+
+
+def test_the_api_makes_photos_and_tells_what_is_wrong(address, studio, tmp_path):
+    page = Image.new("RGB", (120, 120), "white")
+    ImageDraw.Draw(page).rectangle((30, 20, 90, 100), outline="black", width=4)
+    page.save(tmp_path / "box.png")
+    client = gradio_client.Client(address, verbose=False)
+    canvas = {"background": gradio_client.handle_file(tmp_path / "box.png"), "layers": [], "composite": None}
+    arguments = {"drawing": canvas, "class_label": "b", "num_images": 2, "seed": 9}
+    gallery, status = client.predict(**arguments, api_name="/make_photos")[:2]
+    settings = studio.call_settings(0.5)
+    generator = [torch.Generator().manual_seed(10)]
+    alone = studio.pipe(page, "b", num_images_per_sketch=1, generator=generator, **settings).images[0]
+    assert np.abs(pixels(Image.open(gallery[1]["image"]).convert("RGB")) - pixels(alone)).max() <= 2 and status == ""
+    with pytest.raises(gradio_client.exceptions.AppError, match="There is no drawing yet"):
+        client.predict(drawing=None, api_name="/make_photos")
+    with pytest.raises(gradio_client.exceptions.AppError, match="8"):
+        client.predict(**{**arguments, "num_images": 900}, api_name="/make_photos")
+
+
+def test_a_full_queue_says_so(monkeypatch, studio, tmp_path):
+    monkeypatch.setattr(demo_page, "MAX_WAITING", 1)
+    Image.linear_gradient("L").point(lambda level: 255 * (level > 100)).save(tmp_path / "half.png")
+    page = demo_page.launch(studio)
+    busy = threading.Event()
+    studio._executor.submit(busy.wait, 60)
+    try:
+        client = gradio_client.Client(page.local_url, verbose=False)
+        canvas = {"background": gradio_client.handle_file(tmp_path / "half.png"), "layers": [], "composite": None}
+        jobs = [client.submit(drawing=canvas, num_images=1, api_name="/make_photos") for _ in range(4)]
+        wait_for(lambda: sum(job.done() for job in jobs) >= 2)
+        busy.set()
+        failed = [str(job.exception(timeout=60)) for job in jobs if job.exception(timeout=60)]
+        assert failed and all("queue is full" in message.lower() for message in failed)
+        assert len(failed) < 4
+    finally:
+        busy.set()
+        page.close()
+
+
+def test_without_gradio_the_command_says_what_to_install(monkeypatch, capsys):
+    from diffsketching_pipeline import cli
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("sys.argv", ["diffsketching", "demo"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2 and "pip install 'diffsketching_pipeline[demo]'" in capsys.readouterr().err
+
+
+# -- as a Space --
+
+
+def test_the_space_answers_what_the_readme_asks(tiny_pipeline_factory, tmp_path, monkeypatch):
+    space = ROOT / "examples" / "space"
+    front_matter = yaml.safe_load((space / "README.md").read_text(encoding="utf-8").split("---")[1])
+    assert front_matter["sdk"] == "gradio" and (space / front_matter["app_file"]).is_file()
+    tiny_pipeline_factory(recommended={"num_inference_steps": 2}).save_pretrained(tmp_path / "tiny")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    env = {**os.environ, "DIFFSKETCHING_MODEL": str(tmp_path / "tiny"), "GRADIO_SERVER_PORT": str(port)}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    served = subprocess.Popen([sys.executable, front_matter["app_file"]], cwd=space, env=env)
+    try:
+        address = f"http://127.0.0.1:{port}"
+        wait_for(lambda: served.poll() is None and is_up(address), 120)
+        readme = (ROOT / "README.md").read_text(encoding="utf-8")
+        snippet = re.search(r"<!-- snippet: api -->\s*```python\n(.*?)```", readme, re.S)[1]
+        assert "http://127.0.0.1:7860" in snippet and '"t-shirt"' in snippet
+        names: dict = {}
+        monkeypatch.chdir(ROOT)
+        exec(snippet.replace("http://127.0.0.1:7860", address).replace('"t-shirt"', '"b"'), names)
+        sizes = [Image.open(photo["image"]).size for photo in names["photos"]]
+        assert sizes == [(16, 16), (16, 16)]
+    finally:
+        served.terminate()
+        served.wait(20)
+
+
+def is_up(address):
+    try:
+        return urllib.request.urlopen(address).status == 200
+    except OSError:
+        return False
