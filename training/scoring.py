@@ -483,7 +483,7 @@ def load_lpips(net: Literal["alex", "vgg", "squeeze"]) -> tuple[nn.Module | None
     weights = getattr(torchvision.models, f"{model_name}_Weights").DEFAULT
     path = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[-1]
     if not path.is_file():
-        return None, f"no backbone weights: {path.name} is not in the torch hub folder ({path.parent})"
+        return None, f"no backbone weights: {path.name} is not in `checkpoints` of the torch hub folder"
     return LearnedPerceptualImagePatchSimilarity(net_type=net, reduction="none", **THIS_PROCESS).eval(), None
 
 

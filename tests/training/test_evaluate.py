@@ -204,7 +204,7 @@ def test_lpips_needs_its_backbone_and_equals_the_lpips_package(evaluator_dir, tm
     name = "squeezenet1_1-b8a52dc0.pth"
     assert scoring.load_lpips("squeeze") == (
         None,
-        f"no backbone weights: {name} is not in the torch hub folder ({tmp_path / 'hub' / 'checkpoints'})",
+        f"no backbone weights: {name} is not in `checkpoints` of the torch hub folder",
     )
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
     torch.manual_seed(0)
