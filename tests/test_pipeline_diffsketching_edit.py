@@ -274,7 +274,7 @@ def test_the_colours_of_a_palette_reach_the_part_that_is_drawn(pipe, photo):
     red = pipe(photo, BOX, sketch, colour_hint=["#ff0000"], colour_guidance_scale=1.0, **options).images
     inner = (slice(None), slice(None), slice(6, 10), slice(6, 10))
     target = torch.tensor([1.0, -1.0, -1.0]).reshape(1, 3, 1, 1)
-    assert (red[inner].mean((2, 3), True) - target).norm() < 0.3 * (plain[inner].mean((2, 3), True) - target).norm()
+    assert (red[inner].mean((2, 3), True) - target).norm() < 0.7 * (plain[inner].mean((2, 3), True) - target).norm()
 
 
 def test_strokes_of_colour_lie_on_the_photos_page(pipe, photo):
@@ -284,10 +284,11 @@ def test_strokes_of_colour_lie_on_the_photos_page(pipe, photo):
     _, inside = pipe.prepare_photo(region)
     colours = pipe.prepare_part_colours(hint, region, inside, None, 1)
     # The part is (0, 0, 40, 40), so that a model's pixel is 2.5 of the photo.
-    assert colours.mask[0, 0, 4:12, 5:8].min() == 1 and colours.mask[0, 0, :, 8:].max() == 0
+    mask = colours.mask[0, 0]
+    assert mask[5:11, 5:7].min() > 0.6 and mask[:, 11:].max() < 0.05 and mask[~inside[0, 0]].max() == 0
     assert colours.candidates[0, :, 6, 6].tolist() == [1.0, -1.0, -1.0]
     hint.paste("red", (0, 0, 40, 40))
-    assert (pipe.prepare_part_colours(hint, region, inside, None, 1).mask <= inside).all()
+    assert pipe.prepare_part_colours(hint, region, inside, None, 1).mask[~inside].max() == 0
 
 
 def test_a_small_change_of_a_huge_photo_still_reads_its_drawing(pipe):
