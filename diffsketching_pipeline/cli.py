@@ -47,12 +47,13 @@ from diffsketching_pipeline.cli_utils import (
     generate_images,
     labels_for_each,
     load_pipeline,
-    parse_colour_hint,
-    parse_label,
+    parse_negative_label,
     png,
     progress,
+    read_colour_hint,
     read_metadata,
     sampling_record,
+    sketch_fit,
     sketch_image,
     unique_names,
     user_errors,
@@ -140,6 +141,7 @@ def generate(
     """Photos of each drawing: PNGs, a contact sheet per drawing, and metadata.json to reproduce each of them."""
     check_counts(num_images, batch_size, seed)
     labels = labels_for_each(class_label, len(drawings), "drawings")
+    negative = parse_negative_label(negative_class_label)
     names = unique_names(drawings)
     files = {name: [output_dir / f"{name}_{seed + k}.png" for k in range(num_images)] for name in names}
     sheets = {name: output_dir / f"{name}_sheet.png" for name in names}
@@ -152,13 +154,12 @@ def generate(
     with user_errors():
         # Every drawing is read before the model is loaded: a bad one is an error at once.
         sketches = [SketchProcessor(BUNDLED_SIZE).preprocess(path, invert=invert) for path in drawings]
+    hint = read_colour_hint(colour_hint)
     pipe = load_pipeline(model, device)
-    negative = None if negative_class_label is None else parse_label(negative_class_label)
-    check_labels(pipe, [*labels, negative])
+    check_labels(pipe, labels, negative)
+    options = {"invert": invert, "fit": sketch_fit(hint)}
     with user_errors():
-        sketches = [
-            pipe.sketch_processor.preprocess(path, pipe.height, pipe.width, invert=invert) for path in drawings
-        ]
+        sketches = [pipe.sketch_processor.preprocess(path, pipe.height, pipe.width, **options) for path in drawings]
 
     settings = {
         "num_inference_steps": steps,
@@ -168,7 +169,7 @@ def generate(
         "eta": eta,
         "strength": strength,
         "negative_class_labels": negative,
-        "colour_hint": parse_colour_hint(colour_hint),
+        "colour_hint": hint,
     }
     records: list[dict[str, Any]] = []
     seeds = range(seed, seed + num_images)
