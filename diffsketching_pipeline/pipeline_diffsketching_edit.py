@@ -182,7 +182,7 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
     def prepare_region(self, image, mask: Image.Image, crop_margin: float) -> EditedRegion:
         """
         The part of the photo around the mask: as near to a square as the photo allows, with a margin of `crop_margin` of the
-        mask's longer side.
+        mask's longer side, and no side below 1/16 of the photo's longer one, so that the drawing can be read at its scale.
         """
         photo = read_photo(image, "`image`")
         left, top, right, bottom = mask.getbbox() or (0, 0, *mask.size)

@@ -876,12 +876,15 @@ class DiffSketchingMixin(_Base):
         return MultiPipelineCallbacks(callbacks)
 
     def _check_guided_start(self, scheduler, timesteps: torch.Tensor, guidance: MultiPipelineCallbacks) -> None:
-        alpha_prod = float(scheduler.alphas_cumprod[int(timesteps[0])])
-        if alpha_prod < _MIN_GUIDED_ALPHA_PROD and _active_callbacks(guidance, 0, len(timesteps)):
+        alpha_prods = scheduler.alphas_cumprod[timesteps.to(scheduler.alphas_cumprod.device)]
+        # An edit walks each timestep several times.
+        pure_noise = int((alpha_prods < _MIN_GUIDED_ALPHA_PROD).sum())
+        if any(_active_callbacks(guidance, step_index, len(timesteps)) for step_index in range(pure_noise)):
             raise ValueError(
-                f"`guidance_start=0.0` guides at timestep {int(timesteps[0])}, where x_t is pure noise (ᾱ ="
-                f" {alpha_prod:.1g}) and any gradient explodes: set `guidance_start={1 / len(timesteps):.3g}`, or load the"
-                f" {type(scheduler).__name__} with `timestep_spacing='leading'`."
+                f"`guidance_start` is too early: it guides at timestep {int(timesteps[0])}, where x_t is pure noise (ᾱ ="
+                f" {float(alpha_prods[0]):.1g}) and any gradient explodes: set `guidance_start="
+                f"{pure_noise / len(timesteps):.3g}`, or load the {type(scheduler).__name__} with"
+                " `timestep_spacing='leading'`."
             )
 
     def _warn_if_sketch_is_unused(self, argument: str, guidance: MultiPipelineCallbacks, hint: str = "") -> None:

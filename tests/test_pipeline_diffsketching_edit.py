@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+import logging
 import math
 
 import numpy as np
@@ -18,7 +19,7 @@ import pytest
 import torch
 from diffusers import UniPCMultistepScheduler
 from PIL import Image, ImageCms, ImageDraw
-from testing_utils import SIZE
+from testing_utils import SIZE, make_scheduler
 
 from diffsketching_pipeline import (
     DiffSketchingEditPipeline,
@@ -405,6 +406,53 @@ def test_a_small_change_of_a_huge_photo_still_reads_its_drawing(pipe):
     assert region.size == (math.ceil(6000 / 16), 20)
     out = pipe(photo, box, draw([(2955, 10), (3045, 10)], size=photo.size, scale=1), **STEPS)
     assert out.images[0].size == photo.size
+
+
+def test_guidance_of_pure_noise_is_refused_at_each_walk_of_its_timestep(tiny_pipeline_factory, photo):
+    scheduler = make_scheduler(prediction_type="v_prediction", timestep_spacing="trailing")
+    pipe = DiffSketchingEditPipeline.from_pipe(tiny_pipeline_factory(scheduler=scheduler))
+    pipe.set_progress_bar_config(disable=True)
+    options = {**STEPS, "strength": 1.0, "num_resample_steps": 3, "classifier_guidance_scale": 1.0}
+    # Of twelve steps the first three are at timestep 999; the second is from 1/12 to 2/12 of the way.
+    for start, end in ((0.0, 0.1), (0.08, 0.2)):
+        with pytest.raises(ValueError, match="guides at timestep 999, .*set `guidance_start=0.25`"):
+            pipe(photo, BOX, guidance_start=start, guidance_end=end, **options)
+    pipe(photo, BOX, guidance_start=0.25, **options)
+
+
+def test_a_drawing_that_is_not_used_is_warned_of(tiny_pipeline_factory, photo, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    pipe = DiffSketchingEditPipeline.from_pipe(tiny_pipeline_factory(in_channels=3))
+    pipe.set_progress_bar_config(disable=True)
+    for sketch, count in ((draw([(20, 11), (20, 29)]), 1), (None, 0)):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            pipe(photo, BOX, sketch, **STEPS)
+        assert len([r for r in caplog.records if "does not use the `sketch`" in r.message]) == count
+
+
+def test_an_edit_in_bfloat16_under_inference_mode_and_interrupted(pipe, photo):
+    pipe.to(torch.bfloat16)
+    sketch = draw([(14, 12), (26, 12), (26, 28), (14, 28), (14, 12)])
+    guided = {"classifier_guidance_scale": 1.0, "perceptual_guidance_scale": 0.1, "colour_hint": ["red"]}
+    with torch.inference_mode():
+        image = pipe(photo, BOX, sketch, generator=seeded(), **guided, **STEPS).images[0]
+    assert torch.equal(inside_box(image, False), inside_box(photo, False))
+    assert not torch.equal(inside_box(image, True), inside_box(photo, True))
+
+    def stop(pipe, step_index, timestep, kwargs):
+        pipe._interrupt = step_index == 0
+        walked.append(step_index)
+        return {}
+
+    walked = []
+    stopped = pipe(photo, BOX, sketch, generator=seeded(), callback_on_step_end=stop, **STEPS).images[0]
+    assert walked == [0] and torch.equal(inside_box(stopped, False), inside_box(photo, False))
+
+
+def inside_box(image, inside):
+    mask = np.asarray(box_mask()) > 0
+    return torch.from_numpy(np.asarray(image)[mask == inside])
 
 
 def test_callbacks_see_the_part_at_the_models_size(pipe, photo):

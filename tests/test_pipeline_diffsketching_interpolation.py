@@ -114,11 +114,10 @@ def test_given_noise_without_clipping_leads_where_the_plain_pipeline_goes(tiny_p
         torch.testing.assert_close(frames, alone, atol=1e-4, rtol=0)
 
 
-def test_photos_are_not_inverted_for_a_call_that_fails(pipe, monkeypatch):
-    """What is wrong with a call is said before its expensive part."""
+def test_photos_are_not_inverted_for_a_call_that_fails(pipe):
     pipe.scheduler.register_to_config(timestep_spacing="trailing")
     calls = []
-    monkeypatch.setattr(type(pipe.unet), "forward", lambda *args, **kwargs: calls.append(1))
+    pipe.unet.register_forward_pre_hook(lambda *args: calls.append(1))
     photos = torch.rand(2, 3, SIZE, SIZE, generator=seeded())
     with pytest.raises(ValueError, match="guides at timestep 999"):
         pipe(images=photos, class_labels="a", num_frames=3, classifier_guidance_scale=1.0, **STEPS)
@@ -142,6 +141,14 @@ def test_between_classes_of_one_drawing_and_of_none(pipe, tiny_pipeline, sketche
         assert frames.class_labels == ["a", {"b": 0.25, "c": 0.75}]
         alone = tiny_pipeline(sketch, {"b": 1, "c": 3}, 1, generator=seeded(), **STEPS).images
         torch.testing.assert_close(frames.images[1:], alone, atol=1e-4, rtol=0)
+
+
+def test_frames_in_bfloat16_under_inference_mode(pipe, sketches):
+    pipe.to(torch.bfloat16)
+    with torch.inference_mode():
+        options = {"class_labels": ["a", "b"], "num_frames": 3, "perceptual_guidance_scale": 0.1, **SCALES, **STEPS}
+        frames = pipe(list(sketches[:2]), generator=seeded(), **options).images
+    assert frames.shape == (3, 3, SIZE, SIZE) and torch.isfinite(frames).all()
 
 
 def test_other_schedulers_interpolate(pipe, sketches):
