@@ -163,8 +163,8 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
         page = read_photo(sketch, "`sketch`").size
         if abs(page[0] * photo_size[1] / (page[1] * photo_size[0]) - 1) > _ASPECT_TOLERANCE:
             raise ValueError(
-                f"`sketch` has to be drawn on the photo's page, of {photo_size[0]} x {photo_size[1]} pixels or as wide for its"
-                f" height, but has {page[0]} x {page[1]}."
+                f"`sketch` has to be drawn on the photo's page, of {photo_size[0]} x {photo_size[1]} pixels or the same"
+                f" proportions, but has {page[0]} x {page[1]}."
             )
         config: Any = self.sketch_processor.config
         # As wide in pixels as where a whole drawing fills the model's size.
@@ -321,7 +321,8 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
 
         Raises:
             ValueError: for a photo, mask or drawing that cannot be read or is empty, a mask of another size than the photo,
-                a drawing on a page of other proportions or without a line inside of the mask, a scheduler other than [`DDIMScheduler`], and as [`DiffSketchingPipeline.__call__`].
+                a drawing on a page of other proportions or without a line inside of the mask, a scheduler other than
+                [`DDIMScheduler`], and as [`DiffSketchingPipeline.__call__`].
         """
         # 0. Check inputs
         options = SamplingOptions(
