@@ -399,8 +399,8 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
         # 3. Invert the photo, which gives the surroundings at every step; under its class only if the network needs one
         needs_class = self.unet.config.num_class_embeds is not None and self.null_class is None
         surroundings = self.prepare_conditions(None, labels if needs_class else [None])[0]
-        surroundings = join_conditions([[(surroundings, 1.0)]])
-        known = [*self._invert(scheduler, timesteps, photo, surroundings, num_fixed_point_iterations), photo]
+        unguided = join_conditions([[(surroundings, 1.0)]])
+        known = [*self._invert(scheduler, timesteps, photo, unguided, num_fixed_point_iterations), photo]
 
         # 4. Start from the inverted photo, or inside the mask from noise
         self._eta = self._resolve_eta(eta, has_latents=False)
@@ -470,8 +470,8 @@ def _with_profile(image: Image.Image, photo: Image.Image) -> Image.Image:
 def _check_page(name: str, page: tuple[int, int], photo: tuple[int, int]) -> None:
     if abs(page[0] * photo[1] / (page[1] * photo[0]) - 1) > _ASPECT_TOLERANCE:
         raise ValueError(
-            f"`{name}` has to be drawn on the photo's page, of {photo[0]} x {photo[1]} pixels or as wide for its height, but"
-            f" has {page[0]} x {page[1]}."
+            f"`{name}` has to be drawn on the photo's page, of {photo[0]} x {photo[1]} pixels or the same proportions,"
+            f" but has {page[0]} x {page[1]}."
         )
 
 

@@ -57,7 +57,6 @@ from diffsketching_pipeline.guidance import (
 from diffsketching_pipeline.hub import register
 from diffsketching_pipeline.image_processor import (
     SketchProcessor,
-    are_colour_strokes,
     enclosed_area,
     is_number,
     parse_palette,
@@ -603,7 +602,8 @@ class DiffSketchingMixin(_Base):
         """
         if colour_hint is None:
             return None
-        if are_colour_strokes(colour_hint):
+        palette = parse_palette(colour_hint)
+        if palette is None:
             strokes = preprocess_colour_strokes(colour_hint, self.height, self.width, box)
             candidates, cover = (layer[None].to(self._execution_device) for layer in strokes)
             if inside is not None and not bool((cover > 0)[inside].any()):
@@ -614,7 +614,7 @@ class DiffSketchingMixin(_Base):
         elif groups is None:
             raise ValueError("`colour_hint` is a palette, which colours what a drawing encloses: give a `sketch`.")
         else:
-            candidates = parse_palette(colour_hint).to(self._execution_device)
+            candidates = palette.to(self._execution_device)
             mask = torch.stack([enclosed_area(group) for group in groups]).repeat_interleave(num_images, dim=0)
             mask = mask.to(self._execution_device)
         return Colours(candidates, mask if inside is None else mask * inside)
