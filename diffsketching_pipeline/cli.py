@@ -49,12 +49,13 @@ from diffsketching_pipeline.cli_utils import (
     labels_for_each,
     load_pipeline,
     numbered_names,
-    parse_colour_hint,
-    parse_label,
+    parse_negative_label,
     png,
     progress,
+    read_colour_hint,
     read_metadata,
     sampling_record,
+    sketch_fit,
     sketch_image,
     unique_names,
     user_errors,
@@ -144,6 +145,7 @@ def generate(
 ) -> None:
     """Photos of each drawing: PNGs, a contact sheet per drawing, and metadata.json to reproduce each of them."""
     check_counts(num_images, batch_size, seed)
+    negative = parse_negative_label(negative_class_label)
 
     from diffsketching_pipeline.image_processor import SketchProcessor
 
@@ -158,15 +160,16 @@ def generate(
     metadata_path = output_dir / "metadata.json"
     earlier = read_metadata(metadata_path)
 
+    hint = read_colour_hint(colour_hint)
     pipe = load_pipeline(model, device)
-    negative = None if negative_class_label is None else parse_label(negative_class_label)
-    check_labels(pipe, [*labels, negative])
+    check_labels(pipe, labels, negative)
+    options = {"invert": invert, "fit": sketch_fit(hint)}
     with user_errors():
         sketches = [
             (path, index, sketch)
             for path in drawings
             for index, sketch in enumerate(
-                pipe.sketch_processor.preprocess(path, pipe.height, pipe.width, invert=invert).split(1)
+                pipe.sketch_processor.preprocess(path, pipe.height, pipe.width, **options).split(1)
             )
         ]
 
@@ -178,7 +181,7 @@ def generate(
         "eta": eta,
         "strength": strength,
         "negative_class_labels": negative,
-        "colour_hint": parse_colour_hint(colour_hint),
+        "colour_hint": hint,
     }
     records: list[dict[str, Any]] = []
     seeds = range(seed, seed + num_images)

@@ -47,12 +47,14 @@ from diffsketching_pipeline.cli_utils import (
     generate_images,
     labels_for_each,
     load_pipeline,
-    parse_colour_hint,
     parse_label,
+    parse_negative_label,
     png,
     progress,
+    read_colour_hint,
     read_metadata,
     sampling_record,
+    sketch_fit,
     sketch_image,
     unique_names,
     user_errors,
@@ -112,16 +114,20 @@ def edit(
     check_output(output_dir, [*files, sheet_path], overwrite)
     earlier = read_metadata(metadata_path)
 
-    from diffsketching_pipeline.image_processor import read_photo
+    label = None if class_label is None else parse_label(class_label)
+    negative = parse_negative_label(negative_class_label)
+    mask_image = mask if box is None else _parse_box(box)
+
+    from diffsketching_pipeline.image_processor import preprocess_mask, read_photo
 
     with user_errors():
         # Every file is read before the model is loaded: a bad one is an error at once.
         opened = {name: read_photo(path, name) for name, path in (("photo", photo), ("drawing", sketch)) if path}
+        if mask is not None:
+            preprocess_mask(mask, "mask")
+    hint = read_colour_hint(colour_hint)
     pipe = load_pipeline(model, device, "DiffSketchingEditPipeline")
-    label = None if class_label is None else parse_label(class_label)
-    negative = None if negative_class_label is None else parse_label(negative_class_label)
-    check_labels(pipe, [label, negative])
-    mask_image = mask if box is None else _parse_box(box)
+    check_labels(pipe, [label], negative)
     settings = {
         "num_inference_steps": steps,
         "strength": strength,
@@ -134,7 +140,7 @@ def edit(
         "perceptual_guidance_scale": perceptual_guidance_scale,
         "eta": eta,
         "negative_class_labels": negative,
-        "colour_hint": parse_colour_hint(colour_hint),
+        "colour_hint": hint,
     }
     inputs = {"image": photo, "mask_image": mask_image, "sketch": sketch}
     with user_errors():
@@ -188,6 +194,8 @@ def interpolate(
         raise UserError(f"`--film` has to be gif or mp4 but is {film!r}.")
     if film == "mp4" and importlib.util.find_spec("imageio_ffmpeg") is None:
         raise UserError("`--film mp4` needs an encoder: `pip install imageio-ffmpeg`, or choose gif.")
+    if photos and seed:
+        raise UserError("`--seed` makes noise, and that of `--photos` comes from their inversion: give one of them.")
     if any(k < 0 for k in seed or []):
         raise UserError(f"`--seed` has to be a non-negative integer but is {min(seed or [])}.")
     name = "-".join(unique_names(keys, "keys"))
@@ -271,6 +279,8 @@ def matrix(
 ) -> None:
     """One drawing in several classes (rows) from the same noise (columns): PNGs, one sheet and metadata.json."""
     check_counts(num_images, batch_size, seed)
+    negative = parse_negative_label(negative_class_label)
+    rows = [parse_label(text) for text in class_label or []]
     check_output(output_dir, [], overwrite)
     metadata_path, sheet_path = output_dir / "metadata.json", output_dir / f"{drawing.stem}_matrix.png"
     earlier = read_metadata(metadata_path)
@@ -279,18 +289,17 @@ def matrix(
 
     with user_errors():
         SketchProcessor(BUNDLED_SIZE).preprocess(drawing)
+    hint = read_colour_hint(colour_hint)
     pipe = load_pipeline(model, device)
-    labels = [parse_label(text) for text in class_label or []] or list(pipe.id2label.values())
-    labels = labels or list(range(pipe.num_classes))
+    labels = rows or list(pipe.id2label.values()) or list(range(pipe.num_classes))
     if not labels:
         raise UserError("this model has no classes: use `diffsketching generate`.")
-    negative = None if negative_class_label is None else parse_label(negative_class_label)
-    check_labels(pipe, [*labels, negative])
+    check_labels(pipe, labels, negative)
     seeds = range(seed, seed + num_images)
     files = [[output_dir / f"{drawing.stem}_{_slug(label)}_{k}.png" for k in seeds] for label in labels]
     check_output(output_dir, [*(path for row in files for path in row), sheet_path], overwrite)
     with user_errors():
-        sketch = pipe.sketch_processor.preprocess(drawing, pipe.height, pipe.width)
+        sketch = pipe.sketch_processor.preprocess(drawing, pipe.height, pipe.width, fit=sketch_fit(hint))
     settings = {
         "num_inference_steps": steps,
         "sketch_guidance_scale": sketch_guidance_scale,
@@ -298,7 +307,7 @@ def matrix(
         "perceptual_guidance_scale": perceptual_guidance_scale,
         "eta": eta,
         "negative_class_labels": negative,
-        "colour_hint": parse_colour_hint(colour_hint),
+        "colour_hint": hint,
     }
     records: list[dict[str, Any]] = []
     tiles: list[tuple[Image.Image, str]] = []

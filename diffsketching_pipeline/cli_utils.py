@@ -89,7 +89,7 @@ def check_counts(num_images: int, batch_size: int, seed: int) -> None:
 
 
 def parse_label(text: str) -> Any:
-    """A class by name or number, or a mixture `name=weight,name=weight`."""
+    """A class by name or number, or a mixture `name=weight,name=weight`, of `--class-label`."""
     if "=" not in text:
         return int(text) if text.lstrip("-").isdigit() else text
     mixture = {}
@@ -100,6 +100,15 @@ def parse_label(text: str) -> Any:
         except ValueError as error:
             raise UserError(f"`--class-label` has {part!r}: a mixture is like shirt=0.7,dress=0.3.") from error
     return mixture
+
+
+def parse_negative_label(text: str | None) -> Any:
+    """The class by name or number of `--negative-class-label`, which takes no mixture."""
+    if text is None:
+        return None
+    if "=" in text:
+        raise UserError(f"`--negative-class-label` has to be one class but is {text!r}, a mixture.")
+    return parse_label(text)
 
 
 def labels_for_each(class_label: list[str] | None, count: int, what: str) -> list[Any]:
@@ -117,19 +126,36 @@ def labels_for_each(class_label: list[str] | None, count: int, what: str) -> lis
     return given
 
 
-def parse_colour_hint(values: list[str] | None) -> Any:
-    """A picture's path, or a palette."""
+def read_colour_hint(values: list[str] | None) -> Any:
+    """A picture's path, or a palette, of `--colour-hint`; refuses what is neither before a model is loaded."""
     if not values:
         return None
-    return values[0] if len(values) == 1 and Path(values[0]).is_file() else list(values)
+    from diffsketching_pipeline.image_processor import are_colour_strokes, preprocess_colour_strokes
+
+    # Colours have no suffix: a name that has one and is no file is misspelt.
+    is_picture = len(values) == 1 and (Path(values[0]).is_file() or Path(values[0]).suffix[1:].isalnum())
+    colour_hint = values[0] if is_picture else list(values)
+    with user_errors():
+        if are_colour_strokes(colour_hint):
+            preprocess_colour_strokes(colour_hint, BUNDLED_SIZE, BUNDLED_SIZE)
+    return colour_hint
 
 
-def check_labels(pipe: Any, labels: Sequence[Any]) -> None:
+def sketch_fit(colour_hint: Any) -> str | None:
+    """The `fit` of [`SketchProcessor`]: beside strokes of colour a drawing keeps its place, as the pipeline has it."""
+    from diffsketching_pipeline.image_processor import are_colour_strokes
+
+    return "page" if are_colour_strokes(colour_hint) else None
+
+
+def check_labels(pipe: Any, labels: Sequence[Any], negative: Any = None) -> None:
     """Refuses classes and mixtures that the model does not know."""
     with user_errors():
         for label in labels:
             if label is not None:
                 pipe.get_class_shares(label)
+        if negative is not None:
+            pipe.get_label_id(negative, "negative_class_labels")
 
 
 def unique_names(files: list[Path], what: str = "drawings") -> list[str]:
@@ -362,6 +388,7 @@ def contact_sheet(
         x, y = index % columns * (_SHEET_TILE + 4) + 2, _CAPTION_HEIGHT + index // columns * cell
         scale = _SHEET_TILE / max(image.size)
         size = (round(image.width * scale), round(image.height * scale))
-        sheet.paste(image.convert("RGB").resize(size, Image.Resampling.LANCZOS), (x, y))
+        tile = image.convert("RGBA").resize(size, Image.Resampling.LANCZOS)
+        sheet.paste(tile, (x, y), tile)
         draw.text((x + 2, y + tallest + 2), text, fill="black", font=font)
     return sheet

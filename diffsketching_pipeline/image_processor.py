@@ -16,6 +16,7 @@
 import functools
 import itertools
 import math
+import numbers
 import os
 import warnings
 from collections.abc import Sequence
@@ -315,14 +316,27 @@ def _preprocess_photo(item: _Item, size: tuple[int, int]) -> torch.Tensor:
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     """8-bit RGB, what is transparent laid on white."""
-    if image.mode.startswith("I") or image.mode == "F":
-        image = Image.fromarray(_scale_to_uint8(np.asarray(image), name))
+    image = _to_rgb_or_rgba(image, name)
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _to_rgb_or_rgba(image: Image.Image, name: str) -> Image.Image:
+    """8-bit RGB, or RGBA where it has transparency."""
+    if _is_wide(image):
+        values = np.asarray(image)
+        gray, transparent = Image.fromarray(_scale_to_uint8(values, name)), image.info.get("transparency")
+        if transparent is not None:
+            # Of a grey PNG one level, before it is scaled.
+            gray.putalpha(Image.fromarray(255 * (values != transparent).astype(np.uint8)))
+        image = gray
+    return _convert(image, "RGBA" if image.has_transparency_data else "RGB", name)
+
+
+def _convert(image: Image.Image, mode: str, name: str) -> Image.Image:
     try:
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            page = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(page, image)
-        return image.convert("RGB")
+        return image.convert(mode)
     except ValueError as error:
         raise ValueError(f"{name} has mode {image.mode!r}; convert it to RGB. ({error})") from error
 
@@ -338,8 +352,12 @@ def read_photo(image: Any, name: str) -> Image.Image:
     Raises:
         ValueError: naming the photo that cannot be read, is empty or too large, or has another type or shape.
     """
-    opened = _open_any(image, name)
-    return opened.convert("RGBA") if opened.has_transparency_data else _to_rgb(opened, name)
+    item = _make_item(image, name)
+    if not _is_array(item.value):
+        return _to_rgb_or_rgba(_load_image(item.value, item.name), item.name)
+    # Unlike a drawing, a photo or a mask may be 0 everywhere.
+    _check_array(item, may_be_zero=True)
+    return _to_rgb_or_rgba(_array_to_pil(item), item.name)
 
 
 def preprocess_mask(mask: Any, name: str) -> Image.Image:
@@ -353,21 +371,10 @@ def preprocess_mask(mask: Any, name: str) -> Image.Image:
     Raises:
         ValueError: naming the mask that cannot be read, or has another type or shape.
     """
-    opened = _open_any(mask, name)
-    if not opened.has_transparency_data:
-        return _to_rgb(opened, name).convert("L")
-    opened = opened.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", opened.size, "black"), opened).convert("L")
-
-
-def _open_any(value: Any, name: str) -> Image.Image:
-    item = _make_item(value, name)
-    if not _is_array(item.value):
-        return _load_image(item.value, item.name)
-    # Unlike a drawing, a mask may be 0 everywhere as far as reading it goes.
-    if item.signed is not None or item.value.dtype not in (np.bool_, torch.bool):
-        _check_array(item)
-    return _array_to_pil(item)
+    opened = read_photo(mask, name)
+    if opened.mode == "RGBA":
+        opened = Image.alpha_composite(Image.new("RGBA", opened.size, "black"), opened)
+    return opened.convert("L")
 
 
 def parse_palette(colours: Any) -> torch.Tensor | None:
@@ -387,7 +394,7 @@ def parse_palette(colours: Any) -> torch.Tensor | None:
             rgb = ImageColor.getrgb(colour)[:3] if isinstance(colour, str) else tuple(colour)
         except (ValueError, TypeError):
             rgb = ()
-        if len(rgb) != 3 or not all(_is_number(value) and 0 <= value <= 255 for value in rgb):
+        if len(rgb) != 3 or not all(is_number(value) and 0 <= value <= 255 for value in rgb):
             raise ValueError(
                 f"`colour_hint` has {colour!r}, which is no colour: use names or codes such as 'navy' and '#803010', or (r, g,"
                 " b) of 0 to 255."
@@ -396,30 +403,51 @@ def parse_palette(colours: Any) -> torch.Tensor | None:
     return torch.tensor(parsed, dtype=torch.float32)[:, :, None, None] / 127.5 - 1
 
 
-def preprocess_colour_strokes(image: Any, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+def are_colour_strokes(colour_hint: Any) -> bool:
+    """
+    Whether a hint is a page of strokes, whose place matters, rather than a palette.
+
+    Raises:
+        ValueError: as [`parse_palette`].
+    """
+    return colour_hint is not None and parse_palette(colour_hint) is None
+
+
+def preprocess_colour_strokes(
+    image: Any, height: int, width: int, box: tuple[float, float, float, float] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Coarse strokes of colour on a page of any size: their colours `[3, height, width]` in [-1, 1], on paper that of the
     nearest stroke, and the share of each pixel that they cover `[1, height, width]`. Paper is what is transparent or, in an
     opaque image, white.
+
+    Args:
+        box: left, top, right and bottom in pixels of the page, a part that is stretched to the size. `None` fits the page
+            into it.
 
     Raises:
         ValueError: if the image cannot be read, or holds no stroke.
     """
     page = read_photo(image, "`colour_hint`")
     rgb = np.asarray(page.convert("RGB"))
-    alpha = np.asarray(page.getchannel("A")) if page.mode == "RGBA" else 255 * (rgb.min(axis=2) < _PAPER_LEVEL)
+    alpha = np.asarray(page.convert("RGBA").getchannel("A"))
+    if alpha.min() == 255:
+        alpha = 255 * (rgb.min(axis=2) < _PAPER_LEVEL)
     if not alpha.any():
         raise ValueError("`colour_hint` holds no colour: it is white or transparent everywhere.")
     # Premultiplied, so that paper does not bleed into the strokes where the page is made smaller.
     layers = [channel * (alpha / 255.0) for channel in (*rgb.transpose(2, 0, 1), np.full(alpha.shape, 255.0))]
-    fitted = [
-        np.asarray(ImageOps.pad(Image.fromarray(layer.astype(np.float32)), (width, height), Image.Resampling.BOX))
-        for layer in layers
-    ]
+    fitted = [_fit_layer(Image.fromarray(layer.astype(np.float32)), (width, height), box) for layer in layers]
     cover = fitted[3] / 255
     nearest = ndimage.distance_transform_edt(cover == 0, return_distances=False, return_indices=True)
     colours = (np.stack(fitted[:3]) / np.maximum(cover, 1e-6))[:, nearest[0], nearest[1]]
     return torch.from_numpy(colours / 127.5 - 1).float(), torch.from_numpy(cover)[None]
+
+
+def _fit_layer(layer: Image.Image, size: tuple[int, int], box: tuple[float, float, float, float] | None) -> np.ndarray:
+    if box is None:
+        return np.asarray(ImageOps.pad(layer, size, Image.Resampling.BOX))
+    return np.asarray(layer.resize(size, Image.Resampling.BOX, box))
 
 
 def enclosed_area(sketch: torch.Tensor) -> torch.Tensor:
@@ -436,17 +464,23 @@ def enclosed_area(sketch: torch.Tensor) -> torch.Tensor:
 # What was given: checks that need no decoding
 
 
-def _is_number(value: Any, kinds: tuple[type, ...] = (int, float)) -> bool:
-    return isinstance(value, kinds) and not isinstance(value, bool)
+def is_number(value: Any, kind: type = numbers.Real) -> bool:
+    """Whether it is a number of that kind; a bool is none."""
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _is_wide(image: Image.Image) -> bool:
+    """Whether a pixel has more than 8 bits."""
+    return image.mode.startswith("I") or image.mode == "F"
 
 
 def _check_options(options: _Options) -> None:
     for side in options.size:
-        if not (_is_number(side, (int,)) and 8 <= side <= 4096):
+        if not (is_number(side, numbers.Integral) and 8 <= side <= 4096):
             raise ValueError(
                 f"`resolution`, `height` and `width` have to be integers in [8, 4096] but one is {side!r}."
             )
-    if options.threshold != "otsu" and not (_is_number(options.threshold) and 0 < float(options.threshold) < 1):
+    if options.threshold != "otsu" and not (is_number(options.threshold) and 0 < float(options.threshold) < 1):
         raise ValueError(f'`threshold` has to be "otsu" or a float in (0, 1) but is {options.threshold!r}.')
     if options.invert not in (None, True, False):
         raise ValueError(f"`invert` has to be True, False or None but is {options.invert!r}.")
@@ -454,9 +488,9 @@ def _check_options(options: _Options) -> None:
         raise ValueError(f'`fit` has to be "content" or "page" but is {options.fit!r}.')
     if options.resize_mode not in ("pad", "stretch"):
         raise ValueError(f'`resize_mode` has to be "pad" or "stretch" but is {options.resize_mode!r}.')
-    if not (_is_number(options.margin) and 0 <= options.margin <= 0.4):
+    if not (is_number(options.margin) and 0 <= options.margin <= 0.4):
         raise ValueError(f"`margin` has to be in [0, 0.4] but is {options.margin!r}.")
-    if options.line_width is not None and not (_is_number(options.line_width) and 0 < options.line_width <= 0.25):
+    if options.line_width is not None and not (is_number(options.line_width) and 0 < options.line_width <= 0.25):
         raise ValueError(f"`line_width` has to be None or in (0, 0.25] but is {options.line_width!r}.")
 
 
@@ -577,7 +611,7 @@ def _channels_last(item: _Item) -> np.ndarray | torch.Tensor:
     )
 
 
-def _check_array(item: _Item) -> None:
+def _check_array(item: _Item, may_be_zero: bool = False) -> None:
     height, width, _ = _channels_last(item).shape
     _check_dimensions((width, height), item.name)
     if item.signed is None:
@@ -593,7 +627,7 @@ def _check_array(item: _Item) -> None:
             f"{item.name} has floats in [{low:g}, {high:g}], but they have to be in [0, 1] or [-1, 1]; pass values of"
             " 0 to 255 as uint8."
         )
-    if low == high == 0:
+    if low == high == 0 and not may_be_zero:
         raise ValueError(f"{item.name} is 0 everywhere, which stands for no sketch; pass `sketch=None` for that.")
 
 
@@ -637,14 +671,11 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
 def _to_gray(item: _Item, invert: bool | None) -> np.ndarray:
     """`[H, W]` uint8 brightness, transparency laid on paper."""
     image = _array_to_pil(item) if _is_array(item.value) else _load_image(item.value, item.name)
-    if image.mode.startswith("I") or image.mode == "F":
+    if _is_wide(image):
         return _scale_to_uint8(np.asarray(image), item.name)
     has_alpha = image.has_transparency_data
     if image.mode not in ("1", "L") or has_alpha:
-        try:
-            image = image.convert("RGBA" if has_alpha else "RGB")
-        except ValueError as error:
-            raise ValueError(f"{item.name} has mode {image.mode!r}; convert it to RGB. ({error})") from error
+        image = _convert(image, "RGBA" if has_alpha else "RGB", item.name)
         if has_alpha:
             return _flatten_alpha(image, invert, item.name)
         image = image.convert("L", _MEAN_OF_CHANNELS)

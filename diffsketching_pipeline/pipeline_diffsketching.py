@@ -18,7 +18,8 @@ from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 from diffsketching_pipeline.denoising import sampling_scheduler, scheduler_step_kwargs
-from diffsketching_pipeline.pipeline_utils import DiffSketchingMixin, SamplingOptions, join_conditions
+from diffsketching_pipeline.image_processor import are_colour_strokes
+from diffsketching_pipeline.pipeline_utils import DiffSketchingMixin, SamplingOptions, check_integer, join_conditions
 
 
 class DiffSketchingPipeline(DiffSketchingMixin, DiffusionPipeline):
@@ -40,7 +41,7 @@ class DiffSketchingPipeline(DiffSketchingMixin, DiffusionPipeline):
         sketch_masks,
         options: SamplingOptions,
     ):
-        self.check_num_images(num_images_per_sketch)
+        check_integer("num_images_per_sketch", num_images_per_sketch, at_least=1)
         self.check_options(options, class_labels, sketch is not None, latents)
         if not 0.0 < strength <= 1.0:
             raise ValueError(f"`strength` has to be in (0, 1] but is {strength}.")
@@ -139,7 +140,8 @@ class DiffSketchingPipeline(DiffSketchingMixin, DiffusionPipeline):
                 drawings are averaged. The drawings keep their place on the page.
             colour_hint (path, `PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of colours, *optional*):
                 Colours that the photos take on, without a change of shape: coarse strokes on a page (what is transparent,
-                or else white, is left free), or a palette for what the drawing encloses, such as `["#803010", "navy"]`.
+                or else white, is left free), or a palette for what the drawing encloses, such as `["#803010", "navy"]`. With
+                strokes the drawings keep their place on the page, too.
             colour_guidance_scale (`float`, defaults to 0.5):
                 How strongly: 0.0 is off, 1.0 replaces the low frequencies, in the first 60% of the guided steps. See
                 [`ColourGuidanceCallback`].
@@ -179,7 +181,7 @@ class DiffSketchingPipeline(DiffSketchingMixin, DiffusionPipeline):
             negative_class_labels=negative_class_labels,
             colour_hint=colour_hint,
             colour_guidance_scale=colour_guidance_scale,
-        )
+        ).for_noise_of(latents)
         self.check_inputs(sketch, class_labels, num_images_per_sketch, strength, latents, sketch_masks, options)
         device = self._execution_device
         num_inference_steps = self.resolve_num_inference_steps(num_inference_steps)
@@ -187,7 +189,8 @@ class DiffSketchingPipeline(DiffSketchingMixin, DiffusionPipeline):
         timesteps = self.get_timesteps(scheduler, num_inference_steps, strength)
 
         # 1. Read the drawings, and where each of several rules
-        groups = self.prepare_sketches(sketch, fit=None if sketch_masks is None else "page")
+        has_place = sketch_masks is not None or are_colour_strokes(colour_hint)
+        groups = self.prepare_sketches(sketch, fit="page" if has_place else None)
         masks = self.prepare_sketch_masks(sketch_masks, groups)
         colours = self.prepare_colours(colour_hint, groups, num_images_per_sketch)
         num_rows = self._num_rows(class_labels, groups, latents, num_images_per_sketch)
@@ -196,9 +199,6 @@ class DiffSketchingPipeline(DiffSketchingMixin, DiffusionPipeline):
         # 2. One generator per image, and the noise
         generators = self.prepare_generators(generator, batch_size)
         self._eta = self._resolve_eta(eta, latents is not None)
-        if latents is not None and clip_sample is False:
-            # The way back from inverted noise: a recommended guidance would lead elsewhere.
-            options = options.with_unset_scales_off()
         step_kwargs = scheduler_step_kwargs(scheduler, self._eta, generators)
         latents = self.prepare_latents(batch_size, generators, latents)
 
@@ -212,8 +212,8 @@ class DiffSketchingPipeline(DiffSketchingMixin, DiffusionPipeline):
         # 4. Put guidance together
         guidance = self.prepare_guidance(options, groups is not None, None not in labels, colours)
         self._check_guided_start(scheduler, timesteps, guidance)
-        if groups is not None:
-            self._warn_if_sketch_is_unused(strength, guidance)
+        if groups is not None and strength == 1.0:
+            self._warn_if_sketch_is_unused("sketch", guidance, ", or lower `strength`")
 
         # 5. Start from the noised drawing
         if groups is not None and strength < 1.0:

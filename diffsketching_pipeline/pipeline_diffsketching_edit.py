@@ -27,7 +27,8 @@ from skimage.morphology import convex_hull_image
 from diffsketching_pipeline.denoising import forward_step, sampling_scheduler, scheduler_step_kwargs
 from diffsketching_pipeline.image_processor import (
     SketchProcessor,
-    parse_palette,
+    are_colour_strokes,
+    is_number,
     preprocess_mask,
     preprocess_photos,
     read_photo,
@@ -35,12 +36,14 @@ from diffsketching_pipeline.image_processor import (
 from diffsketching_pipeline.pipeline_utils import (
     DiffSketchingMixin,
     SamplingOptions,
-    is_real_number,
+    check_integer,
     join_conditions,
 )
 
 
-# The largest page that a drawing is read at, see `SketchProcessor`.
+# A drawing is read from the whole page at the scale that makes the part as large as the model. Such a page is at most this
+# many times larger than that, which bounds what reading it costs, and at most as large as `SketchProcessor` makes them.
+_MAX_PAGE_SCALE = 16
 _MAX_PAGE_SIDE = 4096
 # Strokes are read at this many pixels of the page's longer side to find what they enclose.
 _PAGE_SIDE = 256
@@ -73,6 +76,16 @@ class EditedRegion(NamedTuple):
         left, top, right, bottom = self.box
         return self.mask[top:bottom, left:right]
 
+    def depth(self) -> np.ndarray:
+        """Distance of each pixel of the part to the nearest that may not change, in pixels; infinite if all may."""
+        left, top, right, bottom = self.box
+        # The part holds all of the mask, so that one more pixel around it holds the nearest outside.
+        first_row, first_column = max(0, top - 1), max(0, left - 1)
+        mask = self.mask[first_row : bottom + 1, first_column : right + 1]
+        # Without an outside SciPy would measure from a point beyond the corner.
+        depth = np.full(mask.shape, np.inf) if mask.all() else ndimage.distance_transform_edt(mask)
+        return depth[top - first_row :, left - first_column :][: bottom - top, : right - left]
+
 
 class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
     r"""
@@ -96,7 +109,7 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
         num_fixed_point_iterations,
         options: SamplingOptions,
     ):
-        self.check_num_images(num_images_per_sketch)
+        check_integer("num_images_per_sketch", num_images_per_sketch, at_least=1)
         has_sketch = sketch is not None or self.sketcher is not None
         self.check_options(options, class_labels, has_sketch)
         self._check_invertible(num_fixed_point_iterations)
@@ -105,10 +118,9 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
         if not 0.0 < strength <= 1.0:
             raise ValueError(f"`strength` has to be in (0, 1] but is {strength}.")
         for name, value in fractions.items():
-            if not is_real_number(value) or not 0.0 <= value <= 1.0:
+            if not is_number(value) or not 0.0 <= value <= 1.0:
                 raise ValueError(f"`{name}` has to be in [0, 1] but is {value!r}.")
-        if isinstance(num_resample_steps, bool) or not isinstance(num_resample_steps, int) or num_resample_steps < 1:
-            raise ValueError(f"`num_resample_steps` has to be an integer of at least 1 but is {num_resample_steps!r}.")
+        check_integer("num_resample_steps", num_resample_steps, at_least=1)
 
     def prepare_mask_image(self, image, mask_image=None, sketch=None, mask_padding: float = 0.05) -> Image.Image:
         """
@@ -160,12 +172,7 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
         Raises:
             ValueError: if it cannot be read, is not one drawing, is empty, or its page has another aspect ratio.
         """
-        page = read_photo(sketch, "`sketch`").size
-        if abs(page[0] * photo_size[1] / (page[1] * photo_size[0]) - 1) > _ASPECT_TOLERANCE:
-            raise ValueError(
-                f"`sketch` has to be drawn on the photo's page, of {photo_size[0]} x {photo_size[1]} pixels or as wide for its"
-                f" height, but has {page[0]} x {page[1]}."
-            )
+        _check_page("sketch", read_photo(sketch, "`sketch`").size, photo_size)
         config: Any = self.sketch_processor.config
         # As wide in pixels as where a whole drawing fills the model's size.
         line_width = config.line_width and min(0.25, config.line_width * min(self.height, self.width) / min(size))
@@ -175,13 +182,13 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
     def prepare_region(self, image, mask: Image.Image, crop_margin: float) -> EditedRegion:
         """
         The part of the photo around the mask: as near to a square as the photo allows, with a margin of `crop_margin` of the
-        mask's longer side.
+        mask's longer side, and no side below 1/16 of the photo's longer one, so that the drawing can be read at its scale.
         """
         photo = read_photo(image, "`image`")
         left, top, right, bottom = mask.getbbox() or (0, 0, *mask.size)
         side = round((1 + 2 * crop_margin) * max(right - left, bottom - top))
-        # At the scale that makes the part as large as the model, drawings have to be read from the whole page.
-        side = max(side, math.ceil(max(photo.size) * max(self.width, self.height) / _MAX_PAGE_SIDE))
+        max_page_scale = min(_MAX_PAGE_SCALE, _MAX_PAGE_SIDE / max(self.width, self.height))
+        side = max(side, math.ceil(max(photo.size) / max_page_scale))
         horizontal = _centred_interval(left, right, side, photo.width)
         vertical = _centred_interval(top, bottom, side, photo.height)
         box = (horizontal[0], vertical[0], horizontal[1], vertical[1])
@@ -194,9 +201,11 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
         """
         size = (self.width, self.height)
         part = region.photo.crop(region.box).resize(size, Image.Resampling.LANCZOS)
-        mask = torch.from_numpy(region.crop_mask()).to(self._execution_device, torch.float32)[None, None]
+        # Pooled on the CPU: MPS refuses sizes that do not divide.
+        mask = torch.from_numpy(region.crop_mask()).float()[None, None]
         inside = F.adaptive_max_pool2d(mask, (self.height, self.width)) > 0
-        return preprocess_photos(part, self.height, self.width).to(self._execution_device), inside
+        photo = preprocess_photos(part, self.height, self.width)
+        return photo.to(self._execution_device), inside.to(self._execution_device)
 
     def prepare_drawing(self, region: EditedRegion, latents: torch.Tensor, inside: torch.Tensor, sketch):
         """
@@ -224,13 +233,20 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
         return strokes if contours is None else torch.where(inside, strokes, contours)
 
     def prepare_part_colours(self, colour_hint, region: EditedRegion, inside: torch.Tensor, groups, num_images: int):
-        """[`~DiffSketchingPipeline.prepare_colours`] inside the mask; strokes of colour lie on the photo's page."""
-        if colour_hint is not None and parse_palette(colour_hint) is None:
-            # Not smoothed, because white that is mixed into a stroke would be taken for its colour.
-            page = read_photo(colour_hint, "`colour_hint`").resize(region.photo.size, Image.Resampling.NEAREST)
-            colour_hint = page.crop(region.box).resize((self.width, self.height), Image.Resampling.NEAREST)
-        colours = self.prepare_colours(colour_hint, groups, num_images)
-        return None if colours is None else colours._replace(mask=colours.mask * inside)
+        """
+        [`~DiffSketchingPipeline.prepare_colours`] inside the mask; strokes of colour lie on the photo's page.
+
+        Raises:
+            ValueError: for strokes on a page of another aspect ratio, or with none inside the mask.
+        """
+        box = None
+        if are_colour_strokes(colour_hint):
+            colour_hint = read_photo(colour_hint, "`colour_hint`")
+            _check_page("colour_hint", colour_hint.size, region.photo.size)
+            scale = [page / photo for page, photo in zip(colour_hint.size, region.photo.size, strict=True)]
+            left, top, right, bottom = region.box
+            box = (left * scale[0], top * scale[1], right * scale[0], bottom * scale[1])
+        return self.prepare_colours(colour_hint, groups, num_images, box, inside)
 
     @torch.no_grad()
     def __call__(
@@ -296,7 +312,8 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
                 side.
             num_resample_steps (`int`, defaults to 3):
                 How often each step is taken (RePaint, Lugmayr et al., 2022): more fits the result better to its
-                surroundings, and costs as many times more.
+                surroundings, and costs as many times more. With 1, `strength` below 1 and `eta=0.0` all results are equal:
+                nothing in them is random.
             num_fixed_point_iterations (`int`, defaults to 1):
                 Of the inversion; see [`~DiffSketchingPipeline.invert`].
             output_type (`str`, defaults to `"pil"`):
@@ -321,7 +338,8 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
 
         Raises:
             ValueError: for a photo, mask or drawing that cannot be read or is empty, a mask of another size than the photo,
-                a drawing on a page of other proportions or without a line inside of the mask, a scheduler other than [`DDIMScheduler`], and as [`DiffSketchingPipeline.__call__`].
+                a drawing or strokes of colour on a page of other proportions or with nothing inside of the mask, a scheduler
+                other than [`DDIMScheduler`], and as [`DiffSketchingPipeline.__call__`].
         """
         # 0. Check inputs
         options = SamplingOptions(
@@ -357,6 +375,8 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
         num_inference_steps = self.resolve_num_inference_steps(num_inference_steps)
         scheduler = sampling_scheduler(self.scheduler, num_inference_steps, device)
         timesteps = self.get_timesteps(scheduler, num_inference_steps, strength)
+        timesteps_to_walk = timesteps.repeat_interleave(num_resample_steps)
+        generators = self.prepare_generators(generator, num_images_per_sketch)
 
         # 1. Find the part of the photo to work on, and its mask at the model's size
         image = read_photo(image, "`image`")
@@ -372,14 +392,17 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
         conditioning = join_conditions([[(condition, 1.0)]] * num_images_per_sketch)
         colours = self.prepare_part_colours(colour_hint, region, inside, groups, num_images_per_sketch)
         guidance = self.prepare_guidance(options, groups is not None, None not in labels, colours)
-        self._check_guided_start(scheduler, timesteps, guidance)
+        self._check_guided_start(scheduler, timesteps_to_walk, guidance)
+        if sketch is not None:
+            self._warn_if_sketch_is_unused("sketch", guidance)
 
-        # 3. Invert the photo, which gives the surroundings at every step
-        unconditional = join_conditions([[(self.prepare_conditions(None, [None])[0], 1.0)]])
-        known = [*self._invert(scheduler, timesteps, photo, unconditional, num_fixed_point_iterations), photo]
+        # 3. Invert the photo, which gives the surroundings at every step; under its class only if the network needs one
+        needs_class = self.unet.config.num_class_embeds is not None and self.null_class is None
+        surroundings = self.prepare_conditions(None, labels if needs_class else [None])[0]
+        unguided = join_conditions([[(surroundings, 1.0)]])
+        known = [*self._invert(scheduler, timesteps, photo, unguided, num_fixed_point_iterations), photo]
 
         # 4. Start from the inverted photo, or inside the mask from noise
-        generators = self.prepare_generators(generator, num_images_per_sketch)
         self._eta = self._resolve_eta(eta, has_latents=False)
         step_kwargs = scheduler_step_kwargs(scheduler, self._eta, generators)
         latents = known[0].expand(num_images_per_sketch, -1, -1, -1)
@@ -394,7 +417,6 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
             noise = self.prepare_latents(num_images_per_sketch, generators)
             return torch.where(inside, forward_step(scheduler, noise, timesteps[index], latents), known[index])
 
-        timesteps_to_walk = timesteps.repeat_interleave(num_resample_steps)
         latents = self._denoise(
             scheduler, timesteps_to_walk, latents, conditioning, guidance, options, step_kwargs, after_step
         )
@@ -409,28 +431,52 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
         part's longer side inside the mask; bit for bit the photo outside of it.
         """
         parts = self.image_processor.postprocess(latents.clamp(-1, 1), output_type="pil")
-        mask = region.crop_mask()
-        depth = ndimage.distance_transform_edt(np.pad(mask, 1, mode="edge"))[1:-1, 1:-1]
-        share = np.clip(depth / max(1.0, feather * max(region.size)), 0, 1)
+        share = np.clip(region.depth() / max(1.0, feather * max(region.size)), 0, 1)
         share = (share * share * (3 - 2 * share))[..., None]
         left, top, right, bottom = region.box
         photo = np.asarray(region.photo)
         images = []
         for part in parts:
-            pixels = np.asarray(part.resize(region.size, Image.Resampling.BICUBIC).convert(region.photo.mode))
             image = photo.copy()
             old = image[top:bottom, left:right]
-            blended = np.rint(old + share * (pixels.astype(np.float32) - old)).astype(np.uint8)
-            image[top:bottom, left:right] = np.where(mask[..., None], blended, old)
+            new = np.asarray(part.resize(region.size, Image.Resampling.BICUBIC))
+            image[top:bottom, left:right] = np.where(region.crop_mask()[..., None], _blend(old, new, share), old)
             images.append(image)
         if output_type == "pil":
-            return [Image.fromarray(image) for image in images]
+            return [_with_profile(Image.fromarray(image), region.photo) for image in images]
         stacked = np.stack(images).astype(np.float32) / 255
         return stacked if output_type == "np" else torch.from_numpy(stacked).permute(0, 3, 1, 2)
 
 
+def _blend(old: np.ndarray, new: np.ndarray, share: np.ndarray) -> np.ndarray:
+    """`share` of `new`, opaque `[height, width, 3]`, over `old`, which may have transparency as a fourth channel."""
+    old = old.astype(np.float32)
+    if old.shape[2] == 3:
+        return np.rint(old + share * (new - old)).astype(np.uint8)
+    colours, opacity = old[..., :3], old[..., 3:] + share * (255 - old[..., 3:])
+    # What is transparent has no colour that could count.
+    share = 255 * share / np.maximum(opacity, 1e-6)
+    return np.rint(np.concatenate([colours + share * (new - colours), opacity], axis=2)).astype(np.uint8)
+
+
+def _with_profile(image: Image.Image, photo: Image.Image) -> Image.Image:
+    """The image with the photo's ICC profile, unless that is one of other colours, such as CMYK, than those of the image."""
+    profile = photo.info.get("icc_profile")
+    if profile and profile[16:20] == b"RGB ":
+        image.info["icc_profile"] = profile
+    return image
+
+
+def _check_page(name: str, page: tuple[int, int], photo: tuple[int, int]) -> None:
+    if abs(page[0] * photo[1] / (page[1] * photo[0]) - 1) > _ASPECT_TOLERANCE:
+        raise ValueError(
+            f"`{name}` has to be drawn on the photo's page, of {photo[0]} x {photo[1]} pixels or the same proportions,"
+            f" but has {page[0]} x {page[1]}."
+        )
+
+
 def _is_box(mask_image) -> bool:
-    return isinstance(mask_image, (list, tuple)) and all(is_real_number(value) for value in mask_image)
+    return isinstance(mask_image, (list, tuple)) and all(is_number(value) for value in mask_image)
 
 
 def _mask_of_box(size: tuple[int, int], box: Sequence[float]) -> Image.Image:
@@ -441,8 +487,8 @@ def _mask_of_box(size: tuple[int, int], box: Sequence[float]) -> Image.Image:
             f" {tuple(box)}."
         )
     mask = Image.new("L", size, 0)
-    left, top, right, bottom = (round(value) for value in box)
-    mask.paste(255, (left, top, max(right, left + 1), max(bottom, top + 1)))
+    # Each pixel that it touches: a box between two pixels may not be empty.
+    mask.paste(255, (math.floor(box[0]), math.floor(box[1]), math.ceil(box[2]), math.ceil(box[3])))
     return mask
 
 

@@ -13,7 +13,6 @@
 # limitations under the License.
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from diffsketching_pipeline.pipeline_utils import (
     DiffSketchingMixin,
     SamplingOptions,
     as_list,
+    check_integer,
     join_conditions,
 )
 
@@ -59,8 +59,7 @@ class DiffSketchingInterpolationPipeline(DiffSketchingMixin, DiffusionPipeline):
         options: SamplingOptions,
     ):
         self.check_options(options, class_labels, sketches is not None, latents)
-        if isinstance(num_frames, bool) or not isinstance(num_frames, int) or num_frames < 2:
-            raise ValueError(f"`num_frames` has to be an integer of at least 2 but is {num_frames!r}.")
+        check_integer("num_frames", num_frames, at_least=2)
         if images is None:
             if isinstance(self.scheduler, DDPMScheduler):
                 raise ValueError(
@@ -167,7 +166,7 @@ class DiffSketchingInterpolationPipeline(DiffSketchingMixin, DiffusionPipeline):
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             negative_class_labels=negative_class_labels,
-        )
+        ).for_noise_of(latents, images)
         self.check_inputs(sketches, images, class_labels, num_frames, num_fixed_point_iterations, latents, options)
         device = self._execution_device
         scheduler = sampling_scheduler(self.scheduler, self.resolve_num_inference_steps(num_inference_steps), device)
@@ -185,23 +184,27 @@ class DiffSketchingInterpolationPipeline(DiffSketchingMixin, DiffusionPipeline):
         labels, probabilities = self.prepare_class_labels(class_labels, groups, num_keys)
         keys = self.prepare_conditions(groups, labels, negative_class_labels)
 
-        # 3. The noise of each key
+        # 3. Put guidance together
+        guidance = self.prepare_guidance(options, groups is not None, None not in labels)
+        self._check_guided_start(scheduler, scheduler.timesteps, guidance)
+        if groups is not None:
+            self._warn_if_sketch_is_unused("sketches", guidance)
+
+        # 4. The noise of each key
+        num_generators = num_keys if isinstance(generator, (list, tuple)) else 1
+        generators = self.prepare_generators(generator, num_generators, per="key")
         if photos is not None:
-            options = replace(options.with_unset_scales_off(), clip_sample=bool(clip_sample))
             conditioning = join_conditions([[(key, 1.0)] for key in keys])
             latents = self._invert(scheduler, scheduler.timesteps, photos, conditioning, num_fixed_point_iterations)[0]
         self._eta = self._resolve_eta(eta, latents is not None)
-        generators = self.prepare_generators(generator, num_keys if isinstance(generator, (list, tuple)) else 1)
         frames = frame_positions(num_keys, num_frames)
         if latents is not None:
             latents = interpolate_noise(self.prepare_latents(num_keys, generators, latents), frames)
         else:
             latents = self.prepare_frame_noise(generators, frames)
 
-        # 4. Denoise the frames, each under the conditions of the keys around it
+        # 5. Denoise the frames, each under the conditions of the keys around it
         conditioning = join_conditions([_blend(keys, *frame) for frame in frames])
-        guidance = self.prepare_guidance(options, groups is not None, None not in labels)
-        self._check_guided_start(scheduler, scheduler.timesteps, guidance)
         step_kwargs = scheduler_step_kwargs(scheduler, self._eta, None)
 
         def make_step_kwargs() -> dict[str, Any]:
@@ -213,7 +216,7 @@ class DiffSketchingInterpolationPipeline(DiffSketchingMixin, DiffusionPipeline):
             scheduler, scheduler.timesteps, latents, conditioning, guidance, options, make_step_kwargs
         )
 
-        # 5. Post-process
+        # 6. Post-process
         return self._output(self.decode_latents(latents, output_type), labels, probabilities, return_dict)
 
     def prepare_frame_noise(

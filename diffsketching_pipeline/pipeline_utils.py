@@ -58,6 +58,7 @@ from diffsketching_pipeline.hub import register
 from diffsketching_pipeline.image_processor import (
     SketchProcessor,
     enclosed_area,
+    is_number,
     parse_palette,
     preprocess_colour_strokes,
     preprocess_mask,
@@ -121,10 +122,16 @@ class SamplingOptions:
         """The scales that a checkpoint recommends values for, as they were given."""
         return {name: getattr(self, name) for name in _SCALES}
 
-    def with_unset_scales_off(self) -> "SamplingOptions":
-        """The same without what a checkpoint recommends: a scale that is not given is off."""
+    def for_noise_of(self, latents, images=None) -> "SamplingOptions":
+        """
+        The same for the way back from inverted noise: `latents` with `clip_sample=False`, or that of `images`. A scale that
+        is not given is then off, because what a checkpoint recommends would lead elsewhere.
+        """
+        clip_sample = False if images is not None and self.clip_sample is None else self.clip_sample
+        if images is None and (latents is None or clip_sample is not False):
+            return self
         off: dict[str, Any] = {name: _SCALES[name][0] for name, scale in self.scales.items() if scale is None}
-        return replace(self, **off)
+        return replace(self, clip_sample=clip_sample, **off)
 
 
 @dataclass
@@ -397,12 +404,12 @@ class DiffSketchingMixin(_Base):
             self._call_cache[key] = make()
         return self._call_cache[key]
 
-    def get_label_id(self, label: int | str) -> int:
+    def get_label_id(self, label: int | str, argument: str = "class_labels") -> int:
         """
         Index of a class given by name (case-insensitive) or index.
 
         Raises:
-            ValueError: if there is no such class; names close ones.
+            ValueError: if there is no such class; names the argument and close classes.
         """
         if isinstance(label, str):
             names = {name.lower(): index for index, name in self.id2label.items()}
@@ -411,18 +418,12 @@ class DiffSketchingMixin(_Base):
             close = difflib.get_close_matches(label.lower(), names, n=3, cutoff=0.4)
             hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
             known = ", ".join(self.id2label.values()) or "integers only: this checkpoint has no `id2label`"
-            raise ValueError(f"`class_labels` has the unknown class {label!r}: {hint}The classes are: {known}.")
+            raise ValueError(f"`{argument}` has the unknown class {label!r}: {hint}The classes are: {known}.")
         if isinstance(label, bool) or not isinstance(label, (int, np.integer)):
-            raise ValueError(f"`class_labels` has to hold names, integers or None but has {label!r}.")
+            raise ValueError(f"`{argument}` has to hold names, integers or None but has {label!r}.")
         if not 0 <= label < self.num_classes:
-            raise ValueError(f"`class_labels` has to be between 0 and {self.num_classes - 1} but has {int(label)}.")
+            raise ValueError(f"`{argument}` has to be between 0 and {self.num_classes - 1} but has {int(label)}.")
         return int(label)
-
-    def check_num_images(self, num_images_per_sketch) -> None:
-        if isinstance(num_images_per_sketch, bool) or not isinstance(num_images_per_sketch, numbers.Integral):
-            raise ValueError(f"`num_images_per_sketch` has to be an integer but is {num_images_per_sketch!r}.")
-        if num_images_per_sketch < 1:
-            raise ValueError(f"`num_images_per_sketch` has to be at least 1 but is {num_images_per_sketch}.")
 
     def check_options(self, options: SamplingOptions, class_labels, has_sketch: bool, latents=None) -> None:
         """Refuse what is wrong with the arguments that all pipelines share, before anything is computed."""
@@ -440,7 +441,7 @@ class DiffSketchingMixin(_Base):
                 )
             self._check_callback_components(callback, has_sketch)
         scale = options.colour_guidance_scale
-        if not is_real_number(scale) or not 0.0 <= scale <= 1.0:
+        if not is_number(scale) or not 0.0 <= scale <= 1.0:
             raise ValueError(f"`colour_guidance_scale` has to be in [0, 1] but is {scale!r}.")
         if options.eta is not None and not 0.0 <= options.eta <= 1.0:
             raise ValueError(f"`eta` has to be in [0, 1] or None but is {options.eta}.")
@@ -487,7 +488,7 @@ class DiffSketchingMixin(_Base):
     def _check_scale(self, name, scale, has_sketch: bool) -> None:
         if scale is None:
             return
-        if isinstance(scale, bool) or not isinstance(scale, numbers.Real) or not math.isfinite(scale):
+        if not is_number(scale) or not math.isfinite(scale):
             raise ValueError(f"`{name}` has to be a finite number or None but is {scale!r}.")
         off, components = _SCALES[name]
         if scale == off:
@@ -510,6 +511,15 @@ class DiffSketchingMixin(_Base):
     def _check_negative_class(self, options: SamplingOptions, has_sketch: bool) -> None:
         if options.negative_class_labels is None:
             return
+        negative = as_list(options.negative_class_labels)
+        for label in negative if isinstance(negative, list) else [negative]:
+            if label is not None:
+                self.get_label_id(label, "negative_class_labels")
+            elif self.null_class is None:
+                raise ValueError(
+                    f"`negative_class_labels={negative!r}` has a None, but this checkpoint's `unet` has no 'no class' to"
+                    " stand for it: give a class for each sketch."
+                )
         scale = options.sketch_guidance_scale
         if scale is None:
             scale = self.recommended.get("sketch_guidance_scale", 1.0)
@@ -571,23 +581,43 @@ class DiffSketchingMixin(_Base):
             shares.append(torch.where(total > 0, weights / total.clamp_min(1e-6), 1 / len(weights)))
         return shares
 
-    def prepare_colours(self, colour_hint, groups: list[torch.Tensor] | None, num_images: int) -> Colours | None:
+    def prepare_colours(
+        self,
+        colour_hint,
+        groups: list[torch.Tensor] | None,
+        num_images: int,
+        box: tuple[float, float, float, float] | None = None,
+        inside: torch.Tensor | None = None,
+    ) -> Colours | None:
         """
         What [`ColourGuidanceCallback`] aims at, from coarse strokes or a palette.
 
+        Args:
+            box: part of a page of strokes that is stretched to the model's size; see
+                [`~image_processor.preprocess_colour_strokes`].
+            inside: bool `[1, 1, height, width]`, where colours are guided; everywhere if left out.
+
         Raises:
-            ValueError: for a hint that cannot be read or is empty, or a palette without a drawing.
+            ValueError: for a hint that cannot be read or is empty, strokes with none inside, or a palette without a drawing.
         """
         if colour_hint is None:
             return None
         palette = parse_palette(colour_hint)
         if palette is None:
-            pixels, mask = preprocess_colour_strokes(colour_hint, self.height, self.width)
-            return Colours(pixels[None].to(self._execution_device), blur(mask[None].to(self._execution_device)))
-        if groups is None:
+            strokes = preprocess_colour_strokes(colour_hint, self.height, self.width, box)
+            candidates, cover = (layer[None].to(self._execution_device) for layer in strokes)
+            if inside is not None and not bool((cover > 0)[inside].any()):
+                raise ValueError(
+                    "`colour_hint` has no stroke inside of what may change: paint there, or enlarge `mask_image`."
+                )
+            mask = blur(cover)
+        elif groups is None:
             raise ValueError("`colour_hint` is a palette, which colours what a drawing encloses: give a `sketch`.")
-        masks = torch.stack([enclosed_area(group) for group in groups]).repeat_interleave(num_images, dim=0)
-        return Colours(palette.to(self._execution_device), masks.to(self._execution_device))
+        else:
+            candidates = palette.to(self._execution_device)
+            mask = torch.stack([enclosed_area(group) for group in groups]).repeat_interleave(num_images, dim=0)
+            mask = mask.to(self._execution_device)
+        return Colours(candidates, mask if inside is None else mask * inside)
 
     def prepare_class_labels(
         self, class_labels, groups: list[torch.Tensor] | None, num_rows: int
@@ -635,7 +665,7 @@ class DiffSketchingMixin(_Base):
         if not isinstance(label, Mapping):
             return {self.get_label_id(label): 1.0}
         weights = list(label.values())
-        if not all(is_real_number(weight) and math.isfinite(weight) and weight >= 0 for weight in weights):
+        if not all(is_number(weight) and math.isfinite(weight) and weight >= 0 for weight in weights):
             raise ValueError(
                 f"`class_labels` has a mixture whose weights are not all numbers of at least 0: {label!r}."
             )
@@ -710,12 +740,15 @@ class DiffSketchingMixin(_Base):
             raise ValueError(
                 f"`negative_class_labels` has to have one entry per sketch, {num_rows}, but has {len(negative)}."
             )
-        return [self.null_class if label is None else self.get_label_id(label) for label in negative]
+        return [
+            self.null_class if label is None else self.get_label_id(label, "negative_class_labels")
+            for label in negative
+        ]
 
-    def prepare_generators(self, generator, batch_size: int) -> list[torch.Generator]:
+    def prepare_generators(self, generator, batch_size: int, per: str = "image") -> list[torch.Generator]:
         """
-        One generator per image, so that an image does not depend on its batch. A single one, or torch's default, is
-        expanded by drawing one child seed per image from it.
+        One generator per image (or what `per` says), so that an image does not depend on its batch. A single one, or torch's
+        default, is expanded by drawing one child seed per image from it.
 
         Raises:
             ValueError: if a list has another length than `batch_size`.
@@ -723,7 +756,7 @@ class DiffSketchingMixin(_Base):
         if isinstance(generator, (list, tuple)):
             if len(generator) != batch_size:
                 raise ValueError(
-                    f"`generator` has to have one entry per image, {batch_size}, but has {len(generator)}."
+                    f"`generator` has to have one entry per {per}, {batch_size}, but has {len(generator)}."
                 )
             return list(generator)
         device = "cpu" if generator is None else generator.device
@@ -843,21 +876,24 @@ class DiffSketchingMixin(_Base):
         return MultiPipelineCallbacks(callbacks)
 
     def _check_guided_start(self, scheduler, timesteps: torch.Tensor, guidance: MultiPipelineCallbacks) -> None:
-        alpha_prod = float(scheduler.alphas_cumprod[int(timesteps[0])])
-        if alpha_prod < _MIN_GUIDED_ALPHA_PROD and _active_callbacks(guidance, 0, len(timesteps)):
+        alpha_prods = scheduler.alphas_cumprod[timesteps.to(scheduler.alphas_cumprod.device)]
+        # An edit walks each timestep several times.
+        pure_noise = int((alpha_prods < _MIN_GUIDED_ALPHA_PROD).sum())
+        if any(_active_callbacks(guidance, step_index, len(timesteps)) for step_index in range(pure_noise)):
             raise ValueError(
-                f"`guidance_start=0.0` guides at timestep {int(timesteps[0])}, where x_t is pure noise (ᾱ ="
-                f" {alpha_prod:.1g}) and any gradient explodes: set `guidance_start={1 / len(timesteps):.3g}`, or load the"
-                f" {type(scheduler).__name__} with `timestep_spacing='leading'`."
+                f"`guidance_start` is too early: it guides at timestep {int(timesteps[0])}, where x_t is pure noise (ᾱ ="
+                f" {float(alpha_prods[0]):.1g}) and any gradient explodes: set `guidance_start="
+                f"{pure_noise / len(timesteps):.3g}`, or load the {type(scheduler).__name__} with"
+                " `timestep_spacing='leading'`."
             )
 
-    def _warn_if_sketch_is_unused(self, strength: float, guidance: MultiPipelineCallbacks) -> None:
+    def _warn_if_sketch_is_unused(self, argument: str, guidance: MultiPipelineCallbacks, hint: str = "") -> None:
         uses_sketch = any(not isinstance(callback, ClassifierGuidanceCallback) for callback in guidance.callbacks)
-        if self.unet.config.in_channels == 4 or strength < 1.0 or uses_sketch:
+        if self.unet.config.in_channels == 4 or uses_sketch:
             return
         logger.warning(
-            "This call does not use the `sketch` for anything but its class: the `unet` has 3 input channels, `strength`"
-            " is 1.0 and no guidance is on. Lower `strength`, or set `perceptual_guidance_scale`."
+            f"This call does not use the `{argument}` for anything but its class: the `unet` has 3 input channels, and no"
+            f" guidance by the drawing is on. Set `perceptual_guidance_scale`{hint}."
         )
 
     def predict_guided_noise(
@@ -1048,8 +1084,7 @@ class DiffSketchingMixin(_Base):
                 f"`invert` needs a DDIMScheduler, but `scheduler` is a {type(self.scheduler).__name__}: set `pipe.scheduler"
                 " = DDIMScheduler.from_config(pipe.scheduler.config)`."
             )
-        if isinstance(iterations, bool) or not isinstance(iterations, numbers.Integral) or iterations < 0:
-            raise ValueError(f"`num_fixed_point_iterations` has to be an integer of at least 0 but is {iterations!r}.")
+        check_integer("num_fixed_point_iterations", iterations, at_least=0)
 
     def _invert(
         self, scheduler, timesteps: torch.Tensor, latents: torch.Tensor, conditioning: Conditioning, iterations: int
@@ -1084,8 +1119,13 @@ def _fields(conditioning: Conditioning) -> tuple:
     return tuple(getattr(conditioning, field.name) for field in fields(conditioning))
 
 
-def is_real_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+def check_integer(name: str, value: Any, at_least: int) -> None:
+    """
+    Raises:
+        ValueError: if the argument `name` is no integer, or a smaller one.
+    """
+    if not is_number(value, numbers.Integral) or value < at_least:
+        raise ValueError(f"`{name}` has to be an integer of at least {at_least} but is {value!r}.")
 
 
 def as_list(class_labels: Any) -> Any:

@@ -22,6 +22,7 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
 from diffsketching_pipeline import DiffSketchingEditPipeline, DiffSketchingPipeline, cli
+from diffsketching_pipeline.cli_utils import contact_sheet
 
 
 SIZE = (48, 40)
@@ -140,6 +141,27 @@ def test_matrix_has_a_row_for_each_class(run, files):
     assert np.abs(cell - plain).max() <= 2
 
 
+def test_beside_strokes_of_colour_a_drawing_keeps_its_place(run, files, checkpoint):
+    page = Image.new("RGBA", SIZE, "white")
+    page.paste("red", (4, 4, 40, 36))
+    page.save(files / "hint.png")
+    options = ("--class-label", "a", "--num-images", 1, "--colour-hint", files / "hint.png")
+    assert run("matrix", files / "two.png", *options) == 0 and run("generate", files / "two.png", *options) == 0
+    pipe = DiffSketchingPipeline.from_pretrained(checkpoint)
+    generator = [torch.Generator().manual_seed(0)]
+    expected = pipe(files / "two.png", "a", 1, generator=generator, colour_hint=files / "hint.png").images[0]
+    for name in ("two_a_0.png", "two_0.png"):
+        written = np.asarray(Image.open(files / "out" / name), int)
+        assert np.abs(written - np.asarray(expected, int)).max() <= 2
+
+
+def test_a_sheet_lays_what_is_transparent_on_white():
+    tile = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    tile.paste((255, 0, 0, 255), (4, 0, 8, 8))
+    sheet = np.asarray(contact_sheet([(tile, "")], "", 1))
+    assert sheet[120, 20].tolist() == [255, 255, 255] and sheet[120, 180].tolist() == [255, 0, 0]
+
+
 def test_invert_writes_noise_from_which_the_photo_comes_back(run, files, checkpoint):
     assert run("invert", files / "photo.png", "--steps", 4, "--class-label", "a") == 0
     names = ["metadata.json", "photo_back.png", "photo_noise.safetensors", "photo_sheet.png"]
@@ -173,6 +195,10 @@ def test_invert_writes_noise_from_which_the_photo_comes_back(run, files, checkpo
         (("interpolate", "one.png", "two.png", "--fps", "0"), "`--fps` has to be at least 1"),
         (("matrix", "one.png", "--class-label", "d"), "unknown class 'd'"),
         (("matrix", "one.png", "--colour-hint", "reddest"), "`colour_hint` has 'reddest', which is no colour"),
+        (("matrix", "one.png", "--colour-hint", "typo.png"), "typo.png') does not exist"),
+        (("matrix", "one.png", "--negative-class-label", "d"), "`negative_class_labels` has the unknown class 'd'"),
+        (("matrix", "one.png", "--negative-class-label", "a=1"), "`--negative-class-label` has to be one class"),
+        (("interpolate", "photo.png", "other.png", "--photos", "--seed", "3"), "`--seed` makes noise"),
         (("invert", "broken.png"), "broken.png') is damaged or truncated"),
         (("invert", "photo.png", "--iterations", "-1"), "`num_fixed_point_iterations` has to be an integer"),
     ],

@@ -160,6 +160,28 @@ def test_a_negative_class_needs_guidance(tiny_pipeline, sketches):
         tiny_pipeline(sketches[0], "a", 1, 1, sketch_guidance_scale=2.0, negative_class_labels=["a", "b"])
 
 
+def test_a_negative_class_is_checked_under_its_own_name(tiny_pipeline, tiny_pipeline_factory, sketches):
+    guided = {"num_inference_steps": 1, "sketch_guidance_scale": 2.0}
+    for label, message in (
+        ("d", "has the unknown class 'd'"),
+        ({"a": 1}, "has to hold names"),
+        (7, "between 0 and 2"),
+    ):
+        with pytest.raises(ValueError, match=f"`negative_class_labels` .*{message}"):
+            tiny_pipeline(sketches[0], "a", negative_class_labels=label, **guided)
+    pipe = tiny_pipeline_factory(num_class_embeds=3)
+    with pytest.raises(ValueError, match="has a None, but this checkpoint's `unet` has no 'no class'"):
+        pipe(sketches[:2], "a", negative_class_labels=["b", None], **guided)
+
+
+def test_a_negative_class_is_refused_where_inverted_noise_turns_guidance_off(tiny_pipeline_factory, sketches):
+    pipe = tiny_pipeline_factory(recommended={"sketch_guidance_scale": 2.0})
+    options = {"latents": randn(1, 3, SIZE, SIZE), "num_inference_steps": 1, "negative_class_labels": "b"}
+    pipe(sketches[0], "a", 1, **options)
+    with pytest.raises(ValueError, match="`negative_class_labels='b'` takes the place"):
+        pipe(sketches[0], "a", 1, clip_sample=False, **options)
+
+
 def test_each_drawing_rules_its_region(noise_pred, sketches):
     left = np.zeros((32, 32), np.uint8)
     left[:, :16] = 255
@@ -242,6 +264,18 @@ def test_strokes_of_colour_reach_the_photo_where_they_are(tiny_pipeline, sketche
     opaque = Image.new("RGB", (64, 64), "white")
     opaque.paste("red", (0, 0, 32, 64))
     torch.testing.assert_close(run(opaque), hinted)
+    torch.testing.assert_close(run(opaque.convert("RGBA")), hinted)
+
+
+def test_beside_strokes_of_colour_a_drawing_keeps_its_place(tiny_pipeline):
+    spy, page = Spy(), Image.new("L", (64, 64), 255)
+    page.paste(0, (4, 8, 24, 12))
+    hint = Image.new("RGB", (64, 64), "white")
+    hint.paste("red", (4, 8, 24, 12))
+    for colours, fit in ((hint, "page"), (["red"], "content")):
+        tiny_pipeline(page, "a", 1, guidance_callbacks=spy, colour_hint=colours, **PLAIN)
+        expected = tiny_pipeline.sketch_processor.preprocess(page, SIZE, SIZE, fit=fit)
+        torch.testing.assert_close(spy.seen["sketch"], expected)
 
 
 def test_a_palette_colours_what_the_drawing_encloses(tiny_pipeline, sketches):

@@ -26,7 +26,13 @@ import torch
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from diffsketching_pipeline.image_processor import MAX_SKETCH_SIDE, SketchProcessor, preprocess_photos
+from diffsketching_pipeline.image_processor import (
+    MAX_SKETCH_SIDE,
+    SketchProcessor,
+    preprocess_mask,
+    preprocess_photos,
+    read_photo,
+)
 
 
 DRAWINGS = Path(__file__).parents[1] / "examples" / "drawings"
@@ -553,3 +559,24 @@ def test_photos_of_any_mode_become_rgb(mode):
 def test_what_is_no_photo_is_refused(images, message):
     with pytest.raises(ValueError, match=message):
         preprocess_photos(images, 4, 4)
+
+
+def test_a_photo_or_a_mask_may_be_black():
+    assert np.asarray(read_photo(np.zeros((8, 8, 3), np.float32), "photo")).max() == 0
+    assert np.asarray(preprocess_mask(torch.zeros(8, 8), "mask")).max() == 0
+
+
+def test_a_deep_photo_with_a_transparent_level_is_scaled(tmp_path):
+    values = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    Image.fromarray(values).save(tmp_path / "deep.png", transparency=int(values[2, 3]))
+    photo = read_photo(tmp_path / "deep.png", "photo")
+    assert photo.mode == "RGBA" and np.argwhere(np.asarray(photo)[..., 3] == 0).tolist() == [[2, 3]]
+    assert np.abs(np.asarray(photo)[..., 0] - values / 257).max() < 1
+    photo = preprocess_photos(tmp_path / "deep.png", 8, 8)[0, 0]
+    assert photo[2, 3] == 1 and photo[0, 0] == -1
+
+
+def test_a_mode_that_does_not_convert_names_the_photo():
+    for read in (read_photo, preprocess_mask):
+        with pytest.raises(ValueError, match="`image` has mode 'La'; convert it to RGB"):
+            read(Image.new("La", (8, 8)), "`image`")

@@ -853,8 +853,8 @@ def test_unknown_arguments_are_not_swallowed(tiny_pipeline, sketches):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_images_per_sketch": 0}, "`num_images_per_sketch` has to be at least 1 but is 0"),
-        ({"num_images_per_sketch": 1.5}, "`num_images_per_sketch` has to be an integer but is 1.5"),
+        ({"num_images_per_sketch": 0}, "`num_images_per_sketch` has to be an integer of at least 1 but is 0"),
+        ({"num_images_per_sketch": 1.5}, "`num_images_per_sketch` has to be an integer of at least 1 but is 1.5"),
         ({"num_inference_steps": 0}, "`num_inference_steps` has to be between 1 and 1000 but is 0"),
         ({"guidance_start": 0.5, "guidance_end": 0.5}, "`guidance_start` and `guidance_end` have to be fractions"),
         ({"clip_sample": "yes"}, "`clip_sample` has to be None, True or False but is 'yes'"),

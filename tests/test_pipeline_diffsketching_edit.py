@@ -11,14 +11,15 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+import logging
 import math
 
 import numpy as np
 import pytest
 import torch
 from diffusers import UniPCMultistepScheduler
-from PIL import Image, ImageDraw
-from testing_utils import SIZE
+from PIL import Image, ImageCms, ImageDraw
+from testing_utils import SIZE, make_scheduler
 
 from diffsketching_pipeline import (
     DiffSketchingEditPipeline,
@@ -210,6 +211,94 @@ def test_the_seam_is_blended_inside_the_mask(pipe):
     assert (hard[12:28] == 255).all() and hard[11] == hard[28] == 0
 
 
+def test_the_seam_is_blended_wherever_the_mask_ends(pipe):
+    """Also where the part ends with the mask, and not where the photo does."""
+    black, white = Image.new("RGB", PHOTO_SIZE, "black"), torch.ones(1, 3, SIZE, SIZE)
+
+    def row(box, crop_margin):
+        region = pipe.prepare_region(black, box_mask(box), crop_margin)
+        return np.asarray(pipe.paste(region, white, 0.2, "pil")[0])[20, :, 0].astype(int)
+
+    # A fifth of 20 pixels.
+    ramp = [round(255 * s * s * (3 - 2 * s)) for s in (0.25, 0.5, 0.75, 1.0)]
+    assert row((12, 10, 28, 30), 0.0)[12:16].tolist() == ramp
+    inner = row((14, 10, 34, 30), 0.0)
+    assert inner[13] == inner[34] == 0 and inner[14:18].tolist() == inner[33:29:-1].tolist() == ramp
+    assert (row((0, 0, *PHOTO_SIZE), 0.5) == 255).all()
+    at_border = row((0, 10, 20, 30), 0.0)
+    assert (at_border[:16] == 255).all() and at_border[19:15:-1].tolist() == ramp
+
+
+def test_what_is_transparent_has_no_colour_in_the_blend(pipe):
+    photo = Image.new("RGBA", PHOTO_SIZE, (0, 0, 0, 0))
+    region = pipe.prepare_region(photo, box_mask(), 0.5)
+    row = np.asarray(pipe.paste(region, torch.ones(1, 3, SIZE, SIZE), 0.1, "pil")[0])[20, 12:28]
+    assert (row[:, :3] == 255).all() and 0 < row[0, 3] < row[1, 3] < 255 and row[8, 3] == 255
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "1", "I;16", "P", "P transparent", "turned"])
+@pytest.mark.parametrize("crop_margin", [0.0, 0.5])
+def test_nothing_outside_of_the_mask_is_touched_by_pasting(pipe, tmp_path, mode, crop_margin):
+    size = (37, 29)
+    noise = np.random.default_rng(1).integers(0, 256, (size[1], size[0], 4), dtype=np.uint8)
+    photo = Image.fromarray(noise)
+    if mode == "I;16":
+        photo = Image.fromarray(noise[..., 0].astype(np.uint16) * 257)
+    elif mode == "P transparent":
+        photo = photo.convert("RGB").quantize(16)
+        photo.info["transparency"] = 3
+    elif mode == "turned":
+        exif = photo.getexif()
+        exif[0x0112] = 6
+        photo.save(tmp_path / "turned.png", exif=exif)
+        photo, size = tmp_path / "turned.png", size[::-1]
+    else:
+        photo = photo.convert(mode)
+    for box in ((5, 4, 18, 17), (0, 0, 9, 9), (size[0] - 5, 3, *size), (0, 0, *size)):
+        mask = pipe.prepare_mask_image(photo, box)
+        region = pipe.prepare_region(photo, mask, crop_margin)
+        assert region.photo.size == size
+        image = pipe.paste(region, -torch.ones(1, 3, SIZE, SIZE), 0.1, "pil")[0]
+        changed = (np.asarray(image) != np.asarray(region.photo)).any(axis=2)
+        assert image.mode == region.photo.mode and not changed[np.asarray(mask) == 0].any()
+        assert changed[np.asarray(mask) > 0].mean() > 0.4
+
+
+def test_the_profile_of_an_rgb_photo_is_kept(pipe):
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for mode, colours, kept in (("RGB", b"RGB ", profile), ("CMYK", b"CMYK", None)):
+        photo = Image.new(mode, PHOTO_SIZE)
+        photo.info["icc_profile"] = profile[:16] + colours + profile[20:]
+        region = pipe.prepare_region(photo, box_mask(), 0.5)
+        image = pipe.paste(region, torch.ones(1, 3, SIZE, SIZE), 0.1, "pil")[0]
+        assert image.info.get("icc_profile") == kept
+
+
+def test_a_box_between_two_pixels_is_not_empty(pipe, photo):
+    for box, expected in (((47.6, 0, 48, 40), (47, 0, 48, 40)), ((3.7, 4.2, 9.1, 8), (3, 4, 10, 8))):
+        assert pipe.prepare_mask_image(photo, box).getbbox() == expected
+
+
+@pytest.mark.parametrize("label", ["b", {"a": 1, "b": 3}])
+def test_a_network_that_needs_a_class_inverts_under_it(tiny_pipeline_factory, photo, label):
+    pipe = DiffSketchingEditPipeline.from_pipe(tiny_pipeline_factory(num_class_embeds=3))
+    pipe.set_progress_bar_config(disable=True)
+    steps = []
+    pipe(
+        *(photo, BOX),
+        callback_on_step_end=lambda pipe, i, t, kwargs: steps.append(kwargs["latents"]) or {},
+        **{**STEPS, "class_labels": label},
+    )
+    part, inside = pipe.prepare_photo(pipe.prepare_region(photo, box_mask(), 0.5))
+    outside = ~inside.expand(1, 3, -1, -1)
+    back = pipe._invert(
+        *(sampling_scheduler(pipe.scheduler, 4), sampling_scheduler(pipe.scheduler, 4).timesteps[1:], part),
+        *(Conditioning(torch.tensor([1])), 1),
+    )
+    found = torch.allclose(steps[0][outside], back[1][outside], atol=1e-5)
+    assert found == (label == "b")
+
+
 def test_output_types_agree(pipe, photo):
     pil = np.asarray(pipe(photo, BOX, generator=seeded(), **STEPS).images[0])
     array = pipe(photo, BOX, generator=seeded(), output_type="np", **STEPS).images
@@ -234,6 +323,7 @@ def test_output_types_agree(pipe, photo):
         ({"strength": 0.1}, "leaves none of 4 steps"),
         ({"feather": 2}, "`feather` has to be in .0, 1. but is 2"),
         ({"num_resample_steps": 0}, "`num_resample_steps` has to be an integer of at least 1 but is 0"),
+        ({"generator": [seeded()] * 2}, "`generator` has to have one entry per image, 1, but has 2"),
         ({"class_labels": "d"}, "unknown class 'd'"),
         ({"image": "nowhere.png"}, "nowhere.png.* does not exist"),
     ],
@@ -291,12 +381,78 @@ def test_strokes_of_colour_lie_on_the_photos_page(pipe, photo):
     assert pipe.prepare_part_colours(hint, region, inside, None, 1).mask[~inside].max() == 0
 
 
+def test_strokes_of_colour_have_to_lie_where_something_changes(pipe, photo):
+    region = pipe.prepare_region(photo, box_mask(), 0.5)
+    _, inside = pipe.prepare_photo(region)
+    for place in ((0, 0, 8, 8), (44, 0, 48, 40)):
+        hint = Image.new("RGB", PHOTO_SIZE, "white")
+        hint.paste("red", place)
+        with pytest.raises(ValueError, match="`colour_hint` has no stroke inside of what may change"):
+            pipe.prepare_part_colours(hint, region, inside, None, 1)
+    with pytest.raises(ValueError, match="`colour_hint` has to be drawn on the photo's page"):
+        pipe.prepare_part_colours(Image.new("RGB", (48, 48), "red"), region, inside, None, 1)
+    # One pixel of a page that is much larger than the model is still seen.
+    hint = Image.new("RGB", (480, 400), "white")
+    hint.putpixel((203, 207), (0, 0, 255))
+    colours = pipe.prepare_part_colours(hint, region, inside, None, 1)
+    assert colours.mask.max() > 0
+    torch.testing.assert_close(colours.candidates[0, :, 8, 8], torch.tensor([-1.0, -1.0, 1.0]))
+
+
 def test_a_small_change_of_a_huge_photo_still_reads_its_drawing(pipe):
     photo = Image.new("RGB", (6000, 20), "white")
-    region = pipe.prepare_region(photo, box_mask((3000, 5, 3004, 9), photo.size), 0.5)
-    assert region.size == (math.ceil(6000 * SIZE / 4096), 20)
-    out = pipe(photo, (3000, 5, 3004, 9), draw([(3000, 7), (3004, 7)], size=photo.size, scale=1), **STEPS)
+    box = (2950, 5, 3050, 15)
+    region = pipe.prepare_region(photo, box_mask(box, photo.size), 0.5)
+    assert region.size == (math.ceil(6000 / 16), 20)
+    out = pipe(photo, box, draw([(2955, 10), (3045, 10)], size=photo.size, scale=1), **STEPS)
     assert out.images[0].size == photo.size
+
+
+def test_guidance_of_pure_noise_is_refused_at_each_walk_of_its_timestep(tiny_pipeline_factory, photo):
+    scheduler = make_scheduler(prediction_type="v_prediction", timestep_spacing="trailing")
+    pipe = DiffSketchingEditPipeline.from_pipe(tiny_pipeline_factory(scheduler=scheduler))
+    pipe.set_progress_bar_config(disable=True)
+    options = {**STEPS, "strength": 1.0, "num_resample_steps": 3, "classifier_guidance_scale": 1.0}
+    # Of twelve steps the first three are at timestep 999; the second is from 1/12 to 2/12 of the way.
+    for start, end in ((0.0, 0.1), (0.08, 0.2)):
+        with pytest.raises(ValueError, match="guides at timestep 999, .*set `guidance_start=0.25`"):
+            pipe(photo, BOX, guidance_start=start, guidance_end=end, **options)
+    pipe(photo, BOX, guidance_start=0.25, **options)
+
+
+def test_a_drawing_that_is_not_used_is_warned_of(tiny_pipeline_factory, photo, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    pipe = DiffSketchingEditPipeline.from_pipe(tiny_pipeline_factory(in_channels=3))
+    pipe.set_progress_bar_config(disable=True)
+    for sketch, count in ((draw([(20, 11), (20, 29)]), 1), (None, 0)):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            pipe(photo, BOX, sketch, **STEPS)
+        assert len([r for r in caplog.records if "does not use the `sketch`" in r.message]) == count
+
+
+def test_an_edit_in_bfloat16_under_inference_mode_and_interrupted(pipe, photo):
+    pipe.to(torch.bfloat16)
+    sketch = draw([(14, 12), (26, 12), (26, 28), (14, 28), (14, 12)])
+    guided = {"classifier_guidance_scale": 1.0, "perceptual_guidance_scale": 0.1, "colour_hint": ["red"]}
+    with torch.inference_mode():
+        image = pipe(photo, BOX, sketch, generator=seeded(), **guided, **STEPS).images[0]
+    assert torch.equal(inside_box(image, False), inside_box(photo, False))
+    assert not torch.equal(inside_box(image, True), inside_box(photo, True))
+
+    def stop(pipe, step_index, timestep, kwargs):
+        pipe._interrupt = step_index == 0
+        walked.append(step_index)
+        return {}
+
+    walked = []
+    stopped = pipe(photo, BOX, sketch, generator=seeded(), callback_on_step_end=stop, **STEPS).images[0]
+    assert walked == [0] and torch.equal(inside_box(stopped, False), inside_box(photo, False))
+
+
+def inside_box(image, inside):
+    mask = np.asarray(box_mask()) > 0
+    return torch.from_numpy(np.asarray(image)[mask == inside])
 
 
 def test_callbacks_see_the_part_at_the_models_size(pipe, photo):

@@ -11,6 +11,8 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+import logging
+
 import pytest
 import torch
 from diffusers import DDPMScheduler, UniPCMultistepScheduler
@@ -74,16 +76,18 @@ def test_between_keys_the_predictions_and_the_noise_are_blended(pipe, tiny_pipel
 
 
 def test_one_generator_makes_the_noise_of_all_frames(pipe, sketches):
-    started = []
+    walked = []
 
     def on_step_end(pipe, step_index, timestep, kwargs):
-        started.append(kwargs["latents"])
+        walked.append(kwargs["latents"])
         return {}
 
     same = [sketches[0], sketches[0]]
     options = {**STEPS, "eta": 1.0, "class_labels": "a", "callback_on_step_end": on_step_end}
-    frames = pipe(same, num_frames=3, generator=seeded(), **options).images
-    torch.testing.assert_close(frames[1], frames[0], atol=1e-5, rtol=0)
+    pipe(same, num_frames=3, generator=seeded(), **options)
+    assert len(walked) == 4
+    for latents in walked:
+        torch.testing.assert_close(latents, latents[:1].expand_as(latents), atol=1e-5, rtol=0)
     other = pipe(same, num_frames=3, generator=[seeded(0), seeded(1)], **options).images
     assert not torch.allclose(other[0], other[2], atol=1e-2)
 
@@ -97,12 +101,54 @@ def test_photos_come_back_at_the_ends(pipe, tiny_pipeline):
     assert pipe.guidance_scales["classifier_guidance_scale"] == 0.0 and pipe.eta == 0.0
 
 
+def test_given_noise_without_clipping_leads_where_the_plain_pipeline_goes(tiny_pipeline_factory, sketches):
+    plain = tiny_pipeline_factory(recommended={"sketch_guidance_scale": 2.0, "classifier_guidance_scale": 1.0})
+    pipe = DiffSketchingInterpolationPipeline.from_pipe(plain)
+    pipe.set_progress_bar_config(disable=True)
+    noise = randn(2, 3, SIZE, SIZE)
+    for clip_sample, scale in ((False, 1.0), (True, 2.0)):
+        options = {**STEPS, "clip_sample": clip_sample}
+        frames = pipe(list(sketches[:2]), class_labels=["a", "b"], num_frames=2, latents=noise, **options).images
+        assert pipe.guidance_scales["sketch_guidance_scale"] == scale
+        alone = plain(list(sketches[:2]), ["a", "b"], 1, latents=noise, **options).images
+        torch.testing.assert_close(frames, alone, atol=1e-4, rtol=0)
+
+
+def test_photos_are_not_inverted_for_a_call_that_fails(pipe):
+    pipe.scheduler.register_to_config(timestep_spacing="trailing")
+    calls = []
+    pipe.unet.register_forward_pre_hook(lambda *args: calls.append(1))
+    photos = torch.rand(2, 3, SIZE, SIZE, generator=seeded())
+    with pytest.raises(ValueError, match="guides at timestep 999"):
+        pipe(images=photos, class_labels="a", num_frames=3, classifier_guidance_scale=1.0, **STEPS)
+    assert not calls
+
+
+def test_a_drawing_that_is_not_used_is_warned_of(tiny_pipeline_factory, sketches, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    pipe = DiffSketchingInterpolationPipeline.from_pipe(tiny_pipeline_factory(in_channels=3))
+    pipe.set_progress_bar_config(disable=True)
+    with caplog.at_level(logging.WARNING):
+        pipe(list(sketches[:2]), class_labels=["a", "b"], num_frames=2, **STEPS)
+    assert [record.message[:46] for record in caplog.records] == [
+        "This call does not use the `sketches` for anyth"[:46]
+    ]
+
+
 def test_between_classes_of_one_drawing_and_of_none(pipe, tiny_pipeline, sketches):
     for sketch in (sketches[:1], None):
         frames = pipe(sketch, class_labels=["a", {"b": 1, "c": 3}], num_frames=2, generator=seeded(), **STEPS)
         assert frames.class_labels == ["a", {"b": 0.25, "c": 0.75}]
         alone = tiny_pipeline(sketch, {"b": 1, "c": 3}, 1, generator=seeded(), **STEPS).images
         torch.testing.assert_close(frames.images[1:], alone, atol=1e-4, rtol=0)
+
+
+def test_frames_in_bfloat16_under_inference_mode(pipe, sketches):
+    pipe.to(torch.bfloat16)
+    with torch.inference_mode():
+        options = {"class_labels": ["a", "b"], "num_frames": 3, "perceptual_guidance_scale": 0.1, **SCALES, **STEPS}
+        frames = pipe(list(sketches[:2]), generator=seeded(), **options).images
+    assert frames.shape == (3, 3, SIZE, SIZE) and torch.isfinite(frames).all()
 
 
 def test_other_schedulers_interpolate(pipe, sketches):
@@ -138,7 +184,7 @@ def test_slerp_keeps_the_norm_and_falls_back_to_a_line():
             "2 in `class_labels`, 3 in `latents`",
         ),
         ({"class_labels": ["a", "b"], "num_frames": 1}, "`num_frames` has to be an integer of at least 2 but is 1"),
-        ({"class_labels": ["a", "b"], "generator": [seeded()] * 3}, "`generator` has to have one entry per image, 2"),
+        ({"class_labels": ["a", "b"], "generator": [seeded()] * 3}, "`generator` has to have one entry per key, 2"),
         ({"class_labels": ["a", {"b": 0.0}]}, "weights do not sum to something positive"),
         ({"images": torch.zeros(2, 3, SIZE, SIZE), "eta": 0.5}, "`eta=0.5` would lead away from `images`"),
         ({"images": torch.zeros(2, 3, SIZE, SIZE), "generator": seeded()}, "`generator` is the noise"),
