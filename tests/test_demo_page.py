@@ -284,7 +284,7 @@ def test_a_drawn_shape_is_followed(start_browser, browser, monkeypatch):
         [photo] = photos_of(browser, count=1)
     finally:
         page.close()
-    sketches = SketchProcessor(256).preprocess(example_drawings())[:, 0].numpy() < 0
+    sketches = SketchProcessor(metrics.CONTOUR_RESOLUTION).preprocess(example_drawings())[:, 0].numpy() < 0
     distances = metrics.contour_distances(metrics.edge_map(photo)[None], sketches)[0]
     assert example_drawings()[int(distances.argmin())].stem == "pants"
 
