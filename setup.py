@@ -24,7 +24,16 @@ TRAIN = [
     "webdataset>=1.0",
 ]
 DEMO = ["gradio>=6.31"]
-TEST = [*TRAIN, *DEMO, "mypy>=1.11", "pytest>=8.0", "ruff>=0.6", "selenium>=4.11", "types-PyYAML"]
+TEST = [
+    *TRAIN,
+    *DEMO,
+    "imageio-ffmpeg>=0.5",
+    "mypy>=1.11",
+    "pytest>=8.0",
+    "ruff>=0.6",
+    "selenium>=4.11",
+    "types-PyYAML",
+]
 
 setup(
     name="diffsketching_pipeline",

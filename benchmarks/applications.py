@@ -14,7 +14,7 @@
 """What editing, interpolation and fine control are worth, on real photos and drawings by people.
 
     python benchmarks/applications.py edit | retrieve | interpolate | matrix --photos DIR --sketches DIR [--model DIR]
-        [--output_dir applications] [--dtype bfloat16] [--num_drawings N]
+        [--output_dir applications] [--dtype bfloat16] [--num_inference_steps 25] [--num_drawings N]
 
 `--photos` and `--sketches` hold one folder per class. Only the *report* half of the drawings is used (see
 `training/image_sets.py`). Each part writes its pictures and `<part>.json` to `--output_dir`, and prints the numbers:
@@ -319,13 +319,18 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--num_drawings", type=int, default=1000, help="of `retrieve`: at most about this many")
     parser.add_argument("--num_frames", type=int, default=16)
+    parser.add_argument("--num_inference_steps", type=int, default=None, help="the model's recommendation if left out")
     args = parser.parse_args()
 
     cls, measure = PARTS[args.part]
-    pipe = cls.from_pretrained(args.model or bundled_checkpoint(), torch_dtype=getattr(torch, args.dtype))
-    pipe.to("cuda" if torch.cuda.is_available() else "cpu").set_progress_bar_config(disable=True)
+    pipe = cls.from_pretrained(args.model or bundled_checkpoint())
+    pipe.to("cuda" if torch.cuda.is_available() else "cpu", getattr(torch, args.dtype))
+    pipe.set_progress_bar_config(disable=True)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    found = {"dtype": args.dtype, **measure(pipe, args)}
+    if args.num_inference_steps is not None:
+        pipe.recommended["num_inference_steps"] = args.num_inference_steps
+    steps = pipe.resolve_num_inference_steps(None)
+    found = {"dtype": args.dtype, "num_inference_steps": steps, **measure(pipe, args)}
     path = args.output_dir / f"{args.part}.json"
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(found, indent=2) + "\n")

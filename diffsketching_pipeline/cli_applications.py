@@ -112,6 +112,11 @@ def edit(
     check_output(output_dir, [*files, sheet_path], overwrite)
     earlier = read_metadata(metadata_path)
 
+    from diffsketching_pipeline.image_processor import read_photo
+
+    with user_errors():
+        # Every file is read before the model is loaded: a bad one is an error at once.
+        opened = {name: read_photo(path, name) for name, path in (("photo", photo), ("drawing", sketch)) if path}
     pipe = load_pipeline(model, device, "DiffSketchingEditPipeline")
     label = None if class_label is None else parse_label(class_label)
     negative = None if negative_class_label is None else parse_label(negative_class_label)
@@ -146,7 +151,7 @@ def edit(
     }
     for image, path in zip(images, files, strict=True):
         write_atomically(path, png(image))
-    tiles = [(_open(photo), "photo"), (shown, "may change")]
+    tiles = [(image, name) for name, image in opened.items()] + [(shown, "may change")]
     tiles += [(image, f"seed {k}") for image, k in zip(images, seeds, strict=True)]
     write_atomically(sheet_path, png(contact_sheet(tiles, caption(photo.name, record))))
     records = [{"file": path.name, "seed": k, **record} for path, k in zip(files, seeds, strict=True)]
@@ -194,6 +199,13 @@ def interpolate(
 
     import torch
 
+    from diffsketching_pipeline.image_processor import SketchProcessor, preprocess_photos
+
+    with user_errors():
+        if photos:
+            preprocess_photos(list(keys), BUNDLED_SIZE, BUNDLED_SIZE)
+        else:
+            SketchProcessor(BUNDLED_SIZE).preprocess(list(keys))
     labels = [parse_label(text) for text in class_label or []]
     pipe = load_pipeline(model, device, "DiffSketchingInterpolationPipeline")
     check_labels(pipe, labels)
@@ -382,12 +394,6 @@ def _slug(label: Any) -> str:
     if isinstance(label, dict):
         return "-".join(f"{name}{weight:g}" for name, weight in label.items())
     return str(label)
-
-
-def _open(path: Path) -> "Image.Image":
-    from diffsketching_pipeline.image_processor import read_photo
-
-    return read_photo(path, "photo")
 
 
 def _film(frames: list["Image.Image"], kind: str, fps: int) -> bytes:

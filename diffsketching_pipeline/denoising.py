@@ -143,8 +143,8 @@ def predict_noise(
     One noise prediction, guided by the drawing without a classifier: ε = ε(∅) + w (ε(s, y) - ε(∅)) (Ho & Salimans, 2022).
 
     ∅ is no drawing and, where the network knows "no class", no class either. Both predictions, and those of all rows of
-    an image, come from one batched forward. x̂_0 is clipped if asked, and ε is always re-derived from the
-    clipped x̂_0, as guided-diffusion does before it adds guidance.
+    an image, come from one batched forward. x̂_0 is clipped if asked, and ε is always re-derived from the clipped x̂_0, as
+    guided-diffusion does before it adds guidance.
 
     Args:
         unet: called as `unet(sample, timestep, class_labels, return_dict=False)`; returns a tuple.
@@ -201,7 +201,7 @@ def _guided_model_output(
     rows = torch.arange(len(latents), device=latents.device) if owner is None else owner
     sample = latents if owner is None else latents[rows]
     if takes_sketch:
-        sample = torch.cat([sample, torch.zeros_like(sample[:, :1]) if sketch is None else sketch.to(latents)], dim=1)
+        sample = _with_sketch(sample, sketch)
     if sketch is None or sketch_guidance_scale == 1.0:
         output = _call_unet(unet, sample, _pick(timestep, rows), labels)
         return _average_by_owner(output, owner, weights, latents)
@@ -211,7 +211,7 @@ def _guided_model_output(
     keeps_class = labels is not None and null_labels is None
     null_owner = owner if keeps_class else None
     null_rows = rows if keeps_class else torch.arange(len(latents), device=latents.device)
-    null = torch.cat([latents[null_rows], torch.zeros_like(latents[null_rows, :1])], dim=1)
+    null = _with_sketch(latents[null_rows], None)
     if labels is not None:
         labels = torch.cat([labels, labels if null_labels is None else null_labels])
     timestep = _pick(timestep, torch.cat([rows, null_rows]))
@@ -236,6 +236,11 @@ def _merge_equal_rows(
         weights = (1 / torch.bincount(owner)[owner]).reshape(-1, 1, 1, 1)
     weights = weights.new_zeros(len(rows), *weights.shape[1:]).index_add(0, index, weights)
     return rows[:, 1], rows[:, 0], weights
+
+
+def _with_sketch(sample: torch.Tensor, sketch: torch.Tensor | None) -> torch.Tensor:
+    """x_t and the drawing, as a network with a channel for it takes them; 0 is no drawing."""
+    return torch.cat([sample, torch.zeros_like(sample[:, :1]) if sketch is None else sketch.to(sample)], dim=1)
 
 
 def _pick(values: Any, rows: torch.Tensor) -> Any:

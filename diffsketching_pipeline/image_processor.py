@@ -398,8 +398,9 @@ def parse_palette(colours: Any) -> torch.Tensor | None:
 
 def preprocess_colour_strokes(image: Any, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Coarse strokes of colour on a page of any size: their colours `[3, height, width]` in [-1, 1], and the share of each
-    pixel that they cover `[1, height, width]`. Paper is what is transparent or, in an opaque image, white.
+    Coarse strokes of colour on a page of any size: their colours `[3, height, width]` in [-1, 1], on paper that of the
+    nearest stroke, and the share of each pixel that they cover `[1, height, width]`. Paper is what is transparent or, in an
+    opaque image, white.
 
     Raises:
         ValueError: if the image cannot be read, or holds no stroke.
@@ -415,9 +416,10 @@ def preprocess_colour_strokes(image: Any, height: int, width: int) -> tuple[torc
         np.asarray(ImageOps.pad(Image.fromarray(layer.astype(np.float32)), (width, height), Image.Resampling.BOX))
         for layer in layers
     ]
-    cover = torch.from_numpy(fitted[3])[None] / 255
-    colours = torch.from_numpy(np.stack(fitted[:3])) / cover.clamp_min(1e-6) / 127.5 - 1
-    return torch.where(cover > 0, colours, 0.0), cover
+    cover = fitted[3] / 255
+    nearest = ndimage.distance_transform_edt(cover == 0, return_distances=False, return_indices=True)
+    colours = (np.stack(fitted[:3]) / np.maximum(cover, 1e-6))[:, nearest[0], nearest[1]]
+    return torch.from_numpy(colours / 127.5 - 1).float(), torch.from_numpy(cover)[None]
 
 
 def enclosed_area(sketch: torch.Tensor) -> torch.Tensor:

@@ -141,7 +141,8 @@ class DiffSketchingPipeline(DiffSketchingMixin, DiffusionPipeline):
                 Colours that the photos take on, without a change of shape: coarse strokes on a page (what is transparent,
                 or else white, is left free), or a palette for what the drawing encloses, such as `["#803010", "navy"]`.
             colour_guidance_scale (`float`, defaults to 0.5):
-                How strongly: 0.0 is off, 1.0 replaces the low frequencies. See [`ColourGuidanceCallback`].
+                How strongly: 0.0 is off, 1.0 replaces the low frequencies, in the first 60% of the guided steps. See
+                [`ColourGuidanceCallback`].
 
         Examples:
             ```python

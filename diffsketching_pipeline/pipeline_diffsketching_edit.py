@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -24,7 +25,13 @@ from scipy import ndimage
 from skimage.morphology import convex_hull_image
 
 from diffsketching_pipeline.denoising import forward_step, sampling_scheduler, scheduler_step_kwargs
-from diffsketching_pipeline.image_processor import SketchProcessor, preprocess_mask, preprocess_photos, read_photo
+from diffsketching_pipeline.image_processor import (
+    SketchProcessor,
+    parse_palette,
+    preprocess_mask,
+    preprocess_photos,
+    read_photo,
+)
 from diffsketching_pipeline.pipeline_utils import (
     DiffSketchingMixin,
     SamplingOptions,
@@ -33,6 +40,8 @@ from diffsketching_pipeline.pipeline_utils import (
 )
 
 
+# The largest page that a drawing is read at, see `SketchProcessor`.
+_MAX_PAGE_SIDE = 4096
 # Strokes are read at this many pixels of the page's longer side to find what they enclose.
 _PAGE_SIDE = 256
 # How far the page of a drawing may differ from the photo's in aspect ratio.
@@ -160,7 +169,7 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
         config: Any = self.sketch_processor.config
         # As wide in pixels as where a whole drawing fills the model's size.
         line_width = config.line_width and min(0.25, config.line_width * min(self.height, self.width) / min(size))
-        processor = SketchProcessor(config.resolution, config.threshold, line_width=line_width)
+        processor = SketchProcessor(config.resolution, config.threshold, config.invert, line_width=line_width)
         return processor.preprocess(sketch, size[1], size[0], fit="page", resize_mode="stretch")
 
     def prepare_region(self, image, mask: Image.Image, crop_margin: float) -> EditedRegion:
@@ -171,6 +180,8 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
         photo = read_photo(image, "`image`")
         left, top, right, bottom = mask.getbbox() or (0, 0, *mask.size)
         side = round((1 + 2 * crop_margin) * max(right - left, bottom - top))
+        # At the scale that makes the part as large as the model, drawings have to be read from the whole page.
+        side = max(side, math.ceil(max(photo.size) * max(self.width, self.height) / _MAX_PAGE_SIDE))
         horizontal = _centred_interval(left, right, side, photo.width)
         vertical = _centred_interval(top, bottom, side, photo.height)
         box = (horizontal[0], vertical[0], horizontal[1], vertical[1])
@@ -208,7 +219,18 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
         left, top = round(region.box[0] * scale[0]), round(region.box[1] * scale[1])
         left, top = min(left, page[0] - self.width), min(top, page[1] - self.height)
         strokes = strokes[..., top : top + self.height, left : left + self.width].to(latents.device)
+        if not bool((strokes < 0)[inside].any()):
+            raise ValueError("`sketch` has no line inside of what may change: draw there, or enlarge `mask_image`.")
         return strokes if contours is None else torch.where(inside, strokes, contours)
+
+    def prepare_part_colours(self, colour_hint, region: EditedRegion, inside: torch.Tensor, groups, num_images: int):
+        """[`~DiffSketchingPipeline.prepare_colours`] inside the mask; strokes of colour lie on the photo's page."""
+        if colour_hint is not None and parse_palette(colour_hint) is None:
+            # Not smoothed, because white that is mixed into a stroke would be taken for its colour.
+            page = read_photo(colour_hint, "`colour_hint`").resize(region.photo.size, Image.Resampling.NEAREST)
+            colour_hint = page.crop(region.box).resize((self.width, self.height), Image.Resampling.NEAREST)
+        colours = self.prepare_colours(colour_hint, groups, num_images)
+        return None if colours is None else colours._replace(mask=colours.mask * inside)
 
     @torch.no_grad()
     def __call__(
@@ -299,7 +321,7 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
 
         Raises:
             ValueError: for a photo, mask or drawing that cannot be read or is empty, a mask of another size than the photo,
-                a scheduler other than [`DDIMScheduler`], and as [`DiffSketchingPipeline.__call__`].
+                a drawing on a page of other proportions or without a line inside of the mask, a scheduler other than [`DDIMScheduler`], and as [`DiffSketchingPipeline.__call__`].
         """
         # 0. Check inputs
         options = SamplingOptions(
@@ -337,6 +359,7 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
         timesteps = self.get_timesteps(scheduler, num_inference_steps, strength)
 
         # 1. Find the part of the photo to work on, and its mask at the model's size
+        image = read_photo(image, "`image`")
         mask = self.prepare_mask_image(image, mask_image, sketch, mask_padding)
         region = self.prepare_region(image, mask, crop_margin)
         photo, inside = self.prepare_photo(region)
@@ -347,7 +370,7 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
         labels, probabilities = self.prepare_class_labels(class_labels, groups, 1)
         condition = self.prepare_conditions(groups, labels, negative_class_labels)[0]
         conditioning = join_conditions([[(condition, 1.0)]] * num_images_per_sketch)
-        colours = self.prepare_colours(colour_hint, groups, num_images_per_sketch)
+        colours = self.prepare_part_colours(colour_hint, region, inside, groups, num_images_per_sketch)
         guidance = self.prepare_guidance(options, groups is not None, None not in labels, colours)
         self._check_guided_start(scheduler, timesteps, guidance)
 

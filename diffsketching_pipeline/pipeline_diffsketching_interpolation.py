@@ -48,7 +48,16 @@ class DiffSketchingInterpolationPipeline(DiffSketchingMixin, DiffusionPipeline):
     [`~pipeline_utils.DiffSketchingMixin`] for the components.
     """
 
-    def check_inputs(self, sketches, images, class_labels, num_frames, latents, options: SamplingOptions):
+    def check_inputs(
+        self,
+        sketches,
+        images,
+        class_labels,
+        num_frames,
+        num_fixed_point_iterations,
+        latents,
+        options: SamplingOptions,
+    ):
         self.check_options(options, class_labels, sketches is not None, latents)
         if isinstance(num_frames, bool) or not isinstance(num_frames, int) or num_frames < 2:
             raise ValueError(f"`num_frames` has to be an integer of at least 2 but is {num_frames!r}.")
@@ -59,7 +68,7 @@ class DiffSketchingInterpolationPipeline(DiffSketchingMixin, DiffusionPipeline):
                     " DDIMScheduler.from_config(pipe.scheduler.config)`."
                 )
             return
-        self._check_invertible(0)
+        self._check_invertible(num_fixed_point_iterations)
         for name, value in (("latents", latents), ("generator", options.generator)):
             if value is not None:
                 raise ValueError(
@@ -159,7 +168,7 @@ class DiffSketchingInterpolationPipeline(DiffSketchingMixin, DiffusionPipeline):
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             negative_class_labels=negative_class_labels,
         )
-        self.check_inputs(sketches, images, class_labels, num_frames, latents, options)
+        self.check_inputs(sketches, images, class_labels, num_frames, num_fixed_point_iterations, latents, options)
         device = self._execution_device
         scheduler = sampling_scheduler(self.scheduler, self.resolve_num_inference_steps(num_inference_steps), device)
 

@@ -48,6 +48,7 @@ from diffsketching_pipeline.guidance import (
     ColourGuidanceCallback,
     Colours,
     SketchGuidanceCallback,
+    blur,
     check_guidance_interval,
     float32_call,
     gradient_mode,
@@ -83,6 +84,8 @@ _COMPONENT_CLASSES = {
     "sketch_encoder": "ResNetForImageClassification",
 }
 _DEFAULT_NUM_INFERENCE_STEPS = 50
+# Colours are settled in the first part of the guided steps; guided to the end, fabric would be painted flat.
+_COLOURED_SHARE = 0.6
 # A type checker takes the pipelines' methods from diffusers to be there; the class that is run has no base.
 _Base: Any = object
 # Below this ᾱ_t (the last timestep of a cosine schedule) a change of ε moves x̂_0 by more than a thousand times itself.
@@ -93,18 +96,18 @@ _MIN_GUIDED_ALPHA_PROD = 1e-6
 class SamplingOptions:
     """The arguments that the calls of all pipelines share; described in [`DiffSketchingPipeline.__call__`]."""
 
-    sketch_guidance_scale: float | None
-    classifier_guidance_scale: float | None
-    perceptual_guidance_scale: float | None
-    guidance_start: float
-    guidance_end: float
-    guidance_callbacks: PipelineCallback | MultiPipelineCallbacks | Sequence[PipelineCallback] | None
-    eta: float | None
-    clip_sample: bool | None
-    generator: torch.Generator | Sequence[torch.Generator] | None
-    output_type: str
-    callback_on_step_end: Callable[..., dict] | None
-    callback_on_step_end_tensor_inputs: Sequence[str]
+    sketch_guidance_scale: float | None = None
+    classifier_guidance_scale: float | None = None
+    perceptual_guidance_scale: float | None = None
+    guidance_start: float = 0.0
+    guidance_end: float = 1.0
+    guidance_callbacks: PipelineCallback | MultiPipelineCallbacks | Sequence[PipelineCallback] | None = None
+    eta: float | None = None
+    clip_sample: bool | None = None
+    generator: torch.Generator | Sequence[torch.Generator] | None = None
+    output_type: str = "pil"
+    callback_on_step_end: Callable[..., dict] | None = None
+    callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",)
     negative_class_labels: Any = None
     colour_hint: Any = None
     colour_guidance_scale: float = 0.0
@@ -580,7 +583,7 @@ class DiffSketchingMixin(_Base):
         palette = parse_palette(colour_hint)
         if palette is None:
             pixels, mask = preprocess_colour_strokes(colour_hint, self.height, self.width)
-            return Colours(pixels[None].to(self._execution_device), mask[None].to(self._execution_device))
+            return Colours(pixels[None].to(self._execution_device), blur(mask[None].to(self._execution_device)))
         if groups is None:
             raise ValueError("`colour_hint` is a palette, which colours what a drawing encloses: give a `sketch`.")
         masks = torch.stack([enclosed_area(group) for group in groups]).repeat_interleave(num_images, dim=0)
@@ -824,7 +827,12 @@ class DiffSketchingMixin(_Base):
         if scales["perceptual_guidance_scale"] != 0.0:
             callbacks.append(SketchGuidanceCallback(scale=scales["perceptual_guidance_scale"], **interval))
         if colours is not None and options.colour_guidance_scale != 0.0:
-            callbacks.append(ColourGuidanceCallback(colours, options.colour_guidance_scale, **interval))
+            end = interval["guidance_start"] + _COLOURED_SHARE * (
+                interval["guidance_end"] - interval["guidance_start"]
+            )
+            callbacks.append(
+                ColourGuidanceCallback(colours, options.colour_guidance_scale, interval["guidance_start"], end)
+            )
         callbacks += _flatten_callbacks(options.guidance_callbacks)
         for callback in callbacks:
             if isinstance(callback, ClassifierGuidanceCallback) and callback.config.scale != 0.0 and not has_class:

@@ -15,13 +15,15 @@
 
 import argparse
 import importlib.util
+import json
 import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from testing_utils import randn
 
 
@@ -109,3 +111,41 @@ def test_cost_prints_both_tables(model_dir, monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert re.search(r"\| UNet \| 0\.\d M \|", shown) and "VGG-16" in shown
     assert len(re.findall(r"^\| (plain|checkpointed|truncated to 1|per step) \| [23] \|", shown, re.M)) == 8
+
+
+def test_applications_measure_seams_and_retrieval(model_dir, tmp_path, monkeypatch, capsys):
+    benchmark = load("applications")
+    image = np.zeros((8, 8, 3), np.uint8)
+    image[:, 4:] = 90
+    mask = np.zeros((8, 8), bool)
+    mask[:, 4:] = True
+    # Eight pairs across the border differ by 90; inside, none does.
+    assert benchmark.seam_energy(image, mask, feather=2) == {"border": 90.0, "band": 0.0}
+    image[:, 5] = 60
+    assert benchmark.seam_energy(image, mask, feather=2)["band"] == pytest.approx(30 * 8 / (8 + 14))
+
+    for label, box in (("a", (20, 20, 50, 100)), ("b", (20, 60, 100, 80))):
+        (tmp_path / "sketches" / label).mkdir(parents=True)
+        for name in ("one", "two", "three", "four"):
+            page = Image.new("L", (128, 128), 255)
+            ImageDraw.Draw(page).rectangle(box, outline=0, width=3)
+            page.save(tmp_path / "sketches" / label / f"{name}-{label}.png")
+    photo = tmp_path / "photos" / "a" / "photo.jpg"
+    photo.parent.mkdir(parents=True)
+    Image.fromarray(randn(48, 40, 3).mul(60).add(128).clamp(0, 255).byte().numpy()).save(photo)
+    monkeypatch.setattr(benchmark, "EDITS", {"lengthen": ("a/photo.jpg", "a", None, [[(0.3, 0.3), (0.6, 0.7)]])})
+    for part, expected in (("edit", "edits"), ("retrieve", "R@1")):
+        folders = [
+            "--photos",
+            tmp_path / "photos",
+            "--sketches",
+            tmp_path / "sketches",
+            "--output_dir",
+            tmp_path / "out",
+        ]
+        arguments = [part, *folders, "--model", model_dir, "--num_inference_steps", 2, "--num_drawings", 2]
+        monkeypatch.setattr(sys, "argv", ["applications.py", *map(str, arguments)])
+        benchmark.main()
+        found = json.loads((tmp_path / "out" / f"{part}.json").read_text())
+        assert found["largest difference outside"] == 0 and expected in found
+        assert (tmp_path / "out" / f"{part}.png").is_file()

@@ -32,6 +32,7 @@ from diffsketching_pipeline.denoising import (
     NoisePrediction,
     check_scheduler,
     denoise,
+    forward_step,
     get_alpha_prod,
     invert,
     predict_noise,
@@ -559,3 +560,32 @@ def test_inversion_of_gaussian_data_follows_its_exact_flow():
     alpha = scheduler.alphas_cumprod[copied.timesteps[0]]
     torch.testing.assert_close(found, images * ((alpha * variance + 1 - alpha) / variance).sqrt(), rtol=0.01, atol=0)
     assert seen[0] == (499, 0) and seen[-1] == (0, 998) and len(seen) == 500
+
+
+@pytest.mark.parametrize("index", [0, 4, 9])
+def test_forward_step_draws_from_what_leads_to_the_noisier_end(index):
+    scheduler = sampling_scheduler(make_scheduler(), 10)
+    timestep = scheduler.timesteps[index]
+    alphas = cosine_alphas_cumprod().float()
+    previous = alphas[timestep - 100] if timestep >= 100 else torch.tensor(1.0)
+    latents, noise = make_latents(), randn(2, 3, SIZE, SIZE, seed=2)
+    found = forward_step(scheduler, noise, timestep, latents)
+    beta = 1 - alphas[timestep] / previous
+    torch.testing.assert_close(found, (1 - beta).sqrt() * latents + beta.sqrt() * noise)
+
+
+def test_step_kwargs_may_be_made_for_each_step():
+    made = []
+
+    def make():
+        made.append(len(made))
+        return {"eta": 0.0}
+
+    scheduler, latents = sampling_scheduler(make_scheduler(), 3), make_latents()
+
+    def predict(latents, timestep, step_index):
+        return NoisePrediction(latents, latents)
+
+    found = denoise(scheduler, predict, latents, scheduler.timesteps, make)
+    assert made == [0, 1, 2]
+    torch.testing.assert_close(found, denoise(scheduler, predict, latents, scheduler.timesteps, {"eta": 0.0}))

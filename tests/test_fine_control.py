@@ -236,7 +236,7 @@ def test_strokes_of_colour_reach_the_photo_where_they_are(tiny_pipeline, sketche
     def distance(image, columns):
         return (image[:, :, columns].mean(dim=(1, 2)) - red).norm()
 
-    assert distance(hinted, slice(0, 7)) < 0.3 * distance(plain, slice(0, 7))
+    assert distance(hinted, slice(0, 7)) < 0.6 * distance(plain, slice(0, 7))
     assert torch.equal(run(Image.fromarray(page), scale=0.0), plain)
     # White paper of an opaque page is no hint, and neither is what is transparent.
     opaque = Image.new("RGB", (64, 64), "white")
@@ -260,7 +260,7 @@ def test_a_palette_colours_what_the_drawing_encloses(tiny_pipeline, sketches):
     ).images
     inside = images[:, :, 6:10, 6:10].mean(dim=(2, 3))
     palette = torch.tensor([[-1.0, -1.0, 1.0], [-1.0, 1.0, -1.0]])
-    assert (torch.cdist(inside, palette).min(dim=1).values < 0.5).all()
+    assert (torch.cdist(inside, palette).min(dim=1).values < 1.0).all()
 
 
 def test_colours_as_people_write_them(tmp_path):
@@ -275,7 +275,8 @@ def test_colours_as_people_write_them(tmp_path):
     pixels, cover = preprocess_colour_strokes(tmp_path / "strokes.png", SIZE, SIZE)
     # Twice as wide as high, it is fitted into the middle half of the height.
     assert cover.sum() == SIZE / 2 * SIZE / 2 and cover[0, SIZE // 2, 0] == 1
-    torch.testing.assert_close(pixels[:, SIZE // 2, 0], torch.tensor([10, 20, 30]) / 127.5 - 1)
+    for column in (0, SIZE - 1):
+        torch.testing.assert_close(pixels[:, SIZE // 2, column], torch.tensor([10, 20, 30]) / 127.5 - 1)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 
 ROOT = Path(__file__).parent.parent
@@ -68,6 +70,18 @@ def test_python_snippet(monkeypatch):
     exec(compile(code, "README.md", "exec"), names)
     assert names["out"].images[0].size == (64, 64)
     assert names["out"].class_labels[0] in names["pipe"].id2label.values()
+
+
+def test_edit_snippet(monkeypatch, tmp_path):
+    (tmp_path / "outputs").mkdir()
+    Image.new("RGB", (64, 64), "white").save(tmp_path / "outputs" / "t-shirt_0.png")
+    monkeypatch.chdir(tmp_path)
+    code = block("snippet", "edit").replace("sketch=page", "sketch=page, num_inference_steps=2, num_resample_steps=1")
+    assert "num_inference_steps=2" in code
+    exec(compile(code, "README.md", "exec"), {})
+    edited = np.asarray(Image.open("outputs/one-long-sleeve.png"))
+    # The sleeve is drawn at the left border.
+    assert (edited[30:56, 2:14] != 255).any() and (edited[:, 40:] == 255).all()
 
 
 @pytest.mark.parametrize("line", [line for line in README.splitlines() if line.startswith("diffsketching ")])

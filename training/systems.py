@@ -48,6 +48,7 @@ from tqdm.auto import tqdm
 
 from diffsketching_pipeline import DiffSketchingPipeline
 from diffsketching_pipeline.denoising import SUPPORTED_SCHEDULERS, sampling_scheduler, scheduler_step_kwargs
+from diffsketching_pipeline.pipeline_utils import SamplingOptions
 
 
 SCALE_NAMES = ("sketch_guidance_scale", "classifier_guidance_scale", "perceptual_guidance_scale")
@@ -156,12 +157,10 @@ class System:
 
     def check(self, pipeline: DiffSketchingPipeline) -> None:
         """Raises `ValueError` for what its pipeline would refuse in the middle of the work."""
-        scales = {name: getattr(self, name) for name in SCALE_NAMES}
-        interval = (self.guidance_start, self.guidance_end)
+        names = (*SCALE_NAMES, "guidance_start", "guidance_end", "eta")
+        options = SamplingOptions(**{name: getattr(self, name) for name in names})
         try:
-            pipeline.check_inputs(
-                "drawing", None, 1, scales, *interval, None, self.strength, self.eta, None, None, None, "pil", ()
-            )
+            pipeline.check_inputs("drawing", None, 1, self.strength, None, None, options)
             steps = self.resolve(pipeline)["num_inference_steps"]
             scheduler = sampling_scheduler(pipeline.scheduler, steps)
             pipeline.get_timesteps(scheduler, steps, self.strength)
