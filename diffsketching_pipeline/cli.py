@@ -117,7 +117,7 @@ def _root(
 def generate(
     drawings: Annotated[
         list[Path],
-        typer.Argument(help="Drawings: PNG, JPEG, ... dark strokes on light paper; SVG, Quick, Draw! ndjson."),
+        typer.Argument(help="Drawings: PNG, JPEG, ... dark strokes on light paper; SVG; ndjson of Quick, Draw!"),
     ],
     class_label: Annotated[
         Optional[list[str]],

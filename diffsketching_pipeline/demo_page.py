@@ -83,7 +83,7 @@ class _Handlers:
     def read_example(self, index: int) -> dict[str, Any]:
         return _on_canvas(self.studio.read_drawing(example_drawings()[index]))
 
-    def look_at(self, request: gr.Request, drawing: dict[str, Any] | None, live: bool) -> tuple[Any, Any]:
+    def look_at(self, request: gr.Request, drawing, live=False) -> tuple[Any, Any]:
         """The drawing as the model sees it and its guess; with `live`, photos of the strokes before are given up."""
         if live:
             self.studio.stop(str(request.session_hash))
@@ -150,22 +150,22 @@ class _Handlers:
         photo = ImageOps.contain(photos.images[min(selected, len(photos.images) - 1)], (CANVAS_SIZE, CANVAS_SIZE))
         return {"background": photo, "layers": [], "composite": photo}, gr.Tabs(selected="edit")
 
-    def edit_photo(self, request: gr.Request, canvas, class_label, num_images, strength, seed):
+    def edit_photo(self, request: gr.Request, photo, class_label=_GUESS, num_images=2, strength=0.9, seed=0):
+        """Photos that have changed where the canvas's layer was drawn on."""
         with _told_to_user():
-            if canvas is None or canvas["background"] is None or not canvas["layers"]:
+            if photo is None or photo["background"] is None or not photo["layers"]:
                 raise ValueError(
                     "There is nothing to edit yet: upload a photo or start from one you made, and draw on it."
                 )
-            photo, strokes = canvas["background"].convert("RGB"), canvas["layers"][0].convert("RGBA")
-            strokes = Image.alpha_composite(Image.new("RGBA", strokes.size, "white"), strokes).convert("RGB")
-            owner = str(request.session_hash)
+            background, lines = photo["background"].convert("RGB"), photo["layers"][0].convert("RGBA")
+            strokes = Image.alpha_composite(Image.new("RGBA", lines.size, "white"), lines).convert("RGB")
+            label, owner = _label(class_label), str(request.session_hash)
             yield from _show(
-                self.studio.edit_photo(
-                    photo, strokes, _label(class_label), int(num_images), int(seed), strength, owner
-                )
+                self.studio.edit_photo(background, strokes, label, int(num_images), int(seed), strength, owner)
             )
 
-    def interpolate(self, request: gr.Request, first, last, class_label, num_frames, seed):
+    def interpolate(self, request: gr.Request, first, last, class_label=_GUESS, num_frames=8, seed=0):
+        """Frames from one drawing to another."""
         with _told_to_user():
             drawings = [_drawing(first), _drawing(last)]
             owner = str(request.session_hash)
@@ -216,7 +216,7 @@ def _show(updates: Iterator[Progress | Photos]) -> Iterator[tuple[Any, Any, Any]
             yield _captioned(update), "", update
             return
         yield update.images or gr.skip(), _progress_bar(update), gr.skip()
-    yield gr.skip(), "Stopped.", gr.skip()
+    yield gr.skip(), "Stopped.", None
 
 
 def _label(choice: str) -> str | None:

@@ -25,10 +25,6 @@ from xml.etree import ElementTree
 from xml.parsers import expat
 
 import numpy as np
-from fontTools.misc.transform import Identity, Transform
-from fontTools.pens.basePen import BasePen
-from fontTools.svgLib.path import parse_path
-from fontTools.svgLib.path.shapes import PathBuilder
 
 
 VECTOR_SUFFIXES = (".svg", ".ndjson")
@@ -108,6 +104,9 @@ class VectorSketch:
         Raises:
             ValueError: if it is not SVG, declares entities, or as the constructor does.
         """
+        # Here, so that a checkpoint that brings this code along does not need it for pictures.
+        from fontTools.svgLib.path import parse_path
+
         root = _parse_xml(text)
         if _tag(root) != "svg":
             raise ValueError(f"it is <{_tag(root)}>, not <svg>.")
@@ -206,37 +205,48 @@ def _svg_page(root: ElementTree.Element) -> tuple[float, float, float, float] | 
 
 def _svg_paths(root: ElementTree.Element):
     """The path of each shape that is shown, with what takes its coordinates to those of the page."""
+    from fontTools.svgLib.path.shapes import PathBuilder
+
     # A stack in the place of recursion, which a file could exhaust.
-    pending = [(root, Identity)]
+    pending = [(root, np.eye(3))]
     while pending:
         element, transform = pending.pop()
         style = element.get("style", "").replace(" ", "")
         if _tag(element) in _HIDDEN_TAGS or element.get("display") == "none" or "display:none" in style:
             continue
-        transform = transform.transform(_parse_transform(element.attrib.pop("transform", "")))
+        transform = transform @ _parse_transform(element.attrib.pop("transform", ""))
         shape = PathBuilder()
         if shape.add_path_from_element(element):
             yield from ((path, transform) for path in shape.paths)
         pending += [(child, transform) for child in reversed(element)]
 
 
-_TRANSFORMS: dict[str, Callable[..., Transform]] = {
-    "matrix": lambda *values: Transform(*values),
-    "translate": lambda x, y=0.0: Identity.translate(x, y),
-    "scale": lambda x, y=None: Identity.scale(x, y),
-    "rotate": lambda a, x=0.0, y=0.0: Identity.translate(x, y).rotate(math.radians(a)).translate(-x, -y),
-    "skewX": lambda a: Identity.skew(math.radians(a), 0),
-    "skewY": lambda a: Identity.skew(0, math.radians(a)),
+def _affine(a: float, b: float, c: float, d: float, e: float, f: float) -> np.ndarray:
+    return np.array([[a, c, e], [b, d, f], [0, 0, 1]])
+
+
+def _rotation(angle: float, x: float = 0.0, y: float = 0.0) -> np.ndarray:
+    cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
+    return _affine(1, 0, 0, 1, x, y) @ _affine(cos, sin, -sin, cos, 0, 0) @ _affine(1, 0, 0, 1, -x, -y)
+
+
+_TRANSFORMS: dict[str, Callable[..., np.ndarray]] = {
+    "matrix": _affine,
+    "translate": lambda x, y=0.0: _affine(1, 0, 0, 1, x, y),
+    "scale": lambda x, y=None: _affine(x, 0, 0, x if y is None else y, 0, 0),
+    "rotate": _rotation,
+    "skewX": lambda angle: _affine(1, 0, math.tan(math.radians(angle)), 1, 0, 0),
+    "skewY": lambda angle: _affine(1, math.tan(math.radians(angle)), 0, 1, 0, 0),
 }
 
 
-def _parse_transform(text: str) -> Transform:
-    transform = Identity
+def _parse_transform(text: str) -> np.ndarray:
+    transform = np.eye(3)
     for name, arguments in re.findall(r"(\w+)\s*\(([^)]*)\)", text):
         if name not in _TRANSFORMS:
             raise ValueError(f"unknown transform {name!r}")
         values = [float(value) for value in re.split(r"[\s,]+", arguments.strip())]
-        transform = transform.transform(_TRANSFORMS[name](*values))
+        transform = transform @ _TRANSFORMS[name](*values)
     return transform
 
 
@@ -244,33 +254,40 @@ class _TooManyPoints(ValueError):
     pass
 
 
-class _PolylinePen(BasePen):
-    """Collects lines and curves as polylines, transformed."""
+class _PolylinePen:
+    """A pen of fontTools that collects lines and curves as polylines, transformed."""
 
-    def __init__(self):
-        super().__init__(None)
-        self.transform: Transform = Identity
-        self.strokes: list[list[tuple[float, float]]] = []
+    def __init__(self) -> None:
+        self.transform = np.eye(3)
+        self.strokes: list[list[np.ndarray]] = []
         self._num_points = 0
+        self._position = np.zeros(2)
 
-    def _add(self, points) -> None:
+    def _add(self, points: np.ndarray) -> None:
         self._num_points += len(points)
         if self._num_points > MAX_VECTOR_POINTS:
             raise _TooManyPoints(f"the drawing has more than {MAX_VECTOR_POINTS} points: simplify it.")
-        self.strokes[-1] += self.transform.transformPoints(points)
+        self.strokes[-1] += list(points @ self.transform[:2, :2].T + self.transform[:2, 2])
+        self._position = points[-1]
 
-    def _moveTo(self, point) -> None:
+    def moveTo(self, point) -> None:
         self.strokes.append([])
-        self._add([point])
+        self._add(np.array([point]))
 
-    def _lineTo(self, point) -> None:
-        self._add([point])
+    def lineTo(self, point) -> None:
+        self._add(np.array([point]))
 
-    def _curveToOne(self, first, second, end) -> None:
-        start = self._getCurrentPoint()
-        times = [k / _SEGMENTS_PER_CURVE for k in range(1, _SEGMENTS_PER_CURVE + 1)]
-        weights = [((1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t * t * (1 - t), t**3) for t in times]
-        points = (start, first, second, end)
-        self._add(
-            [tuple(sum(w * p[axis] for w, p in zip(row, points, strict=True)) for axis in (0, 1)) for row in weights]
-        )
+    def curveTo(self, *controls) -> None:
+        """A Bézier curve of any degree, by de Casteljau's method."""
+        time = (np.arange(1, _SEGMENTS_PER_CURVE + 1) / _SEGMENTS_PER_CURVE)[:, None]
+        points = [np.array(point, dtype=np.float64) for point in (self._position, *controls)]
+        while len(points) > 1:
+            points = [(1 - time) * a + time * b for a, b in zip(points, points[1:], strict=False)]
+        self._add(points[0])
+
+    qCurveTo = curveTo
+
+    def closePath(self) -> None:
+        """The line back has been drawn."""
+
+    endPath = closePath

@@ -149,3 +149,21 @@ def test_applications_measure_seams_and_retrieval(model_dir, tmp_path, monkeypat
         found = json.loads((tmp_path / "out" / f"{part}.json").read_text())
         assert found["largest difference outside"] == 0 and expected in found
         assert (tmp_path / "out" / f"{part}.png").is_file()
+
+
+@pytest.mark.parametrize("what", ["load", "wait"])
+def test_demo_prints_what_clients_got_and_how_long_they_waited(what, model_dir, monkeypatch, capsys):
+    pytest.importorskip("gradio", reason="Gradio is not installed: pip install .[demo]")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    benchmark = load("demo")
+    arguments = ["--model", model_dir, "--clients", "2", "--seconds", "3", "--runs", "1", "--num_images", "1"]
+    monkeypatch.setattr(sys, "argv", ["demo.py", what, *arguments])
+    benchmark.main()
+    shown = capsys.readouterr().out
+    if what == "load":
+        assert (
+            re.search(r"^ +[1-9]\d*  its own photo$", shown, re.M) and "another" not in shown and "failed" not in shown
+        )
+        assert len(re.findall(r"^ +\d+ s +\d+ MiB$", shown, re.M)) >= 10
+    else:
+        assert re.search(r"1 photos, median of 1: first preview after \d+\.\d s, photos after \d+\.\d s", shown)
