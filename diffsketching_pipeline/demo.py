@@ -67,13 +67,14 @@ CANVAS_SIZE = 512
 MAX_HISTORY_BYTES = 1_000_000
 
 # The slider from "follow the drawing" (0) to "look real" (1), linear between its rows. Both scales are multiples of what
-# the checkpoint recommends, that of sketch guidance of its distance from 1.0, which is off.
+# the checkpoint recommends, that of sketch guidance of its distance from 1.0, which is off. The ends are where the sweep in
+# model_card.md still trades one for the other: beyond them both get worse.
 #   position, sketch guidance, classifier guidance, guidance_start, guidance_end
 _REALISM = np.array(
     [
-        (0.0, 3.0, 0.0, 0.0, 1.0),
+        (0.0, 2.0, 0.5, 0.0, 1.0),
         (0.5, 1.0, 1.0, 0.0, 1.0),
-        (1.0, 0.0, 2.0, 0.0, 1.0),
+        (1.0, 0.0, 1.0, 0.0, 1.0),
     ]
 )
 # For a checkpoint that recommends nothing.
