@@ -32,6 +32,9 @@ from metrics import (
     CHAMFER_CAP,
     CONTOUR_RESOLUTION,
     MANIFOLD_NEIGHBOURS,
+    PATCH_SIZE,
+    PATCHES_PER_IMAGE,
+    PYRAMID_LEVELS,
     SET_DISTANCES,
     THIS_PROCESS,
     THUMBNAIL_SIDE,
@@ -43,6 +46,9 @@ from metrics import (
     manifold_membership,
     nearest,
     pairwise_means,
+    patch_distance,
+    patch_projections,
+    patch_quantiles,
     percentile_interval,
     precision,
     random_halves,
@@ -82,6 +88,7 @@ METRICS = {
     "frechet_distance_drawn_classes": ("Fréchet distance, classes of the drawings", "lower"),
     "kernel_distance": ("kernel distance", "lower"),
     "kernel_distance_drawn_classes": ("kernel distance, classes of the drawings", "lower"),
+    "patch_distance": ("distance of colours and textures (sliced Wasserstein)", "lower"),
     "precision": ("improved precision", "higher"),
     "precision_drawn_classes": ("improved precision, classes of the drawings", "higher"),
     "recall": ("improved recall", "higher"),
@@ -156,6 +163,11 @@ class Scorer:
         self.reference = reference
         drawn = [i for i, label in enumerate(reference.labels) if label in self.mix]
         self.drawn_reference = reference.select(drawn, f"{reference.name} of drawn classes")
+        self.reference_patches = patch_quantiles(patch_projections(reference.pixels))
+        self.patch_conditions = {
+            "patches": f"{PATCHES_PER_IMAGE} of {PATCH_SIZE}x{PATCH_SIZE} on each of {PYRAMID_LEVELS} levels",
+            "resize": evaluator.conditions["resize"],
+        }
         self.lpips, self.lpips_reason = load_lpips(lpips_net)
         self.near_copy_limit = None
         if drawn:
@@ -307,7 +319,25 @@ class Scorer:
             for name, distance in SET_DISTANCES.items():
                 scores |= self.set_distance(name + suffix, distance, images, reference)
             scores |= self.precision_and_recall(suffix, images, reference)
-        return scores
+        return scores | self.patches(images)
+
+    def patches(self, images: ImageSet) -> Scores:
+        """How far the images' patches are from the reference photos', without a network."""
+        conditions = {**self.patch_conditions, "reference": f"{len(self.reference)} {self.reference.name}"}
+        if (reason := self.too_few(images, self.reference)) is not None:
+            return self.measure("patch_distance", None, images, conditions, reason=reason)
+        projections = patch_projections(images.pixels)
+        value = patch_distance(projections, self.reference_patches)
+        num_samples = min(self.num_bootstrap_samples, MAX_DISTANCE_RESAMPLES)
+        spread = bootstrap_distances(patch_distance, projections, images.groups, self.reference_patches, num_samples)
+        interval = percentile_interval(value + spread, len(np.unique(images.groups)))
+        return self.measure("patch_distance", value, images, conditions, interval)
+
+    def too_few(self, images: ImageSet, reference: ImageSet) -> str | None:
+        """Why two sets are not compared, if they are not."""
+        if min(len(images), len(reference)) >= MIN_DISTANCE_SAMPLES:
+            return None
+        return f"fewer than {MIN_DISTANCE_SAMPLES} images: {len(images)} against {len(reference)}"
 
     def precision_and_recall(self, suffix: str, images: ImageSet, reference: ImageSet) -> Scores:
         """Shares of images inside the support of the reference photos, and of photos inside that of the images."""
@@ -316,8 +346,7 @@ class Scorer:
             "reference": f"{len(reference)} {reference.name}",
             "neighbours": str(MANIFOLD_NEIGHBOURS),
         }
-        if min(len(images), len(reference)) < MIN_DISTANCE_SAMPLES:
-            reason = f"fewer than {MIN_DISTANCE_SAMPLES} images: {len(images)} against {len(reference)}"
+        if (reason := self.too_few(images, reference)) is not None:
             names = (f"precision{suffix}", f"recall{suffix}")
             return {k: v for n in names for k, v in self.measure(n, None, images, conditions, reason=reason).items()}
         inside = manifold_membership(images.features, reference.features).any(1).numpy()
@@ -333,8 +362,7 @@ class Scorer:
         self, key: str, distance: Callable[[Tensor, Tensor], float], images: ImageSet, reference: ImageSet
     ) -> Scores:
         conditions = {**self.evaluator.conditions, "reference": f"{len(reference)} {reference.name}"}
-        if min(len(images), len(reference)) < MIN_DISTANCE_SAMPLES:
-            reason = f"fewer than {MIN_DISTANCE_SAMPLES} images: {len(images)} against {len(reference)}"
+        if (reason := self.too_few(images, reference)) is not None:
             return self.measure(key, None, images, conditions, reason=reason)
         value = distance(images.features, reference.features)
         num_samples = min(self.num_bootstrap_samples, MAX_DISTANCE_RESAMPLES)
@@ -361,7 +389,20 @@ class Scorer:
             more = {**conditions} if name in SET_DISTANCES else {**conditions, "neighbours": str(MANIFOLD_NEIGHBOURS)}
             more |= {"interval": f"smallest and largest of {NUM_HALVES} splits"}
             scores |= self.measure(name + suffix, float(np.mean(values)), half, more, interval)
-        return scores
+        return scores if photos is self.drawn_reference else scores | self.half_patches(photos, half)
+
+    def half_patches(self, photos: ImageSet, half: ImageSet) -> Scores:
+        """The same for patches, which tell no class from another."""
+        conditions = {**self.patch_conditions, "reference": f"the other half of {len(photos)} {photos.name}"}
+        if len(half) < MIN_DISTANCE_SAMPLES:
+            reason = f"fewer than {MIN_DISTANCE_SAMPLES} images in a half"
+            return self.measure("patch_distance", None, half, conditions, reason=reason)
+        projections = patch_projections(photos.pixels)
+        halves = [random_halves(photos.labels, seed) for seed in range(NUM_HALVES)]
+        values = [patch_distance(projections[a], patch_quantiles(projections[b])) for a, b in halves]
+        conditions |= {"interval": f"smallest and largest of {NUM_HALVES} splits"}
+        interval = (min(values), max(values))
+        return self.measure("patch_distance", float(np.mean(values)), half, conditions, interval)
 
     # -- diversity
 

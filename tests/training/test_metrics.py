@@ -18,7 +18,9 @@ import metrics
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
+from scipy.stats import wasserstein_distance
 
 
 # -- distances between sets --
@@ -224,3 +226,37 @@ def test_edge_map_follows_a_pale_shape_and_is_empty_for_a_plain_page():
     rows, columns = np.nonzero(metrics.edge_map(page))
     for positions in (rows, columns):
         assert abs(positions.min() - 32) <= 2 and abs(positions.max() - 95) <= 2
+
+
+def photos_of(tint, count, seed=0):
+    """uint8 `[count, 3, 64, 64]`: smooth random pictures of a tint."""
+    coarse = torch.rand(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+    smooth = F.interpolate(coarse, size=64, mode="bicubic").clamp(0, 1)
+    return ((0.7 * smooth + 0.3 * torch.tensor(tint)[:, None, None]) * 255).byte()
+
+
+def test_patches_see_tints_and_checkerboards_that_a_classifier_may_overlook():
+    red, other_red, blue = photos_of([1.0, 0, 0], 60), photos_of([1.0, 0, 0], 60, seed=1), photos_of([0, 0, 1.0], 60)
+    reference = metrics.patch_quantiles(metrics.patch_projections(red))
+    board = (torch.arange(64)[:, None] + torch.arange(64)) % 2 * 12
+    checkered = (other_red.int() + board.int()).clamp(0, 255).byte()
+
+    def distance(pixels):
+        return metrics.patch_distance(metrics.patch_projections(pixels), reference)
+
+    assert distance(red) == 0
+    assert distance(other_red) < 0.2
+    assert distance(checkered) > 3 * distance(other_red) and distance(blue) > 3 * distance(other_red)
+
+
+def test_patch_distance_is_the_wasserstein_distance_along_each_direction():
+    generator = torch.Generator().manual_seed(0)
+    first, second = (torch.randn(40, 3, 32, 8, generator=generator) * scale + 0.3 for scale in (1.0, 2.0))
+    expected = np.mean(
+        [
+            np.mean([wasserstein_distance(first[:, k, :, d].ravel(), second[:, k, :, d].ravel()) for d in range(8)])
+            / second[:, k].flatten(0, 1).std(dim=0).mean().item()
+            for k in range(3)
+        ]
+    )
+    assert metrics.patch_distance(first, metrics.patch_quantiles(second)) == pytest.approx(expected, rel=0.03)
