@@ -135,6 +135,9 @@ def patch_projections(pixels: Tensor, seed: int = 0) -> Tensor:
         `torch.Tensor`: `[N, PYRAMID_LEVELS, PATCHES_PER_IMAGE, PATCH_DIRECTIONS]`, from fine to coarse.
     """
     generator = torch.Generator().manual_seed(seed)
+    # Before any patch is chosen: sets of different sizes are compared along the same directions.
+    shape = (PYRAMID_LEVELS, PATCH_DIRECTIONS, 3, PATCH_SIZE, PATCH_SIZE)
+    directions = F.normalize(torch.randn(shape, generator=generator).flatten(2), dim=2).reshape(shape)
     level, projections = pixels.float() / 255, []
     for index in range(PYRAMID_LEVELS):
         band = level
@@ -142,9 +145,7 @@ def patch_projections(pixels: Tensor, seed: int = 0) -> Tensor:
             smaller = F.interpolate(level, scale_factor=0.5, mode="bilinear", antialias=True)
             band = level - F.interpolate(smaller, size=level.shape[-2:], mode="bilinear")
             level = smaller
-        directions = torch.randn(PATCH_DIRECTIONS, 3, PATCH_SIZE, PATCH_SIZE, generator=generator)
-        directions /= directions.flatten(1).norm(dim=1)[:, None, None, None]
-        along = torch.cat([F.conv2d(chunk, directions) for chunk in band.split(64)]).flatten(2)
+        along = torch.cat([F.conv2d(chunk, directions[index]) for chunk in band.split(64)]).flatten(2)
         where = torch.randint(along.shape[-1], (len(pixels), 1, PATCHES_PER_IMAGE), generator=generator)
         projections.append(along.gather(2, where.expand(-1, PATCH_DIRECTIONS, -1)).transpose(1, 2))
     return torch.stack(projections, dim=1)

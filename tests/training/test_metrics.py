@@ -236,7 +236,7 @@ def photos_of(tint, count, seed=0):
 
 
 def test_patches_see_tints_and_checkerboards_that_a_classifier_may_overlook():
-    red, other_red, blue = photos_of([1.0, 0, 0], 60), photos_of([1.0, 0, 0], 60, seed=1), photos_of([0, 0, 1.0], 60)
+    red, other_red, blue = photos_of([1.0, 0, 0], 60), photos_of([1.0, 0, 0], 90, seed=1), photos_of([0, 0, 1.0], 90)
     reference = metrics.patch_quantiles(metrics.patch_projections(red))
     board = (torch.arange(64)[:, None] + torch.arange(64)) % 2 * 12
     checkered = (other_red.int() + board.int()).clamp(0, 255).byte()
