@@ -265,7 +265,7 @@ def _expert_drawer() -> list[gr.components.Component]:
         gr.Markdown("What is left empty is the slider's, or the model's own.")
         with gr.Row():
             fields = [gr.Number(value=None, min_width=140, **options) for options in _EXPERT_FIELDS.values()]
-            choices = [("the scheduler's", None), ("yes", True), ("no", False)]
+            choices: list[Any] = [("the scheduler's", None), ("yes", True), ("no", False)]
             clip = gr.Dropdown(choices, value=None, label="Clip", info="x̂_0 to [-1, 1] in each step", min_width=140)
     return [*fields, clip]
 
