@@ -150,7 +150,8 @@ def plot_faithfulness_realism(points: Sequence[Point], faithfulness: str, realis
     """One metric against the other, one line for each setting that was swept."""
     figure = Figure(figsize=(7.5, 5.5), layout="constrained")
     axes = figure.add_subplot()
-    for series in find_series(points, GUIDANCE_SETTINGS):
+    # Noise would push everything else into a corner.
+    for series in find_series([point for point in points if point.name != "noise"] or points, GUIDANCE_SETTINGS):
         (x, x_bars), (y, y_bars) = bars(series.points, realism), bars(series.points, faithfulness)
         style = "o-" if series.setting else "s"
         axes.errorbar(x, y, y_bars, x_bars, fmt=style, label=series.label, capsize=2, elinewidth=0.6)
