@@ -499,7 +499,7 @@ def launch(
     studio: Studio, host: str | None = None, port: int | None = None, share: bool = False, **kwargs: Any
 ) -> gr.Blocks:
     """
-    Serves the page in the background.
+    Serves the page in the background. Pillow's limit on the pixels of a picture is lowered for the whole process.
 
     Args:
         studio ([`Studio`]): the model.

@@ -155,6 +155,7 @@ def test_applications_measure_seams_and_retrieval(model_dir, tmp_path, monkeypat
 def test_demo_prints_what_clients_got_and_how_long_they_waited(what, model_dir, monkeypatch, capsys):
     pytest.importorskip("gradio", reason="Gradio is not installed: pip install .[demo]")
     monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)  # a page that is launched lowers it
     benchmark = load("demo")
     arguments = ["--model", model_dir, "--clients", "2", "--seconds", "3", "--runs", "1", "--num_images", "1"]
     monkeypatch.setattr(sys, "argv", ["demo.py", what, *arguments])

@@ -46,6 +46,14 @@ SQUARE = [(120, 120), (400, 120), (400, 400), (120, 400), (120, 120)]
 CIRCLE = [(256 + 150 * np.sin(t), 256 + 90 * np.cos(t)) for t in np.linspace(0, 2 * np.pi, 13)]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def pixel_limit():
+    """A page that is launched lowers Pillow's limit for its whole process."""
+    before = Image.MAX_IMAGE_PIXELS
+    yield
+    Image.MAX_IMAGE_PIXELS = before
+
+
 @pytest.fixture(scope="module")
 def studio(tiny_pipeline_factory):
     return Studio(tiny_pipeline_factory(recommended={"num_inference_steps": 12}))
