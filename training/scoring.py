@@ -317,21 +317,16 @@ class Scorer:
         scores: Scores = {}
         for suffix, reference in (("", self.reference), ("_drawn_classes", self.drawn_reference)):
             for name, distance in SET_DISTANCES.items():
-                scores |= self.set_distance(name + suffix, distance, images, reference)
+                described = (images.features, reference.features)
+                scores |= self.set_distance(
+                    name + suffix, distance, images, reference, described, self.evaluator.conditions
+                )
             scores |= self.precision_and_recall(suffix, images, reference)
-        return scores | self.patches(images)
-
-    def patches(self, images: ImageSet) -> Scores:
-        """How far the images' patches are from the reference photos', without a network."""
-        conditions = {**self.patch_conditions, "reference": f"{len(self.reference)} {self.reference.name}"}
-        if (reason := self.too_few(images, self.reference)) is not None:
-            return self.measure("patch_distance", None, images, conditions, reason=reason)
-        projections = patch_projections(images.pixels)
-        value = patch_distance(projections, self.reference_patches)
-        num_samples = min(self.num_bootstrap_samples, MAX_DISTANCE_RESAMPLES)
-        spread = bootstrap_distances(patch_distance, projections, images.groups, self.reference_patches, num_samples)
-        interval = percentile_interval(value + spread, len(np.unique(images.groups)))
-        return self.measure("patch_distance", value, images, conditions, interval)
+        # Patches tell no class from another.
+        described = (patch_projections(images.pixels), self.reference_patches)
+        return scores | self.set_distance(
+            "patch_distance", patch_distance, images, self.reference, described, self.patch_conditions
+        )
 
     def too_few(self, images: ImageSet, reference: ImageSet) -> str | None:
         """Why two sets are not compared, if they are not."""
@@ -359,50 +354,62 @@ class Scorer:
         return scores | self.measure(f"recall{suffix}", value, images, conditions, interval)
 
     def set_distance(
-        self, key: str, distance: Callable[[Tensor, Tensor], float], images: ImageSet, reference: ImageSet
+        self,
+        key: str,
+        distance: Callable[[Tensor, Tensor], float],
+        images: ImageSet,
+        reference: ImageSet,
+        described: tuple[Tensor, Tensor],
+        conditions: dict[str, str],
     ) -> Scores:
-        conditions = {**self.evaluator.conditions, "reference": f"{len(reference)} {reference.name}"}
+        """The distance between what describes the images (a row each) and the reference, with its bootstrap interval."""
+        conditions = {**conditions, "reference": f"{len(reference)} {reference.name}"}
         if (reason := self.too_few(images, reference)) is not None:
             return self.measure(key, None, images, conditions, reason=reason)
-        value = distance(images.features, reference.features)
+        value = distance(*described)
         num_samples = min(self.num_bootstrap_samples, MAX_DISTANCE_RESAMPLES)
-        spread = bootstrap_distances(distance, images.features, images.groups, reference.features, num_samples)
+        spread = bootstrap_distances(distance, described[0], images.groups, described[1], num_samples)
         interval = percentile_interval(value + spread, len(np.unique(images.groups)))
         return self.measure(key, value, images, conditions, interval)
 
     def halves(self, photos: ImageSet) -> Scores:
         """Realism of random halves of the photos against each other: mean, smallest, largest of `NUM_HALVES` splits."""
         suffix = "_drawn_classes" if photos is self.drawn_reference else ""
-        half = photos.select(range(len(photos) // 2), photos.name)
-        conditions = {**self.evaluator.conditions, "reference": f"the other half of {len(photos)} {photos.name}"}
         scores: Scores = {}
         for name, distance in {**SET_DISTANCES, "precision": precision, "recall": recall}.items():
-            if len(half) < MIN_DISTANCE_SAMPLES:
-                reason = f"fewer than {MIN_DISTANCE_SAMPLES} images in a half"
-                scores |= self.measure(name + suffix, None, half, conditions, reason=reason)
-                continue
-            values = []
-            for seed in range(NUM_HALVES):
-                first, second = random_halves(photos.labels, seed)
-                values.append(distance(photos.features[first], photos.features[second]))
-            interval = (min(values), max(values))
-            more = {**conditions} if name in SET_DISTANCES else {**conditions, "neighbours": str(MANIFOLD_NEIGHBOURS)}
-            more |= {"interval": f"smallest and largest of {NUM_HALVES} splits"}
-            scores |= self.measure(name + suffix, float(np.mean(values)), half, more, interval)
-        return scores if photos is self.drawn_reference else scores | self.half_patches(photos, half)
+            more = {} if name in SET_DISTANCES else {"neighbours": str(MANIFOLD_NEIGHBOURS)}
+            scores |= self.half_distance(
+                name + suffix, distance, photos, photos.features, self.evaluator.conditions, more
+            )
+        if photos is self.drawn_reference:
+            return scores
+        return scores | self.half_distance(
+            "patch_distance",
+            lambda first, second: patch_distance(first, patch_quantiles(second)),
+            photos,
+            patch_projections(photos.pixels),
+            self.patch_conditions,
+        )
 
-    def half_patches(self, photos: ImageSet, half: ImageSet) -> Scores:
-        """The same for patches, which tell no class from another."""
-        conditions = {**self.patch_conditions, "reference": f"the other half of {len(photos)} {photos.name}"}
+    def half_distance(
+        self,
+        key: str,
+        distance: Callable[[Tensor, Tensor], float],
+        photos: ImageSet,
+        described: Tensor,
+        conditions: dict[str, str],
+        more: dict[str, str] | None = None,
+    ) -> Scores:
+        """One distance between random halves of the photos, by what describes them (a row each)."""
+        half = photos.select(range(len(photos) // 2), photos.name)
+        conditions = {**conditions, "reference": f"the other half of {len(photos)} {photos.name}"}
         if len(half) < MIN_DISTANCE_SAMPLES:
             reason = f"fewer than {MIN_DISTANCE_SAMPLES} images in a half"
-            return self.measure("patch_distance", None, half, conditions, reason=reason)
-        projections = patch_projections(photos.pixels)
+            return self.measure(key, None, half, conditions, reason=reason)
         halves = [random_halves(photos.labels, seed) for seed in range(NUM_HALVES)]
-        values = [patch_distance(projections[a], patch_quantiles(projections[b])) for a, b in halves]
-        conditions |= {"interval": f"smallest and largest of {NUM_HALVES} splits"}
-        interval = (min(values), max(values))
-        return self.measure("patch_distance", float(np.mean(values)), half, conditions, interval)
+        values = [distance(described[first], described[second]) for first, second in halves]
+        conditions |= {**(more or {}), "interval": f"smallest and largest of {NUM_HALVES} splits"}
+        return self.measure(key, float(np.mean(values)), half, conditions, (min(values), max(values)))
 
     # -- diversity
 

@@ -704,8 +704,8 @@ class Trainer:
     def ema_copy(self, name: str, dtype: torch.dtype | None = None) -> Any:
         """
         A plain copy of a module with the averaged weights, on the CPU, in eval mode, in `save_dtype` or `dtype`; an adapter
-        is fused. The main process gets the copy, the others None. Of a sharded module it is the state at the end of
-        `train`, because the parts come together while all processes are there.
+        is fused. The main process gets the copy, the others None. Of a sharded module it is the state when
+        its parts last came together, at the end of `train` or where a checkpoint is pushed, while all processes are there.
         """
         if not self.accelerator.is_main_process:
             return None
@@ -722,6 +722,12 @@ class Trainer:
                 self.ema[name].copy_to(clone.parameters())
         dtype = dtype or getattr(torch, self.args.save_dtype)
         return clone.eval() if dtype == clone.dtype else clone.to(dtype=dtype).eval()
+
+    def _gather_averages(self) -> None:
+        """Brings the parts of sharded modules together for [`Trainer.ema_copy`]. Every process has to call it."""
+        if self.is_sharded:
+            with self.ema_weights():
+                self._last_copies = {name: self.whole(name) for name in self.modules}
 
     # -- checkpoints --
 
@@ -1008,9 +1014,7 @@ class Trainer:
         should load from a hub. Training goes on where that fails: the weights are on the disk.
         """
         name = next(iter(self.ema or self.modules))
-        if self.is_sharded:
-            with self.ema_weights():
-                self._last_copies = {name: self.whole(name)}
+        self._gather_averages()
         averaged = self.ema_copy(name)
         if averaged is None:
             return
@@ -1061,9 +1065,7 @@ class Trainer:
             self.save_checkpoint()
         if self._last_validation_step != self.global_step:
             self._validate(validate)
-        if self.is_sharded:
-            with self.ema_weights():
-                self._last_copies = {name: self.whole(name) for name in self.modules}
+        self._gather_averages()
         self.accelerator.end_training()
         finished = self.global_step >= self.max_train_steps
         logger.info(f"{'finished' if finished else 'stopped'} at step {self.global_step} of {self.max_train_steps}")
