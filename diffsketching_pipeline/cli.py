@@ -48,6 +48,7 @@ from diffsketching_pipeline.cli_utils import (
     generate_images,
     labels_for_each,
     load_pipeline,
+    model_record,
     numbered_names,
     parse_negative_label,
     png,
@@ -183,6 +184,7 @@ def generate(
         "negative_class_labels": negative,
         "colour_hint": hint,
     }
+    weights = model_record(pipe, model)
     records: list[dict[str, Any]] = []
     seeds = range(seed, seed + num_images)
     with progress(len(names) * num_images) as advance:
@@ -204,7 +206,7 @@ def generate(
             tiles = [(sketch_image(sketch), "drawing")]
             tiles += [(image, f"seed {used_seed}") for image, used_seed in zip(images, seeds, strict=True)]
             write_atomically(sheets[name], png(contact_sheet(tiles, caption(drawing.name, record))))
-            write_metadata(metadata_path, earlier, records, pipe, model)
+            write_metadata(metadata_path, earlier, records, weights)
     for sheet_path in sheets.values():
         print(sheet_path)
 

@@ -47,6 +47,7 @@ from diffsketching_pipeline.cli_utils import (
     generate_images,
     labels_for_each,
     load_pipeline,
+    model_record,
     parse_label,
     parse_negative_label,
     png,
@@ -56,6 +57,7 @@ from diffsketching_pipeline.cli_utils import (
     sampling_record,
     sketch_fit,
     sketch_image,
+    step_reporter,
     unique_names,
     user_errors,
     write_atomically,
@@ -161,7 +163,7 @@ def edit(
     tiles += [(image, f"seed {k}") for image, k in zip(images, seeds, strict=True)]
     write_atomically(sheet_path, png(contact_sheet(tiles, caption(photo.name, record))))
     records = [{"file": path.name, "seed": k, **record} for path, k in zip(files, seeds, strict=True)]
-    write_metadata(metadata_path, earlier, records, pipe, model)
+    write_metadata(metadata_path, earlier, records, model_record(pipe, model))
     print(sheet_path)
 
 
@@ -227,16 +229,11 @@ def interpolate(
         "eta": eta,
     }
     with user_errors(), progress(num_frames, "frames") as advance:
-
-        def on_step_end(pipe, step_index, timestep, callback_kwargs):
-            advance(num_frames / pipe.num_timesteps)
-            return callback_kwargs
-
         out = pipe(
             **{"images" if photos else "sketches": keys},
             class_labels=labels[0] if len(labels) == 1 else labels or None,
             generator=None if photos else generators if len(generators) > 1 else generators[0],
-            callback_on_step_end=on_step_end,
+            callback_on_step_end=step_reporter(advance, num_frames),
             **settings,
         )
     for image, path in zip(out.images, files, strict=True):
@@ -252,7 +249,7 @@ def interpolate(
         **sampling_record(pipe, settings),
     }
     records = [{"file": path.name, "frame": k, **record} for k, path in enumerate(files)]
-    write_metadata(metadata_path, earlier, records, pipe, model)
+    write_metadata(metadata_path, earlier, records, model_record(pipe, model))
     print(film_path)
     print(sheet_path)
 
@@ -309,6 +306,7 @@ def matrix(
         "negative_class_labels": negative,
         "colour_hint": hint,
     }
+    weights, source = model_record(pipe, model), file_record("drawing", drawing)
     records: list[dict[str, Any]] = []
     tiles: list[tuple[Image.Image, str]] = []
     with progress(len(labels) * num_images) as advance:
@@ -318,7 +316,7 @@ def matrix(
                     pipe, seeds, batch_size, advance, sketch=sketch, class_labels=label, **settings
                 )
             record = {
-                **file_record("drawing", drawing),
+                **source,
                 **class_record(label, out),
                 **sampling_record(pipe, settings),
             }
@@ -329,7 +327,7 @@ def matrix(
                 (sketch_image(sketch), str(label)),
                 *((image, f"seed {k}") for image, k in zip(images, seeds, strict=True)),
             ]
-            write_metadata(metadata_path, earlier, records, pipe, model)
+            write_metadata(metadata_path, earlier, records, weights)
     write_atomically(sheet_path, png(contact_sheet(tiles, drawing.name, num_images + 1)))
     print(sheet_path)
 
@@ -366,6 +364,7 @@ def invert(
         preprocess_photos(list(photos), BUNDLED_SIZE, BUNDLED_SIZE)
     pipe = load_pipeline(model, device)
     check_labels(pipe, labels)
+    weights = model_record(pipe, model)
     records: list[dict[str, Any]] = []
     with progress(len(photos)) as advance:
         for photo, name, label in zip(photos, names, labels, strict=True):
@@ -385,7 +384,7 @@ def invert(
             ):
                 write_atomically(path, data)
             records.append({"file": files[name][0].name, **record})
-            write_metadata(metadata_path, earlier, records, pipe, model)
+            write_metadata(metadata_path, earlier, records, weights)
             advance(1)
     for paths in files.values():
         print(paths[-1])

@@ -234,20 +234,24 @@ def generate_images(
     images: list[Image.Image] = []
     for start in range(0, len(seeds), batch_size):
         batch = seeds[start : start + batch_size]
-        size = len(batch)
-
-        def on_step_end(pipe, step_index, timestep, callback_kwargs, size=size):
-            advance(size / pipe.num_timesteps)
-            return callback_kwargs
-
         out = pipe(
-            num_images_per_sketch=size,
+            num_images_per_sketch=len(batch),
             generator=[torch.Generator("cpu").manual_seed(seed) for seed in batch],
-            callback_on_step_end=on_step_end,
+            callback_on_step_end=step_reporter(advance, len(batch)),
             **arguments,
         )
         images += out.images
     return images, out
+
+
+def step_reporter(advance: Callable[[float], None], amount: float) -> Callable[..., dict[str, Any]]:
+    """A `callback_on_step_end` that advances a progress bar by `amount` in the course of one call."""
+
+    def on_step_end(pipe, step_index, timestep, callback_kwargs):
+        advance(amount / pipe.num_timesteps)
+        return callback_kwargs
+
+    return on_step_end
 
 
 def file_record(role: str, path: Path | None) -> dict[str, Any]:
@@ -280,11 +284,11 @@ def class_record(label: Any, out: Any) -> dict[str, Any]:
 
 
 def write_metadata(
-    path: Path, earlier: dict[str, dict[str, Any]], records: list[dict[str, Any]], pipe: Any, model: str | None
+    path: Path, earlier: dict[str, dict[str, Any]], records: list[dict[str, Any]], model: dict[str, Any]
 ) -> None:
-    """The records of this run beside those of earlier ones into the same folder."""
+    """The records of this run beside those of earlier ones into the same folder; `model` is the [`model_record`]."""
     merged = {**earlier, **{record["file"]: record for record in records}}
-    write_atomically(path, metadata(model_record(pipe, model), list(merged.values())))
+    write_atomically(path, metadata(model, list(merged.values())))
 
 
 def metadata(model: dict[str, Any], records: list[dict[str, Any]]) -> bytes:

@@ -19,7 +19,13 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 from diffsketching_pipeline.denoising import sampling_scheduler, scheduler_step_kwargs
 from diffsketching_pipeline.image_processor import are_colour_strokes
-from diffsketching_pipeline.pipeline_utils import DiffSketchingMixin, SamplingOptions, check_integer, join_conditions
+from diffsketching_pipeline.pipeline_utils import (
+    DiffSketchingMixin,
+    SamplingOptions,
+    check_integer,
+    check_strength,
+    join_conditions,
+)
 
 
 class DiffSketchingPipeline(DiffSketchingMixin, DiffusionPipeline):
@@ -43,8 +49,7 @@ class DiffSketchingPipeline(DiffSketchingMixin, DiffusionPipeline):
     ):
         check_integer("num_images_per_sketch", num_images_per_sketch, at_least=1)
         self.check_options(options, class_labels, sketch is not None, latents)
-        if not 0.0 < strength <= 1.0:
-            raise ValueError(f"`strength` has to be in (0, 1] but is {strength}.")
+        check_strength(strength)
         if strength < 1.0 and sketch is None:
             raise ValueError(
                 f"`strength={strength}` starts from the sketch: give a `sketch`, or leave `strength` at 1.0."

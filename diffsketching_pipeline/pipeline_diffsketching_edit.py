@@ -37,6 +37,7 @@ from diffsketching_pipeline.pipeline_utils import (
     DiffSketchingMixin,
     SamplingOptions,
     check_integer,
+    check_strength,
     join_conditions,
 )
 
@@ -99,7 +100,6 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
 
     def check_inputs(
         self,
-        mask_image,
         sketch,
         class_labels,
         num_images_per_sketch,
@@ -113,10 +113,7 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
         has_sketch = sketch is not None or self.sketcher is not None
         self.check_options(options, class_labels, has_sketch)
         self._check_invertible(num_fixed_point_iterations)
-        if mask_image is None and sketch is None:
-            raise ValueError("`mask_image` and `sketch` are None: give at least one, to say what may change.")
-        if not 0.0 < strength <= 1.0:
-            raise ValueError(f"`strength` has to be in (0, 1] but is {strength}.")
+        check_strength(strength)
         for name, value in fractions.items():
             if not is_number(value) or not 0.0 <= value <= 1.0:
                 raise ValueError(f"`{name}` has to be in [0, 1] but is {value!r}.")
@@ -361,7 +358,6 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
         )
         fractions = {"mask_padding": mask_padding, "crop_margin": crop_margin, "feather": feather}
         self.check_inputs(
-            mask_image,
             sketch,
             class_labels,
             num_images_per_sketch,
@@ -400,7 +396,11 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
         needs_class = self.unet.config.num_class_embeds is not None and self.null_class is None
         surroundings = self.prepare_conditions(None, labels if needs_class else [None])[0]
         unguided = join_conditions([[(surroundings, 1.0)]])
-        known = [*self._invert(scheduler, timesteps, photo, unguided, num_fixed_point_iterations), photo]
+        # At each timestep, noisiest first, and at last the photo.
+        known = [photo]
+        self._invert(
+            scheduler, timesteps, photo, unguided, num_fixed_point_iterations, lambda latents: known.insert(0, latents)
+        )
 
         # 4. Start from the inverted photo, or inside the mask from noise
         self._eta = self._resolve_eta(eta, has_latents=False)

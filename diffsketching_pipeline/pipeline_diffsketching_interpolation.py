@@ -195,7 +195,7 @@ class DiffSketchingInterpolationPipeline(DiffSketchingMixin, DiffusionPipeline):
         generators = self.prepare_generators(generator, num_generators, per="key")
         if photos is not None:
             conditioning = join_conditions([[(key, 1.0)] for key in keys])
-            latents = self._invert(scheduler, scheduler.timesteps, photos, conditioning, num_fixed_point_iterations)[0]
+            latents = self._invert(scheduler, scheduler.timesteps, photos, conditioning, num_fixed_point_iterations)
         self._eta = self._resolve_eta(eta, latents is not None)
         frames = frame_positions(num_keys, num_frames)
         if latents is not None:

@@ -1074,7 +1074,7 @@ class DiffSketchingMixin(_Base):
         labels, _ = self.prepare_class_labels(class_labels, groups, len(latents))
         conditions = self.prepare_conditions(groups, labels)
         conditioning = join_conditions([[(condition, 1.0)] for condition in conditions])
-        latents = self._invert(scheduler, scheduler.timesteps, latents, conditioning, num_fixed_point_iterations)[0]
+        latents = self._invert(scheduler, scheduler.timesteps, latents, conditioning, num_fixed_point_iterations)
         self.maybe_free_model_hooks()
         return latents
 
@@ -1087,10 +1087,15 @@ class DiffSketchingMixin(_Base):
         check_integer("num_fixed_point_iterations", iterations, at_least=0)
 
     def _invert(
-        self, scheduler, timesteps: torch.Tensor, latents: torch.Tensor, conditioning: Conditioning, iterations: int
-    ) -> list[torch.Tensor]:
-        """x at each of `timesteps`, noisiest first, on the unguided way from x_0 = `latents`."""
-        trajectory: list[torch.Tensor] = []
+        self,
+        scheduler,
+        timesteps: torch.Tensor,
+        latents: torch.Tensor,
+        conditioning: Conditioning,
+        iterations: int,
+        on_latents: Callable[[torch.Tensor], None] | None = None,
+    ) -> torch.Tensor:
+        """x at `timesteps[0]`, the unguided way from x_0 = `latents`; `on_latents` is called with x at each of them."""
 
         def predict(latents, timestep, step_index):
             return predict_noise(
@@ -1100,11 +1105,11 @@ class DiffSketchingMixin(_Base):
         with self.progress_bar(total=len(timesteps)) as progress_bar:
 
             def on_step_end(step_index, timestep, latents):
-                trajectory.insert(0, latents)
                 progress_bar.update()
+                if on_latents is not None:
+                    on_latents(latents)
 
-            invert(scheduler, predict, latents, timesteps, iterations, on_step_end)
-        return trajectory
+            return invert(scheduler, predict, latents, timesteps, iterations, on_step_end)
 
 
 def _active_callbacks(guidance: MultiPipelineCallbacks, step_index: int, num_steps: int) -> list[PipelineCallback]:
@@ -1126,6 +1131,15 @@ def check_integer(name: str, value: Any, at_least: int) -> None:
     """
     if not is_number(value, numbers.Integral) or value < at_least:
         raise ValueError(f"`{name}` has to be an integer of at least {at_least} but is {value!r}.")
+
+
+def check_strength(strength: float) -> None:
+    """
+    Raises:
+        ValueError: if it is outside of (0, 1].
+    """
+    if not 0.0 < strength <= 1.0:
+        raise ValueError(f"`strength` has to be in (0, 1] but is {strength}.")
 
 
 def as_list(class_labels: Any) -> Any:

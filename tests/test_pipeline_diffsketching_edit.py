@@ -291,9 +291,10 @@ def test_a_network_that_needs_a_class_inverts_under_it(tiny_pipeline_factory, ph
     )
     part, inside = pipe.prepare_photo(pipe.prepare_region(photo, box_mask(), 0.5))
     outside = ~inside.expand(1, 3, -1, -1)
-    back = pipe._invert(
+    back = []
+    pipe._invert(
         *(sampling_scheduler(pipe.scheduler, 4), sampling_scheduler(pipe.scheduler, 4).timesteps[1:], part),
-        *(Conditioning(torch.tensor([1])), 1),
+        *(Conditioning(torch.tensor([1])), 1, lambda latents: back.insert(0, latents)),
     )
     found = torch.allclose(steps[0][outside], back[1][outside], atol=1e-5)
     assert found == (label == "b")
