@@ -20,6 +20,7 @@ TRAIN = [
     "peft>=0.15",
     "pyyaml>=6.0",
     "tensorboard>=2.14",
+    "torch-fidelity>=0.3",
     "torchmetrics>=1.4",
     "tqdm>=4.65",
     "webdataset>=1.0",

@@ -81,6 +81,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from train_encoders import in_first_half
 from trainer import argument
+from transformers import PreTrainedModel
 
 from diffsketching_pipeline import DiffSketchingPipeline, SketchProcessor
 
@@ -100,6 +101,11 @@ class EvaluationArguments:
     reference: str = required("real photos to compare with, `<class>/<photo>.jpg`; the validation photos")
     train: str = required("the photos that the model was trained on, `<class>/<photo>.jpg`")
     evaluator: str = required("folder of an image classifier of transformers that learned on real photos only")
+    extractor: str = argument(
+        "evaluator",
+        "whose features distances, precision, recall, diversity and memorisation compare: those of the `evaluator`; of "
+        "`inception`, the network of FID, where its weights are; or of a folder with an image model of transformers",
+    )
     output_dir: str = argument("evaluation", "where numbers, tables and pictures are written")
     model: str | None = argument(None, "pipeline (folder or Hub id) to generate photos with")
     images: list[str] | None = argument(
@@ -170,6 +176,8 @@ def check_evaluation_arguments(args: EvaluationArguments) -> None:
             raise ValueError(f"`{name}` must be at least {minimum}, but got {getattr(args, name)}.")
     if args.free_hand_strength < 0:
         raise ValueError(f"`free_hand_strength` must not be negative, but got {args.free_hand_strength}.")
+    if args.extractor not in ("evaluator", "inception") and not Path(args.extractor).is_dir():
+        raise ValueError(f"`extractor` must be `evaluator`, `inception` or a folder, but got {args.extractor!r}.")
     if args.resolution is not None and args.resolution < 8:
         raise ValueError(f"`resolution` must be at least 8, but got {args.resolution}.")
     for name in ("sketches", "reference", "train", "evaluator"):
@@ -253,8 +261,14 @@ def load_model(args: EvaluationArguments, evaluator: Evaluator, drawings: list[D
         raise ValueError(f"`model` {args.model!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     pipeline.set_progress_bar_config(disable=True)
     for name, component in pipeline.components.items():
-        if isinstance(component, nn.Module) and fingerprint(component) == evaluator.fingerprint:
-            raise ValueError(f"`evaluator` is the `{name}` of `model`: judge it by a network that no loss has used.")
+        if not isinstance(component, nn.Module):
+            continue
+        # An extractor of transformers has lost its head.
+        networks = {component, component.base_model} if isinstance(component, PreTrainedModel) else {component}
+        weights = {fingerprint(network) for network in networks}
+        for judge, judging in evaluator.fingerprints.items():
+            if judging in weights:
+                raise ValueError(f"`{judge}` is the `{name}` of `model`: judge it by a network that no loss has used.")
     if args.perceptual_sketch_distance:
         check_perceptual_components(pipeline)
     if args.class_labels == "folder":
@@ -348,7 +362,7 @@ def prepare(args: EvaluationArguments, accelerator: Accelerator) -> Inputs:
     selected = select_drawings(drawings, args.split)
     matched = {name: match_images(folder, drawings, selected) for name, folder in folders.items()}
     reference_files, train_files = (list_class_folders(Path(getattr(args, n)), n) for n in ("reference", "train"))
-    evaluator = Evaluator(args.evaluator, args.resolution, accelerator.device)
+    evaluator = Evaluator(args.evaluator, args.resolution, accelerator.device, args.extractor)
     on_contours = read_contour_metrics(args.contour_metrics, evaluator.settings) if args.contour_metrics else {}
     for name, labels in {
         "sketches": [drawing.label for drawing in drawings],

@@ -11,22 +11,30 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The network that judges in `evaluate.py`, and what it makes of photos."""
+"""The networks that judge in `evaluate.py`, and what they make of photos."""
 
 import hashlib
 import json
 import os
-from dataclasses import replace
+import pickle
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from image_sets import ImageSet, read_photos
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from tqdm.auto import tqdm
-from transformers import AutoModelForImageClassification
+from transformers import AutoModel, AutoModelForImageClassification
+
+
+INCEPTION_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
+"""The file that torch-fidelity publishes: Inception-v3 as TensorFlow released it and as FID is defined by."""
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -38,29 +46,183 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+@dataclass(frozen=True)
+class Preprocessor:
+    """Side, mean and standard deviation of a network's input, after a `preprocessor_config.json` beside its weights."""
+
+    size: int | None
+    mean: Tensor
+    std: Tensor
+
+    @classmethod
+    def read(cls, folder: str, device: torch.device | str) -> "Preprocessor":
+        """That of a folder; without such a file, any size and [-1, 1]."""
+        path = Path(folder) / "preprocessor_config.json"
+        settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        size = settings.get("crop_size") or settings.get("size")
+        mean, std = (settings.get(f"image_{name}") or [0.5] * 3 for name in ("mean", "std"))
+        return cls(
+            int(max(size.values()) if isinstance(size, dict) else size) if size else None,
+            *(torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (mean, std)),
+        )
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Pixels in [0, 255] as the network takes them."""
+        return (pixels.float() / 255 - self.mean) / self.std
+
+
+# ---- features -------------------------------------------------------------------------------------------------------
+
+
+class FeatureExtractor(Protocol):
+    """What describes photos by a vector each; `conditions` are part of the name of every number that compares those."""
+
+    fingerprint: str
+    conditions: dict[str, str]
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """uint8 `[N, 3, R, R]` on the extractor's device -> float32 `[N, D]`."""
+
+
+class InceptionExtractor:
+    """
+    The 2048 features of FID (Heusel et al., 2017): Inception-v3 as TensorFlow released it, with TensorFlow 1's resizing.
+
+    Args:
+        source (`str`): what the names of numbers say about how the pixels came to be.
+        device (`torch.device`): where it computes.
+
+    Raises:
+        ValueError: its weights are not in the torch hub folder, whence they are never downloaded, or are others.
+    """
+
+    def __init__(self, source: str, device: torch.device | str = "cpu"):
+        path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_WEIGHTS
+        if not path.is_file():
+            raise ValueError(
+                f"`extractor` 'inception' needs {path}: get it from the releases of toshas/torch-fidelity, or take the"
+                " `evaluator`, or a folder with an image model of transformers."
+            )
+        try:
+            # torch-fidelity would unpickle anything: what this refuses never gets there.
+            torch.load(path, map_location="cpu", weights_only=True)
+            model = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(path))
+        except (RuntimeError, OSError, EOFError, TypeError, pickle.UnpicklingError) as error:
+            raise ValueError(
+                f"`extractor` 'inception' cannot use {path} ({_first_line(error)}): get it anew from the releases"
+                " of toshas/torch-fidelity."
+            ) from error
+        self.model = model.to(device)
+        self.fingerprint = fingerprint(model)
+        self.conditions = {
+            "extractor": f"inception-v3-compat-{self.fingerprint[:8]}",
+            "resize": f"{source}, bilinear-{model.INPUT_IMAGE_SIZE}px of TensorFlow 1",
+        }
+
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor) -> Tensor:
+        return self.model(pixels)[0]
+
+
+class TransformersExtractor:
+    """
+    The pooled features of an image model of transformers, whose `preprocessor_config.json` says what it takes.
+
+    Args:
+        folder (`str`): a folder written by `save_pretrained`.
+        source (`str`): what the names of numbers say about how the pixels came to be.
+        device (`torch.device`): where it computes.
+
+    Raises:
+        ValueError: the folder holds no such model, or not all of its weights.
+    """
+
+    def __init__(self, folder: str, source: str, device: torch.device | str = "cpu"):
+        try:
+            model, report = AutoModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ValueError(
+                f"`extractor` must be `evaluator`, `inception` or a folder with an image model of transformers, but"
+                f" {folder!r} cannot be loaded ({_first_line(error)})."
+            ) from error
+        if report["missing_keys"]:
+            raise ValueError(
+                f"`extractor` {folder!r} lacks weights, which would be random: {sorted(report['missing_keys'])[0]} is one"
+                f" of {len(report['missing_keys'])}. Take a folder with the whole model."
+            )
+        self.model = model.to(device, torch.float32).eval().requires_grad_(False)
+        self.preprocessor = Preprocessor.read(folder, device)
+        self.fingerprint = fingerprint(model)
+        size = self.preprocessor.size
+        self.conditions = {
+            "extractor": f"{model.config.model_type}-{self.fingerprint[:8]}",
+            "resize": source if size is None else f"{source}, bicubic-{size}px",
+        }
+        side = size or 64
+        try:
+            self(torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device))
+        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise ValueError(
+                f"`extractor` must make one vector of a photo, but the {model.config.model_type} in {folder!r} does not"
+                f" ({_first_line(error)})."
+            ) from error
+
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor) -> Tensor:
+        size = self.preprocessor.size
+        if size is not None and pixels.shape[-1] != size:
+            pixels = F.interpolate(pixels.float(), (size, size), mode="bicubic", antialias=True).clamp(0, 255)
+        features = self.model(self.preprocessor(pixels)).pooler_output
+        return features.flatten(1)
+
+
+def load_extractor(name: str, source: str, device: torch.device | str = "cpu") -> FeatureExtractor | None:
+    """What `extractor` names; None for the evaluation network's own features."""
+    if name == "evaluator":
+        return None
+    if name == "inception":
+        return InceptionExtractor(source, device)
+    return TransformersExtractor(name, source, device)
+
+
+# ---- classes and features -------------------------------------------------------------------------------------------
+
+
 class Evaluator:
     """
-    Class probabilities and pooled features of an image classifier of transformers.
+    Class probabilities of an image classifier of transformers, and its pooled features or those of another network.
 
-    The features are what its last linear layer takes. Input range and size are those of a `preprocessor_config.json`
+    Its own features are what its last linear layer takes. Input range and size are those of a `preprocessor_config.json`
     beside the weights; without one, [-1, 1] and `resolution` or 64.
 
     Args:
         folder (`str`): a folder written by `save_pretrained`.
         resolution (`int`, *optional*): side of the input in pixels.
         device (`torch.device`): where it computes.
+        extractor (`str`, defaults to `"evaluator"`): whose features: its own, those of `"inception"`, or those of the
+            model in a folder.
 
     Raises:
-        ValueError: the folder holds no such classifier, or one that does not take photos.
+        ValueError: the folder holds no such classifier, or one that does not take photos; or `extractor` cannot be used.
     """
 
-    def __init__(self, folder: str, resolution: int | None = None, device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        folder: str,
+        resolution: int | None = None,
+        device: torch.device | str = "cpu",
+        extractor: str = "evaluator",
+    ):
         try:
             self.model = AutoModelForImageClassification.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, SafetensorError) as error:
             raise ValueError(
                 f"`evaluator` must be a folder with the weights of an image classifier, but {folder!r} cannot be loaded"
-                f" ({str(error).splitlines()[0]}): `train_encoders.py --task evaluation` trains one."
+                f" ({_first_line(error)}): `train_encoders.py --task evaluation` trains one."
             ) from error
         config = self.model.config
         if getattr(config, "num_channels", 3) != 3:
@@ -74,24 +236,28 @@ class Evaluator:
         self.model.to(device, torch.float32).eval().requires_grad_(False)
         self.device = device
         self.labels: list[str] = [config.id2label[i] for i in range(config.num_labels)]
-        self._read_preprocessor(Path(folder) / "preprocessor_config.json", resolution)
+        self.preprocessor = Preprocessor.read(folder, device)
+        self.resolution = resolution or self.preprocessor.size or 64
         self.fingerprint = fingerprint(self.model)
         self.conditions = {
             "extractor": f"{config.model_type}-{self.fingerprint[:8]}",
             "resize": f"squash4:3-bicubic-{self.resolution}px",
         }
+        self.extractor = load_extractor(extractor, self.conditions["resize"], device)
+        self.feature_conditions = self.conditions if self.extractor is None else self.extractor.conditions
 
     @property
-    def settings(self) -> dict[str, str]:
-        """What tells one judge from another."""
-        return {"fingerprint": self.fingerprint, **self.conditions}
+    def fingerprints(self) -> dict[str, str]:
+        """Those of the networks that judge, by the argument that names them."""
+        extractor = {} if self.extractor is None else {"extractor": self.extractor.fingerprint}
+        return {"evaluator": self.fingerprint, **extractor}
 
-    def _read_preprocessor(self, path: Path, resolution: int | None) -> None:
-        settings = json.loads(path.read_text()) if path.is_file() else {}
-        size = settings.get("crop_size") or settings.get("size") or 64
-        self.resolution = int(resolution or (max(size.values()) if isinstance(size, dict) else size))
-        mean, std = (settings.get(f"image_{name}") or [0.5] * 3 for name in ("mean", "std"))
-        self.mean, self.std = (torch.tensor(values, device=self.device).view(1, 3, 1, 1) for values in (mean, std))
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What tells one judge from another."""
+        extractor = self.extractor
+        features = None if extractor is None else {"fingerprint": extractor.fingerprint, **extractor.conditions}
+        return {"fingerprint": self.fingerprint, **self.conditions, "features": features}
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor, batch_size: int, desc: str | None = None) -> tuple[Tensor, Tensor]:
@@ -99,13 +265,16 @@ class Evaluator:
         logits, features = [], []
 
         def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            features.append(inputs[0].flatten(1).cpu())
+            if self.extractor is None:
+                features.append(inputs[0].flatten(1).cpu())
 
         handle = self.head.register_forward_pre_hook(keep)
         try:
             for batch in tqdm(pixels.split(batch_size), desc=desc, leave=False, disable=desc is None):
-                images = (batch.to(self.device).float() / 255 - self.mean) / self.std
-                logits.append(self.model(images).logits.cpu())
+                batch = batch.to(self.device)
+                logits.append(self.model(self.preprocessor(batch)).logits.cpu())
+                if self.extractor is not None:
+                    features.append(self.extractor(batch).cpu())
         finally:
             handle.remove()
         return torch.cat(logits).softmax(-1), torch.cat(features)
@@ -124,7 +293,8 @@ def read_training_photos(
     """The training photos with their features, from `cache_dir` where they lie there already."""
     if cache_dir is None:
         return evaluator.look_at(read_photos(files, "training photos", evaluator.resolution), batch_size, mirror=False)
-    digest = hashlib.sha256(f"{evaluator.fingerprint}:{evaluator.conditions['resize']}".encode())
+    judges = ":".join(evaluator.fingerprints.values())
+    digest = hashlib.sha256(f"{judges}:{evaluator.feature_conditions['resize']}".encode())
     for label, path in files:
         status = path.stat()
         digest.update(f"{label}/{path.name}:{status.st_size}:{status.st_mtime_ns}\n".encode())

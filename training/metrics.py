@@ -93,6 +93,10 @@ THIS_PROCESS: dict[str, Any] = {"sync_on_compute": False}
 
 def frechet_distance(features: Tensor, reference: Tensor) -> float:
     """Fréchet distance between Gaussians fitted to two sets of features `[N, D]` and `[M, D]` (Heusel et al., 2017)."""
+    both = torch.cat([features, reference]).double()
+    if both.shape[1] > len(both):
+        # It stays the same in any orthonormal basis of what the features span, which is much smaller.
+        features, reference = (both @ torch.linalg.qr(both.T)[0]).split([len(features), len(reference)])
     metric = FrechetInceptionDistance(_Precomputed(features.shape[1]), **THIS_PROCESS).set_dtype(torch.float64)
     metric.update(reference.double(), real=True)
     metric.update(features.double(), real=False)

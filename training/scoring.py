@@ -319,7 +319,7 @@ class Scorer:
             for name, distance in SET_DISTANCES.items():
                 described = (images.features, reference.features)
                 scores |= self.set_distance(
-                    name + suffix, distance, images, reference, described, self.evaluator.conditions
+                    name + suffix, distance, images, reference, described, self.evaluator.feature_conditions
                 )
             scores |= self.precision_and_recall(suffix, images, reference)
         # Patches tell no class from another.
@@ -337,7 +337,7 @@ class Scorer:
     def precision_and_recall(self, suffix: str, images: ImageSet, reference: ImageSet) -> Scores:
         """Shares of images inside the support of the reference photos, and of photos inside that of the images."""
         conditions = {
-            **self.evaluator.conditions,
+            **self.evaluator.feature_conditions,
             "reference": f"{len(reference)} {reference.name}",
             "neighbours": str(MANIFOLD_NEIGHBOURS),
         }
@@ -379,7 +379,7 @@ class Scorer:
         for name, distance in {**SET_DISTANCES, "precision": precision, "recall": recall}.items():
             more = {} if name in SET_DISTANCES else {"neighbours": str(MANIFOLD_NEIGHBOURS)}
             scores |= self.half_distance(
-                name + suffix, distance, photos, photos.features, self.evaluator.conditions, more
+                name + suffix, distance, photos, photos.features, self.evaluator.feature_conditions, more
             )
         if photos is self.drawn_reference:
             return scores
@@ -415,7 +415,7 @@ class Scorer:
 
     def diversity(self, images: ImageSet) -> Scores:
         """Distances between images of the same drawing, and between images of drawings of one class."""
-        conditions = {"pairs": "within a drawing", "normalisation": "unit", **self.evaluator.conditions}
+        conditions = {"pairs": "within a drawing", "normalisation": "unit", **self.evaluator.feature_conditions}
         means = pairwise_means(images.features, images.groups)
         reason = None if means else "no drawing has two images"
         scores = self.group_means("pairwise_distance", means, images, conditions, reason)
@@ -438,7 +438,7 @@ class Scorer:
 
     def photo_diversity(self, photos: ImageSet) -> Scores:
         """Distances between random photos, and between random photos of one class."""
-        conditions = {"pairs": "random photos", "normalisation": "unit", **self.evaluator.conditions}
+        conditions = {"pairs": "random photos", "normalisation": "unit", **self.evaluator.feature_conditions}
         value, samples = random_pair_distance(photos.features, None, self.num_bootstrap_samples)
         interval = percentile_interval(samples, len(photos))
         scores = self.measure("pairwise_distance", value, photos, conditions, interval)
@@ -448,7 +448,7 @@ class Scorer:
         """Distance between two images of one class, of one drawing or of two; an interval for images of one drawing each."""
         labels, key = np.asarray(images.labels), "pairwise_distance_same_class"
         same = labels[:, None] == labels[None, :]
-        conditions = {**pairs, "normalisation": "unit", **self.evaluator.conditions}
+        conditions = {**pairs, "normalisation": "unit", **self.evaluator.feature_conditions}
         if same.sum() == len(images):
             return self.measure(key, None, images, conditions, reason="no class has two images")
         are_independent = len(np.unique(images.groups)) == len(images)
@@ -468,7 +468,7 @@ class Scorer:
         """Distances from the nearest training photo, and how many are smaller than real photos' usually are."""
         against = {"reference": f"{len(self.train)} training photos and their mirror images"}
         distances = self.training_distances(images)
-        conditions = {**self.evaluator.conditions, "normalisation": "unit", **against}
+        conditions = {**self.evaluator.feature_conditions, "normalisation": "unit", **against}
         scores = self.measure_mean("nearest_training_distance", distances, images, conditions)
         keys = thumbnails(self.train.pixels)
         both = [nearest(thumbnails(pixels), keys)[0] for pixels in (images.pixels, images.pixels.flip(-1))]

@@ -19,7 +19,6 @@ import sys
 from pathlib import Path
 
 import evaluate
-import evaluation_network
 import evaluation_report
 import image_sets
 import lpips
@@ -133,67 +132,6 @@ def test_images_of_several_sizes_or_broken_or_alone_are_errors(drawings_dir, tmp
     paths[1].write_bytes(paths[1].read_bytes()[:40])
     with pytest.raises(ValueError, match="9.png cannot be read as an image"):
         image_sets.read_photos([("disc", paths[1])], "photos", SIZE)
-
-
-# -- the evaluation network --
-
-
-def test_evaluator_gives_the_networks_own_probabilities_and_pooled_features(evaluator_dir):
-    evaluator = Evaluator(str(evaluator_dir), SIZE)
-    pixels = torch.randint(0, 256, (5, 3, SIZE, SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    probabilities, features = evaluator(pixels, batch_size=2)
-    model = RegNetForImageClassification.from_pretrained(evaluator_dir, dtype=torch.float32).eval()
-    with torch.no_grad():
-        inputs = pixels / 127.5 - 1
-        torch.testing.assert_close(features, model.regnet(inputs).pooler_output.flatten(1))
-        torch.testing.assert_close(probabilities, model(inputs).logits.softmax(-1))
-    assert features.shape == (5, 16) and not torch.allclose(features[0], features[1])
-    assert evaluator.conditions["extractor"].startswith("regnet-")
-    assert evaluator.conditions["resize"] == f"squash4:3-bicubic-{SIZE}px"
-
-
-def test_evaluator_follows_a_preprocessor(evaluator_dir, tmp_path):
-    settings = {"size": {"shortest_edge": 40}, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.6, 0.7]}
-    for file in evaluator_dir.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
-    evaluator, plain = Evaluator(str(tmp_path)), Evaluator(str(evaluator_dir))
-    assert evaluator.resolution == 40 and plain.resolution == 64
-    image = torch.tensor([0.1, 0.2, 0.3]).view(1, 3, 1, 1).expand(1, 3, 40, 40)
-    white = image + torch.tensor([0.5, 0.6, 0.7]).view(1, 3, 1, 1)
-    features = [evaluator((value * 255).round().byte(), 1)[1] for value in (image, white)]
-    expected = [plain(torch.full((1, 3, 40, 40), value, dtype=torch.uint8), 1)[1] for value in (128, 255)]
-    # Mean and mean + std must come out as 0 and 1, up to rounding to 8 bits.
-    for one, other in zip(features, expected, strict=True):
-        torch.testing.assert_close(one, other, atol=0.02, rtol=0.02)
-
-
-def test_unusable_evaluators_are_errors(tmp_path):
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="`evaluator` must be a folder with the weights"):
-        Evaluator(str(tmp_path / "empty"))
-    config = ResNetConfig(num_channels=1, embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic")
-    ResNetForImageClassification(config).save_pretrained(tmp_path / "grey")
-    with pytest.raises(ValueError, match=r"`evaluator` must take photos, but .* takes 1 channel"):
-        Evaluator(str(tmp_path / "grey"))
-
-
-def test_cached_training_photos_are_those_read_afresh(photos_dir, evaluator_dir, tmp_path):
-    evaluator = Evaluator(str(evaluator_dir), SIZE)
-    files = image_sets.list_class_folders(photos_dir / "train", "train")
-    fresh = evaluation_network.read_training_photos(files, evaluator, 16, None)
-    assert torch.equal(
-        evaluation_network.read_training_photos(files, evaluator, 16, str(tmp_path)).features, fresh.features
-    )
-    (cached,) = tmp_path.iterdir()
-    stamp = cached.stat().st_mtime_ns
-    again = evaluation_network.read_training_photos(files, evaluator, 16, str(tmp_path))
-    assert cached.stat().st_mtime_ns == stamp
-    for name in ("pixels", "features", "probabilities"):
-        assert torch.equal(getattr(again, name), getattr(fresh, name))
-    assert again.files == fresh.files and again.labels == fresh.labels
-    evaluation_network.read_training_photos(files[1:], evaluator, 16, str(tmp_path))
-    assert len(list(tmp_path.iterdir())) == 2
 
 
 # -- LPIPS --
@@ -433,8 +371,16 @@ def test_planted_copies_are_flagged_even_mirrored(arguments, drawings_dir, photo
                 copy.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if n else copy,
                 tmp_path / "copies" / f"{path.stem}_{n}.png",
             )
-    scores = main(arguments(images=[str(tmp_path / "copies")]))
+    # By the features of another network than the one that names classes.
+    torch.manual_seed(1)
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    ResNetForImageClassification(config).save_pretrained(tmp_path / "resnet")
+    scores = main(arguments(images=[str(tmp_path / "copies")], extractor=str(tmp_path / "resnet")))
     copies, real = scores["copies"], scores["reference_photos"]
+    judges = {key: measured.conditions.get("extractor", "")[:7] for key, measured in copies.items()}
+    assert judges["class_agreement"] == "regnet-" and judges["patch_distance"] == ""
+    for key in ("frechet_distance", "precision", "pairwise_distance", "nearest_training_distance", "near_copy_share"):
+        assert judges[key] == "resnet-"
     assert copies["near_copy_share"].value == 1
     assert copies["nearest_training_distance"].value == pytest.approx(0, abs=1e-5)
     assert copies["nearest_training_pixel_distance"].value == pytest.approx(0, abs=1e-5)
@@ -492,6 +438,7 @@ def test_sheet_places_rows_in_columns():
         ({"images": ["nowhere"]}, "`images` must be folders, but 'nowhere' is none"),
         ({"model": "nowhere", "reference": "nowhere"}, "`reference` must be a folder, but 'nowhere' is none"),
         ({"model": "nowhere", "num_images_per_sketch": 0}, "`num_images_per_sketch` must be at least 1, but got 0"),
+        ({"model": "nowhere", "extractor": "vgg"}, "must be `evaluator`, `inception` or a folder, but got 'vgg'"),
         ({"model": "nowhere", "free_hand_strength": -1.0}, "`free_hand_strength` must not be negative, but got -1.0"),
         ({"model": "{tmp_path}"}, "cannot be loaded"),
         (
@@ -550,9 +497,10 @@ def test_the_judge_may_not_be_part_of_the_model(arguments, model_dir, tmp_path):
     config.id2label, config.label2id = dict(enumerate(LABELS)), {label: i for i, label in enumerate(LABELS)}
     pipeline.register_modules(image_encoder=ResNetForImageClassification(config))
     pipeline.save_pretrained(tmp_path / "pipeline")
-    args = arguments(model=str(tmp_path / "pipeline"), evaluator=str(tmp_path / "pipeline" / "image_encoder"))
-    with pytest.raises(ValueError, match="`evaluator` is the `image_encoder` of `model`"):
-        main(args)
+    for judge in ("evaluator", "extractor"):
+        args = arguments(model=str(tmp_path / "pipeline"), **{judge: str(tmp_path / "pipeline" / "image_encoder")})
+        with pytest.raises(ValueError, match=f"`{judge}` is the `image_encoder` of `model`"):
+            main(args)
 
 
 def test_unknown_classes_are_named(arguments, drawings_dir, tmp_path):
