@@ -32,6 +32,7 @@ TEST = [
     "imageio-ffmpeg>=0.5",
     "mypy>=1.11",
     "pytest>=8.0",
+    "pytest-xdist>=3.5",
     "ruff>=0.6",
     "selenium>=4.11",
     "types-PyYAML",

@@ -11,11 +11,19 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+import os
+
 import pytest
 import torch
 from testing_utils import COMPONENTS, ID2LABEL, SIZE, make_scheduler, make_unet
 
 from diffsketching_pipeline import DiffSketchingPipeline
+
+
+# Processes that share the tests share the cores, too: a thread each, and one for each process that a test starts.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

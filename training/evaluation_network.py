@@ -255,9 +255,10 @@ class Evaluator:
     @property
     def settings(self) -> dict[str, Any]:
         """What tells one judge from another."""
-        extractor = self.extractor
-        features = None if extractor is None else {"fingerprint": extractor.fingerprint, **extractor.conditions}
-        return {"fingerprint": self.fingerprint, **self.conditions, "features": features}
+        settings = {"fingerprint": self.fingerprint, **self.conditions}
+        if self.extractor is not None:
+            settings["features"] = {"fingerprint": self.extractor.fingerprint, **self.extractor.conditions}
+        return settings
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor, batch_size: int, desc: str | None = None) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ from scoring import METRICS, Measurement, Scores
 COSTS = ("network_evaluations", "seconds_per_image", "peak_memory")
 
 
-def read_contour_metrics(path: str, evaluator: dict[str, str]) -> dict[str, dict[str, Any]]:
+def read_contour_metrics(path: str, evaluator: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """
     The numbers by system and metric of an evaluation on contours.
 
@@ -42,11 +42,11 @@ def read_contour_metrics(path: str, evaluator: dict[str, str]) -> dict[str, dict
         raise ValueError(
             f"`contour_metrics` must be a `metrics.json` of evaluate.py, but {path!r} is none."
         ) from error
-    for name, value in evaluator.items():
-        if judge.get(name) != value:
+    for name in {**evaluator, **judge}:
+        if judge.get(name) != evaluator.get(name):
             raise ValueError(
                 f"`contour_metrics` has numbers of another evaluation network ({name}: {judge.get(name)} in the place of"
-                f" {value}): evaluate the contours again."
+                f" {evaluator.get(name)}): evaluate the contours again."
             )
     return systems
 

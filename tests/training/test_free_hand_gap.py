@@ -128,9 +128,10 @@ def test_gap_is_in_the_report(arguments, model_dir, contours_dir, drawings_dir, 
     gap = saved["free_hand_gap"]["generated"]["contour_distance"]
     assert gap["value"] != 0 and gap["interval"][0] < gap["value"] < gap["interval"][1]
     assert "## Free-hand gap" in (tmp_path / "out" / "metrics.md").read_text()
-    other["settings"]["evaluator"]["fingerprint"] = "another"
-    (tmp_path / "other.json").write_text(json.dumps(other))
-    with pytest.raises(ValueError, match="`contour_metrics` has numbers of another evaluation network"):
-        main(arguments(**common, contour_metrics=str(tmp_path / "other.json")))
+    for change in ({"fingerprint": "another"}, {"features": {"extractor": "inception"}}):
+        judge = saved["settings"]["evaluator"] | change
+        (tmp_path / "other.json").write_text(json.dumps({**other, "settings": {"evaluator": judge}}))
+        with pytest.raises(ValueError, match="`contour_metrics` has numbers of another evaluation network"):
+            main(arguments(**common, contour_metrics=str(tmp_path / "other.json")))
     with pytest.raises(ValueError, match="`contour_metrics` must be a `metrics.json`"):
         main(arguments(**common, contour_metrics=str(drawings_dir)))
