@@ -100,7 +100,11 @@ class EvaluationArguments:
     sketches: str = required("drawings, `<class>/<sketch>.png`")
     reference: str = required("real photos to compare with, `<class>/<photo>.jpg`; the validation photos")
     train: str = required("the photos that the model was trained on, `<class>/<photo>.jpg`")
-    evaluator: str = required("folder of an image classifier of transformers that learned on real photos only")
+    evaluator: str | None = argument(
+        None,
+        "folder of an image classifier of transformers that learned on real photos only; without it, and with an "
+        "`extractor`, nothing is said of classes",
+    )
     extractor: str = argument(
         "evaluator",
         "whose features distances, precision, recall, diversity and memorisation compare: those of the `evaluator`; of "
@@ -138,7 +142,7 @@ class EvaluationArguments:
     )
     seed: int = argument(0, "first seed: image n of drawing i of D has the seed `seed + n * D + i`")
     resolution: int | None = argument(
-        None, "side of the evaluation network's input; what its preprocessor says, else 64"
+        None, "side that photos are reduced to, the `evaluator`'s input; what its preprocessor says, else 64"
     )
     eval_batch_size: int = argument(32, "images per forward pass")
     num_bootstrap_samples: int = argument(1000, "resamples of the 95%% intervals; 0 = no intervals")
@@ -181,7 +185,7 @@ def check_evaluation_arguments(args: EvaluationArguments) -> None:
     if args.resolution is not None and args.resolution < 8:
         raise ValueError(f"`resolution` must be at least 8, but got {args.resolution}.")
     for name in ("sketches", "reference", "train", "evaluator"):
-        if not Path(getattr(args, name)).is_dir():
+        if getattr(args, name) is not None and not Path(getattr(args, name)).is_dir():
             raise ValueError(f"`{name}` must be a folder, but {getattr(args, name)!r} is none.")
 
 
@@ -369,7 +373,8 @@ def prepare(args: EvaluationArguments, accelerator: Accelerator) -> Inputs:
         "reference": [label for label, _ in reference_files],
         "train": [label for label, _ in train_files],
     }.items():
-        check_labels(labels, evaluator.labels, name)
+        if evaluator.labels:
+            check_labels(labels, evaluator.labels, name)
     if len(reference_files) < 2:
         raise ValueError("`reference` must hold at least 2 photos, but holds 1.")
     sketches = SketchProcessor(CONTOUR_RESOLUTION).preprocess([str(drawing.path) for drawing in drawings])

@@ -192,31 +192,20 @@ def load_extractor(name: str, source: str, device: torch.device | str = "cpu") -
 # ---- classes and features -------------------------------------------------------------------------------------------
 
 
-class Evaluator:
+class PhotoClassifier:
     """
-    Class probabilities of an image classifier of transformers, and its pooled features or those of another network.
-
-    Its own features are what its last linear layer takes. Input range and size are those of a `preprocessor_config.json`
-    beside the weights; without one, [-1, 1] and `resolution` or 64.
+    An image classifier of transformers. Its features are what its last linear layer takes.
 
     Args:
-        folder (`str`): a folder written by `save_pretrained`.
-        resolution (`int`, *optional*): side of the input in pixels.
+        folder (`str`): a folder written by `save_pretrained`; a `preprocessor_config.json` in it says what the network
+            takes.
         device (`torch.device`): where it computes.
-        extractor (`str`, defaults to `"evaluator"`): whose features: its own, those of `"inception"`, or those of the
-            model in a folder.
 
     Raises:
-        ValueError: the folder holds no such classifier, or one that does not take photos; or `extractor` cannot be used.
+        ValueError: the folder holds no such classifier, or one that does not take photos.
     """
 
-    def __init__(
-        self,
-        folder: str,
-        resolution: int | None = None,
-        device: torch.device | str = "cpu",
-        extractor: str = "evaluator",
-    ):
+    def __init__(self, folder: str, device: torch.device | str = "cpu"):
         try:
             self.model = AutoModelForImageClassification.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, SafetensorError) as error:
@@ -232,53 +221,90 @@ class Evaluator:
             raise ValueError(
                 f"`evaluator` must end in a linear layer, but the {config.model_type} in {folder!r} does not."
             )
-        self.head = heads[-1]
         self.model.to(device, torch.float32).eval().requires_grad_(False)
-        self.device = device
+        self._features: Tensor | None = None
+        heads[-1].register_forward_pre_hook(self._keep_features)
         self.labels: list[str] = [config.id2label[i] for i in range(config.num_labels)]
         self.preprocessor = Preprocessor.read(folder, device)
-        self.resolution = resolution or self.preprocessor.size or 64
         self.fingerprint = fingerprint(self.model)
-        self.conditions = {
-            "extractor": f"{config.model_type}-{self.fingerprint[:8]}",
-            "resize": f"squash4:3-bicubic-{self.resolution}px",
-        }
-        self.extractor = load_extractor(extractor, self.conditions["resize"], device)
+        self.name = f"{config.model_type}-{self.fingerprint[:8]}"
+
+    def _keep_features(self, head: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self._features = inputs[0].flatten(1)
+
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 `[N, 3, R, R]` on its device -> probabilities `[N, num_classes]` and features `[N, D]`, float32."""
+        probabilities = self.model(self.preprocessor(pixels)).logits.softmax(-1)
+        assert self._features is not None
+        return probabilities, self._features
+
+
+class Evaluator:
+    """
+    What judges photos: a classifier that names classes, and its features or those of another network.
+
+    Args:
+        folder (`str`, *optional*): that of a [`PhotoClassifier`]; without it nothing is said of classes.
+        resolution (`int`, *optional*): side in pixels that photos are reduced to, which is the classifier's input; what
+            its preprocessor says, else 64.
+        device (`torch.device`): where it computes.
+        extractor (`str`, defaults to `"evaluator"`): whose features: those of the classifier, of `"inception"`, or of the
+            model in a folder.
+
+    Raises:
+        ValueError: one of the networks cannot be used, or there is none that describes photos.
+    """
+
+    def __init__(
+        self,
+        folder: str | None,
+        resolution: int | None = None,
+        device: torch.device | str = "cpu",
+        extractor: str = "evaluator",
+    ):
+        if folder is None and extractor == "evaluator":
+            raise ValueError("give an `evaluator`, or an `extractor` of features if nothing is to be said of classes.")
+        self.device = device
+        self.classifier = None if folder is None else PhotoClassifier(folder, device)
+        self.labels = [] if self.classifier is None else self.classifier.labels
+        self.resolution = resolution or (self.classifier and self.classifier.preprocessor.size) or 64
+        self.resize = f"squash4:3-bicubic-{self.resolution}px"
+        self.extractor = load_extractor(extractor, self.resize, device)
+        self.conditions = {}
+        if self.classifier is not None:
+            self.conditions = {"extractor": self.classifier.name, "resize": self.resize}
         self.feature_conditions = self.conditions if self.extractor is None else self.extractor.conditions
 
     @property
     def fingerprints(self) -> dict[str, str]:
         """Those of the networks that judge, by the argument that names them."""
-        extractor = {} if self.extractor is None else {"extractor": self.extractor.fingerprint}
-        return {"evaluator": self.fingerprint, **extractor}
+        networks = {"evaluator": self.classifier, "extractor": self.extractor}
+        return {name: network.fingerprint for name, network in networks.items() if network is not None}
 
     @property
     def settings(self) -> dict[str, Any]:
         """What tells one judge from another."""
-        settings = {"fingerprint": self.fingerprint, **self.conditions}
+        settings: dict[str, Any] = dict(self.conditions)
+        if self.classifier is not None:
+            settings = {"fingerprint": self.classifier.fingerprint, **settings}
         if self.extractor is not None:
             settings["features"] = {"fingerprint": self.extractor.fingerprint, **self.extractor.conditions}
         return settings
 
-    @torch.no_grad()
     def __call__(self, pixels: Tensor, batch_size: int, desc: str | None = None) -> tuple[Tensor, Tensor]:
         """uint8 `[N, 3, R, R]` -> probabilities `[N, num_classes]` and features `[N, D]`, float32 on the CPU."""
-        logits, features = [], []
-
-        def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if self.extractor is None:
-                features.append(inputs[0].flatten(1).cpu())
-
-        handle = self.head.register_forward_pre_hook(keep)
-        try:
-            for batch in tqdm(pixels.split(batch_size), desc=desc, leave=False, disable=desc is None):
-                batch = batch.to(self.device)
-                logits.append(self.model(self.preprocessor(batch)).logits.cpu())
-                if self.extractor is not None:
-                    features.append(self.extractor(batch).cpu())
-        finally:
-            handle.remove()
-        return torch.cat(logits).softmax(-1), torch.cat(features)
+        probabilities, features = [], []
+        for batch in tqdm(pixels.split(batch_size), desc=desc, leave=False, disable=desc is None):
+            batch = batch.to(self.device)
+            likely, described = (batch.new_empty(len(batch), 0, dtype=torch.float32),) * 2
+            if self.classifier is not None:
+                likely, described = self.classifier(batch)
+            if self.extractor is not None:
+                described = self.extractor(batch)
+            probabilities.append(likely.cpu())
+            features.append(described.cpu())
+        return torch.cat(probabilities), torch.cat(features)
 
     def look_at(self, images: ImageSet, batch_size: int, mirror: bool = True) -> ImageSet:
         """Fills in probabilities and features, with `mirror` also those of the mirrored images."""

@@ -72,7 +72,7 @@ def drawing_rows(
 ) -> dict[int, list[Tile]]:
     """By drawing: the drawing as the model sees it, then its images with what the evaluation network takes them for."""
     rows: dict[int, list[Tile]] = {}
-    predicted = [labels[i] for i in images.probabilities.argmax(-1).tolist()]
+    predicted = [labels[i] for i in images.probabilities.argmax(-1).tolist()] if labels else [""] * len(images)
     for i, group in enumerate(images.groups.tolist()):
         if group not in rows:
             drawing = drawings[group]

@@ -166,7 +166,7 @@ class Scorer:
         self.reference_patches = patch_quantiles(patch_projections(reference.pixels))
         self.patch_conditions = {
             "patches": f"{PATCHES_PER_IMAGE} of {PATCH_SIZE}x{PATCH_SIZE} on each of {PYRAMID_LEVELS} levels",
-            "resize": evaluator.conditions["resize"],
+            "resize": evaluator.resize,
         }
         self.lpips, self.lpips_reason = load_lpips(lpips_net)
         self.near_copy_limit = None
@@ -245,13 +245,21 @@ class Scorer:
 
     # -- faithfulness
 
+    def no_classes(self, key: str, images: ImageSet) -> Scores:
+        """Nothing, because no network names classes."""
+        return self.measure(key, None, images, {}, reason="no `evaluator` names classes")
+
     def class_agreement(self, images: ImageSet) -> Scores:
         """Share of images that the evaluation network takes for their class."""
+        if not self.evaluator.labels:
+            return self.no_classes("class_agreement", images)
         return self.measure_mean("class_agreement", self.agrees(images), images, self.evaluator.conditions)
 
     def reweighted_agreement(self, photos: ImageSet) -> Scores:
         """The share for photos, if their classes were as frequent as the drawings'."""
         weights, key = self.mix_weights(photos), "class_agreement_reweighted"
+        if not self.evaluator.labels:
+            return self.no_classes(key, photos)
         if weights is None:
             reason = "the photos lack a class of the drawings"
             return self.measure(key, None, photos, self.evaluator.conditions, reason=reason)
@@ -260,6 +268,8 @@ class Scorer:
     def relative_agreement(self, images: ImageSet) -> Scores:
         """The share among images as a fraction of the reweighted share among the reference photos."""
         key, photos = "class_agreement_relative", self.drawn_reference
+        if not self.evaluator.labels:
+            return self.no_classes(key, images)
         against = f"{len(photos)} {photos.name}, classes as frequent as the drawings'"
         conditions = {**self.evaluator.conditions, "reference": against}
         weights = self.mix_weights(photos)
@@ -283,11 +293,12 @@ class Scorer:
         if not images.given_labels or None in images.given_labels:
             return {}
         right = np.array([a == b for a, b in zip(images.given_labels, images.labels, strict=True)])
+        scores = self.measure_mean("conditioning_class_accuracy", right, images, {})
+        key = "conditioning_class_agreement"
+        if not self.evaluator.labels:
+            return self.no_classes(key, images) | scores
         seen = self.agrees(images, images.given_labels)
-        return {
-            **self.measure_mean("conditioning_class_agreement", seen, images, self.evaluator.conditions),
-            **self.measure_mean("conditioning_class_accuracy", right, images, {}),
-        }
+        return self.measure_mean(key, seen, images, self.evaluator.conditions) | scores
 
     def retrieval(self, images: ImageSet) -> Scores:
         """Which of all drawings is the contour of each image closest to?"""

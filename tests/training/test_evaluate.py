@@ -503,10 +503,18 @@ def test_the_judge_may_not_be_part_of_the_model(arguments, model_dir, tmp_path):
             main(args)
 
 
-def test_unknown_classes_are_named(arguments, drawings_dir, tmp_path):
+def test_unknown_classes_are_named_and_need_no_evaluator(arguments, drawings_dir, tmp_path):
     save(Image.open(drawings_dir / "disc" / "disc0.png"), tmp_path / "drawings" / "kite" / "a.png")
-    save(Image.new("RGB", (8, 8)), tmp_path / "images" / "a_0.png")
+    for n, color in enumerate(("red", "blue")):
+        save(Image.new("RGB", (8, 8), color), tmp_path / "images" / f"a_{n}.png")
+    given = {"sketches": str(tmp_path / "drawings"), "images": [str(tmp_path / "images")]}
     with pytest.raises(
         ValueError, match="`sketches` has the classes kite, which the `evaluator` does not know: disc, square"
     ):
-        main(arguments(sketches=str(tmp_path / "drawings"), images=[str(tmp_path / "images")]))
+        main(arguments(**given))
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic")
+    ResNetForImageClassification(config).save_pretrained(tmp_path / "resnet")
+    scores = main(arguments(**given, evaluator=None, extractor=str(tmp_path / "resnet")))
+    agreement, distance = (scores["images"][key] for key in ("class_agreement", "pairwise_distance"))
+    assert agreement.value is None and agreement.reason == "no `evaluator` names classes"
+    assert distance.value > 0 and distance.conditions["extractor"].startswith("resnet-")

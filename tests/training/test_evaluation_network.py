@@ -126,7 +126,7 @@ def test_inception_gives_the_features_of_fid_and_leaves_classes_to_the_evaluator
     assert evaluator.conditions == plain.conditions == plain.feature_conditions
     assert evaluator.feature_conditions["extractor"].startswith("inception-v3-compat-")
     assert evaluator.feature_conditions["resize"] == "squash4:3-bicubic-32px, bilinear-299px of TensorFlow 1"
-    assert evaluator.settings["features"]["fingerprint"] != plain.fingerprint and "features" not in plain.settings
+    assert evaluator.settings["features"]["fingerprint"] != plain.settings["fingerprint"] and "features" not in plain.settings
 
 
 class Malicious:
@@ -166,6 +166,8 @@ def test_an_image_model_of_transformers_gives_its_pooled_features(evaluator_dir,
 
 
 def test_unusable_extractors_are_errors(evaluator_dir, tmp_path):
+    with pytest.raises(ValueError, match="give an `evaluator`, or an `extractor`"):
+        Evaluator(None)
     (tmp_path / "empty").mkdir()
     tiny = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
     ViTForImageClassification(ViTConfig(**tiny, image_size=32, patch_size=16)).save_pretrained(tmp_path / "headed")
