@@ -28,6 +28,8 @@ from diffsketching_pipeline.cli_utils import (
     ClassifierScale,
     ColourHint,
     Device,
+    Dtype,
+    DtypeName,
     Eta,
     Invert,
     Model,
@@ -142,6 +144,7 @@ def generate(
     invert: Invert = None,
     batch_size: BatchSize = 8,
     device: Device = "auto",
+    dtype: Dtype = DtypeName.float32,
     overwrite: Overwrite = False,
 ) -> None:
     """Photos of each drawing: PNGs, a contact sheet per drawing, and metadata.json to reproduce each of them."""
@@ -162,7 +165,7 @@ def generate(
     earlier = read_metadata(metadata_path)
 
     hint = read_colour_hint(colour_hint)
-    pipe = load_pipeline(model, device)
+    pipe = load_pipeline(model, device, dtype=dtype)
     check_labels(pipe, labels, negative)
     options = {"invert": invert, "fit": sketch_fit(hint)}
     with user_errors():
@@ -255,12 +258,13 @@ def demo(
     port: Annotated[Optional[int], typer.Option(help="[default: the first free one from 7860]")] = None,
     share: Annotated[bool, typer.Option("--share", help="Also at a public address, by Gradio's servers.")] = False,
     device: Device = "auto",
+    dtype: Dtype = DtypeName.float32,
 ) -> None:
     """A page to draw on, and to watch photos of the drawing appear; needs the extra `demo`."""
     if importlib.util.find_spec("gradio") is None:
         raise UserError("this needs Gradio: `pip install 'diffsketching_pipeline[demo]'`.")
     print(f"Loading {model or 'garments-64'} ...", flush=True)
-    pipe = load_pipeline(model, device)
+    pipe = load_pipeline(model, device, dtype=dtype)
     from diffsketching_pipeline.demo import Studio
     from diffsketching_pipeline.demo_page import launch
 
@@ -275,7 +279,7 @@ _CARD_OPTION = typer.Option(help="Markdown file for README.md. [default: the mod
 _METRICS_OPTION = typer.Option(help="metrics.json of training/evaluate.py, to be added to README.md.")
 _LICENSE_OPTION = typer.Option(help="Licence of the weights for a new README.md, e.g. apache-2.0.")
 _SHARD_OPTION = typer.Option(help="Largest weight file, e.g. 15MB.")
-_DTYPE_OPTION = typer.Option(help="Type of the weights: float32, float16 or bfloat16.")
+_DTYPE_OPTION = typer.Option(help="Type of the saved weights.")
 _FP16_OPTION = typer.Option("--fp16-variant", help='Also write float16 weights, for `variant="fp16"`.')
 
 
@@ -283,7 +287,7 @@ _FP16_OPTION = typer.Option("--fp16-variant", help='Also write float16 weights, 
 def export(
     model: Annotated[str, _MODEL_ARGUMENT],
     output_dir: Annotated[Path, typer.Argument(help="New folder.")],
-    save_dtype: Annotated[str, _DTYPE_OPTION] = "float32",
+    save_dtype: Annotated[DtypeName, _DTYPE_OPTION] = DtypeName.float32,
     fp16_variant: Annotated[bool, _FP16_OPTION] = False,
     max_shard_size: Annotated[str, _SHARD_OPTION] = "10GB",
     model_card: Annotated[Optional[Path], _CARD_OPTION] = None,
@@ -318,7 +322,7 @@ def push(
     revision: Annotated[Optional[str], typer.Option(help="Branch; made if there is none. [default: main]")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Propose a pull request to main instead.")] = False,
     commit_message: Annotated[Optional[str], typer.Option(help="First line of the commit.")] = None,
-    save_dtype: Annotated[str, _DTYPE_OPTION] = "float32",
+    save_dtype: Annotated[DtypeName, _DTYPE_OPTION] = DtypeName.float32,
     fp16_variant: Annotated[bool, _FP16_OPTION] = False,
     max_shard_size: Annotated[str, _SHARD_OPTION] = "10GB",
     model_card: Annotated[Optional[Path], _CARD_OPTION] = None,
@@ -360,20 +364,10 @@ def evaluate(context: typer.Context) -> None:
     raise typer.Exit(subprocess.call([sys.executable, str(script), *context.args]))
 
 
-def _load_to_save(model: str, save_dtype: str) -> "DiffSketchingPipeline":
-    """
-    A pipeline on the CPU, in the type it is to be saved in.
-
-    Raises:
-        ValueError: for another type than the three.
-    """
-    if save_dtype not in ("float32", "float16", "bfloat16"):
-        raise ValueError(f"`--save-dtype` has to be float32, float16 or bfloat16 but is {save_dtype!r}.")
-    import torch
-
+def _load_to_save(model: str, save_dtype: DtypeName) -> "DiffSketchingPipeline":
+    """A pipeline on the CPU, in the type it is to be saved in."""
     bundled = model == "garments-64" and not Path(model).exists()
-    pipe = load_pipeline(None if bundled else model, "cpu")
-    return pipe.to(getattr(torch, save_dtype))
+    return load_pipeline(None if bundled else model, "cpu", dtype=save_dtype)
 
 
 @app.command("convert-guided-diffusion")

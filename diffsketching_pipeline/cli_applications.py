@@ -28,6 +28,8 @@ from diffsketching_pipeline.cli_utils import (
     ClassifierScale,
     ColourHint,
     Device,
+    Dtype,
+    DtypeName,
     Eta,
     Model,
     NegativeClass,
@@ -104,6 +106,7 @@ def edit(
     colour_hint: ColourHint = None,
     batch_size: BatchSize = 8,
     device: Device = "auto",
+    dtype: Dtype = DtypeName.float32,
     overwrite: Overwrite = False,
 ) -> None:
     """Change a part of a photo into the shape of a drawing; outside the mask it stays as it is, bit for bit."""
@@ -128,7 +131,7 @@ def edit(
         if mask is not None:
             preprocess_mask(mask, "mask")
     hint = read_colour_hint(colour_hint)
-    pipe = load_pipeline(model, device, "DiffSketchingEditPipeline")
+    pipe = load_pipeline(model, device, "DiffSketchingEditPipeline", dtype)
     check_labels(pipe, [label], negative)
     settings = {
         "num_inference_steps": steps,
@@ -187,6 +190,7 @@ def interpolate(
     perceptual_guidance_scale: PerceptualScale = None,
     eta: Eta = None,
     device: Device = "auto",
+    dtype: Dtype = DtypeName.float32,
     overwrite: Overwrite = False,
 ) -> None:
     """The frames between drawings, photos or classes: PNGs, a film, a contact sheet and metadata.json."""
@@ -217,7 +221,7 @@ def interpolate(
         else:
             SketchProcessor(BUNDLED_SIZE).preprocess(list(keys))
     labels = [parse_label(text) for text in class_label or []]
-    pipe = load_pipeline(model, device, "DiffSketchingInterpolationPipeline")
+    pipe = load_pipeline(model, device, "DiffSketchingInterpolationPipeline", dtype)
     check_labels(pipe, labels)
     generators = [torch.Generator("cpu").manual_seed(k) for k in seed or [0]]
     settings = {
@@ -272,6 +276,7 @@ def matrix(
     colour_hint: ColourHint = None,
     batch_size: BatchSize = 8,
     device: Device = "auto",
+    dtype: Dtype = DtypeName.float32,
     overwrite: Overwrite = False,
 ) -> None:
     """One drawing in several classes (rows) from the same noise (columns): PNGs, one sheet and metadata.json."""
@@ -287,7 +292,7 @@ def matrix(
     with user_errors():
         SketchProcessor(BUNDLED_SIZE).preprocess(drawing)
     hint = read_colour_hint(colour_hint)
-    pipe = load_pipeline(model, device)
+    pipe = load_pipeline(model, device, dtype=dtype)
     labels = rows or list(pipe.id2label.values()) or list(range(pipe.num_classes))
     if not labels:
         raise UserError("this model has no classes: use `diffsketching generate`.")

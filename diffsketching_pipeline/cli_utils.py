@@ -20,6 +20,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -35,6 +36,15 @@ BUNDLED_SIZE = 64
 _SHEET_TILE = 192
 _SHEET_COLUMNS = 5
 _CAPTION_HEIGHT = 22
+
+
+class DtypeName(str, Enum):
+    """A type of weights that a command takes."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
 
 Steps = Annotated[Optional[int], typer.Option("--steps", help="Denoising steps. [default: the model's]")]
 Model = Annotated[Optional[str], typer.Option("--model", help="Folder or hub id. [default: the bundled garments-64]")]
@@ -62,6 +72,9 @@ Invert = Annotated[
 ]
 BatchSize = Annotated[int, typer.Option("--batch-size", help="Photos computed at a time; does not change them.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps, ...")]
+Dtype = Annotated[
+    DtypeName, typer.Option("--dtype", help="Type of the weights; bfloat16 is faster where the processor knows it.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace pictures of an earlier run.")]
 
 
@@ -203,8 +216,13 @@ def read_metadata(path: Path) -> dict[str, dict[str, Any]]:
         ) from error
 
 
-def load_pipeline(model: str | None, device: str, class_name: str = "DiffSketchingPipeline") -> Any:
-    """The pipeline of that class, on the device, without progress bars of its own."""
+def load_pipeline(
+    model: str | None,
+    device: str,
+    class_name: str = "DiffSketchingPipeline",
+    dtype: DtypeName = DtypeName.float32,
+) -> Any:
+    """The pipeline of that class, on the device and in that type, without progress bars of its own."""
     import torch
     from accelerate import PartialState
     from diffusers.utils import logging as diffusers_logging
@@ -220,7 +238,7 @@ def load_pipeline(model: str | None, device: str, class_name: str = "DiffSketchi
         cls = getattr(diffsketching_pipeline, class_name)
         pipe = cls.from_pretrained(model or diffsketching_pipeline.bundled_checkpoint())
     with user_errors((RuntimeError, AssertionError)):
-        pipe.to(target)
+        pipe.to(target, getattr(torch, dtype.value))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -269,6 +287,7 @@ def sampling_record(pipe: Any, settings: dict[str, Any]) -> dict[str, Any]:
         **pipe.guidance_scales,
         "eta": pipe.eta,
         "scheduler": type(pipe.scheduler).__name__,
+        "dtype": str(pipe.dtype).removeprefix("torch."),
     }
 
 

@@ -89,10 +89,12 @@ def test_metadata_reproduces_a_photo(monkeypatch, checkpoint, drawing, tmp_path)
     from diffsketching_pipeline import DiffSketchingPipeline
 
     out = tmp_path / "out"
-    scales = ("--sketch-guidance-scale", 3.0, "--classifier-guidance-scale", 1.5, "--eta", 0.5)
-    assert generate(monkeypatch, checkpoint, drawing, out, "--num-images", 2, *scales) == 0
+    options = ("--sketch-guidance-scale", 3.0, "--classifier-guidance-scale", 1.5, "--eta", 0.5)
+    options += ("--dtype", "bfloat16")
+    assert generate(monkeypatch, checkpoint, drawing, out, "--num-images", 2, *options) == 0
     record = json.loads((out / "metadata.json").read_text())["images"][1]
-    image = DiffSketchingPipeline.from_pretrained(checkpoint)(
+    assert record["dtype"] == "bfloat16"
+    image = DiffSketchingPipeline.from_pretrained(checkpoint, torch_dtype=torch.bfloat16)(
         record["drawing"],
         class_labels=record["class_label"],
         num_images_per_sketch=1,

@@ -206,7 +206,10 @@ def test_the_export_command(tiny_pipeline, tmp_path, monkeypatch, capsys):
     assert torch.equal(kept.unet.conv_in.weight, tiny_pipeline.unet.conv_in.weight.half())
     for arguments, message in (
         (command, "`output_dir` must not exist"),
-        ([*command[:2], tmp_path / "new", "--save-dtype", "int8"], "`--save-dtype` has to be float32"),
+        (
+            [*command[:2], tmp_path / "new", "--save-dtype", "int8"],
+            "'int8' is not one of 'float32', 'float16', 'bfloat16'",
+        ),
         (["export", tmp_path / "none/of/these", tmp_path / "new"], "none/of/these"),
     ):
         code, out, err = run_command(arguments, monkeypatch, capsys)

@@ -126,7 +126,10 @@ def test_inception_gives_the_features_of_fid_and_leaves_classes_to_the_evaluator
     assert evaluator.conditions == plain.conditions == plain.feature_conditions
     assert evaluator.feature_conditions["extractor"].startswith("inception-v3-compat-")
     assert evaluator.feature_conditions["resize"] == "squash4:3-bicubic-32px, bilinear-299px of TensorFlow 1"
-    assert evaluator.settings["features"]["fingerprint"] != plain.settings["fingerprint"] and "features" not in plain.settings
+    assert (
+        evaluator.settings["features"]["fingerprint"] != plain.settings["fingerprint"]
+        and "features" not in plain.settings
+    )
 
 
 class Malicious:
