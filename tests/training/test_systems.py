@@ -211,9 +211,7 @@ def test_shipped_systems_are_readable_and_floors_see_no_drawing(pipeline):
     paths = sorted(folder.glob("systems_*.yaml"))
     assert len(paths) >= 3
     for path in paths:
-        listed = systems.read_systems(str(path))
-        assert len(listed) <= 12
-        for system in listed:
+        for system in systems.read_systems(str(path)):
             built = system.build(pipeline)
             system.check(built)
             assert system.uses_drawing(built) == (system.name != "unconditional")
