@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from diffsketching_pipeline import __version__
+from diffsketching_pipeline.files import weights_sha256
 
 
 if TYPE_CHECKING:
@@ -317,13 +318,7 @@ def metadata(model: dict[str, Any], records: list[dict[str, Any]]) -> bytes:
 
 def model_record(pipe: Any, model: str | None) -> dict[str, Any]:
     """Which weights results were made with."""
-    import torch
-
-    digest = hashlib.sha256()
-    for name, value in sorted(pipe.unet.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().to("cpu", torch.float32).numpy().tobytes())
-    return {"name": model or "garments-64", "unet_sha256": digest.hexdigest()}
+    return {"name": model or "garments-64", "unet_sha256": weights_sha256(pipe.unet)}
 
 
 def _versions() -> dict[str, str]:

@@ -21,6 +21,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 
 # In the format of coreutils, so that `sha256sum --check SHA256SUMS` does it without this package.
@@ -70,6 +71,15 @@ def sha256_of(path: str | os.PathLike) -> str:
     with open(path, "rb") as file:
         while block := file.read(2**20):
             digest.update(block)
+    return digest.hexdigest()
+
+
+def weights_sha256(model: Any) -> str:
+    """The sha256 sum of a `torch.nn.Module`'s weights as float32, whatever file they came from, in hexadecimal."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -377,6 +377,14 @@ def maybe_straightened(ink: np.ndarray, rng: np.random.Generator, share: float) 
     return ink if straightened is None else straightened
 
 
+def check_free_hand(share: float = 0.0, strength: float = 1.0) -> None:
+    """Raises `ValueError` for a `free_hand_share` or `free_hand_strength` that cannot be."""
+    if not 0 <= share <= 1:
+        raise ValueError(f"`free_hand_share` must be in [0, 1], but got {share}.")
+    if strength < 0:
+        raise ValueError(f"`free_hand_strength` must not be negative, but got {strength}.")
+
+
 def free_hand_distortion(sketch: np.ndarray, rng: np.random.Generator, strength: float = 1.0) -> np.ndarray:
     """
     Redraws a binary contour as an unskilled hand would: parts missing, wrong proportions, shaky lines, gaps, strokes

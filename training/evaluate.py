@@ -43,8 +43,8 @@ import torchvision
 import transformers
 from accelerate import Accelerator
 from command_line import parse_arguments, user_errors
-from data import free_hand_distortion
-from evaluation_network import Evaluator, fingerprint, read_training_photos
+from data import check_free_hand, free_hand_distortion
+from evaluation_network import Evaluator, read_training_photos
 from evaluation_report import make_table, scores_to_json, write_contact_sheets, write_nearest_sheet
 from free_hand_gap import free_hand_gap, read_contour_metrics
 from image_sets import (
@@ -84,6 +84,7 @@ from trainer import argument
 from transformers import PreTrainedModel
 
 from diffsketching_pipeline import DiffSketchingPipeline, SketchProcessor
+from diffsketching_pipeline.files import weights_sha256
 
 
 REDRAWN_MARGIN = 1 / 6
@@ -178,8 +179,7 @@ def check_evaluation_arguments(args: EvaluationArguments) -> None:
     }.items():
         if getattr(args, name) < minimum:
             raise ValueError(f"`{name}` must be at least {minimum}, but got {getattr(args, name)}.")
-    if args.free_hand_strength < 0:
-        raise ValueError(f"`free_hand_strength` must not be negative, but got {args.free_hand_strength}.")
+    check_free_hand(strength=args.free_hand_strength)
     if args.extractor not in ("evaluator", "inception") and not Path(args.extractor).is_dir():
         raise ValueError(f"`extractor` must be `evaluator`, `inception` or a folder, but got {args.extractor!r}.")
     if args.resolution is not None and args.resolution < 8:
@@ -269,7 +269,7 @@ def load_model(args: EvaluationArguments, evaluator: Evaluator, drawings: list[D
             continue
         # An extractor of transformers has lost its head.
         networks = {component, component.base_model} if isinstance(component, PreTrainedModel) else {component}
-        weights = {fingerprint(network) for network in networks}
+        weights = {weights_sha256(network) for network in networks}
         for judge, judging in evaluator.fingerprints.items():
             if judging in weights:
                 raise ValueError(f"`{judge}` is the `{name}` of `model`: judge it by a network that no loss has used.")
@@ -389,7 +389,7 @@ def prepare(args: EvaluationArguments, accelerator: Accelerator) -> Inputs:
         inputs.train = read_training_photos(train_files, evaluator, args.eval_batch_size, args.cache_dir)
         if inputs.pipeline is not None:
             networks = inputs.pipeline.components.items()
-            weights = {name: fingerprint(network) for name, network in networks if isinstance(network, nn.Module)}
+            weights = {name: weights_sha256(network) for name, network in networks if isinstance(network, nn.Module)}
             for plan in inputs.plans:
                 settings = generation_settings(args, plan, weights, drawings)
                 path = images_dir(args, plan.system) / "generation.json"
@@ -404,7 +404,7 @@ def read_generated(args: EvaluationArguments, inputs: Inputs, plan: Plan) -> Ima
     generated = read_system(plan.system.name, images, inputs.evaluator.resolution)
     seeds = [job.seed for job in jobs]
     generated.conditions = {
-        "model": f"{Path(str(args.model)).name}-{fingerprint(inputs.pipeline.unet)[:8]}" if inputs.pipeline else "",
+        "model": f"{Path(str(args.model)).name}-{weights_sha256(inputs.pipeline.unet)[:8]}" if inputs.pipeline else "",
         "sampling": describe_sampling(args, plan),
         "seeds": f"{len(seeds)} in {min(seeds)}-{max(seeds)}",
     }

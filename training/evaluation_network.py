@@ -32,18 +32,11 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoModelForImageClassification
 
+from diffsketching_pipeline.files import weights_sha256
+
 
 INCEPTION_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 """The file that torch-fidelity publishes: Inception-v3 as TensorFlow released it and as FID is defined by."""
-
-
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of a network's weights in float32, whatever file they came from."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _first_line(error: Exception) -> str:
@@ -117,7 +110,7 @@ class InceptionExtractor:
                 " of toshas/torch-fidelity."
             ) from error
         self.model = model.to(device)
-        self.fingerprint = fingerprint(model)
+        self.fingerprint = weights_sha256(model)
         self.conditions = {
             "extractor": f"inception-v3-compat-{self.fingerprint[:8]}",
             "resize": f"{source}, bilinear-{model.INPUT_IMAGE_SIZE}px of TensorFlow 1",
@@ -156,7 +149,7 @@ class TransformersExtractor:
             )
         self.model = model.to(device, torch.float32).eval().requires_grad_(False)
         self.preprocessor = Preprocessor.read(folder, device)
-        self.fingerprint = fingerprint(model)
+        self.fingerprint = weights_sha256(model)
         size = self.preprocessor.size
         self.conditions = {
             "extractor": f"{model.config.model_type}-{self.fingerprint[:8]}",
@@ -226,7 +219,7 @@ class PhotoClassifier:
         heads[-1].register_forward_pre_hook(self._keep_features)
         self.labels: list[str] = [config.id2label[i] for i in range(config.num_labels)]
         self.preprocessor = Preprocessor.read(folder, device)
-        self.fingerprint = fingerprint(self.model)
+        self.fingerprint = weights_sha256(self.model)
         self.name = f"{config.model_type}-{self.fingerprint[:8]}"
 
     def _keep_features(self, head: nn.Module, inputs: tuple[Tensor, ...]) -> None:

@@ -46,7 +46,15 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from data import DEFAULT_LINE_GAIN, Box, PhotoSketchDataset, contour_to_sketch, free_hand_distortion, half_size
+from data import (
+    DEFAULT_LINE_GAIN,
+    Box,
+    PhotoSketchDataset,
+    check_free_hand,
+    contour_to_sketch,
+    free_hand_distortion,
+    half_size,
+)
 from diffusers import DDIMScheduler
 from pairs import (
     PairedPhotoDataset,
@@ -170,8 +178,8 @@ def check_finetune_arguments(args: FinetuneArguments) -> None:
         raise ValueError("`pretrained_model_name_or_path` is needed: the pipeline (folder or Hub id) to fine-tune.")
     if not 0 <= args.identity_weight <= 1:
         raise ValueError(f"`identity_weight` must be in [0, 1], but got {args.identity_weight}.")
-    if args.free_hand_strength is not None and args.free_hand_strength < 0:
-        raise ValueError(f"`free_hand_strength` must not be negative, but got {args.free_hand_strength}.")
+    if args.free_hand_strength is not None:
+        check_free_hand(strength=args.free_hand_strength)
     at_least = {"num_train_inference_steps": 1, "num_fixed_point_iterations": 0, "inversion_batch_size": 1}
     at_least |= {"max_train_samples": 1, "num_validation_samples": 1, "num_validation_images": 1}
     at_least |= {"ddpm_num_inference_steps": 1, "lora_rank": 1, "shuffle_buffer": 1}

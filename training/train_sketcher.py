@@ -30,7 +30,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from data import DEFAULT_LINE_GAIN, PhotoSketchDataset
+from data import DEFAULT_LINE_GAIN, PhotoSketchDataset, check_free_hand
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
@@ -152,12 +152,9 @@ def gan_losses(trainer: Trainer, args: SketcherArguments) -> dict[str, Callable[
     return {"discriminator": discriminator_loss, "sketcher": generator_loss}
 
 
-def check_free_hand(args: SketcherArguments) -> None:
+def check_sketcher_arguments(args: SketcherArguments) -> None:
     """Raises `ValueError` for a share or strength of redrawn drawings that cannot be, or where drawings are what is learned."""
-    if not 0 <= args.free_hand_share <= 1:
-        raise ValueError(f"`free_hand_share` must be from 0 to 1, but got {args.free_hand_share}.")
-    if args.free_hand_strength < 0:
-        raise ValueError(f"`free_hand_strength` must not be negative, but got {args.free_hand_strength}.")
+    check_free_hand(args.free_hand_share, args.free_hand_strength)
     if args.free_hand_share > 0 and args.direction == "photo_to_sketch":
         raise ValueError("`free_hand_share` must be 0 where drawings are what is learned: see `direction`.")
 
@@ -232,7 +229,7 @@ def train(
         folder_name: what the generator is called.
         metrics: `(result, targets) -> {name: value}` of the validation pairs, see [`source_and_targets`].
     """
-    check_free_hand(args)
+    check_sketcher_arguments(args)
     root = resolve_data_dir(args)
 
     # 1. Data

@@ -30,7 +30,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from data import PhotoSketchDataset
+from data import PhotoSketchDataset, check_free_hand
 from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DModel
 from diffusers.training_utils import compute_snr
 from torch import Tensor
@@ -108,11 +108,10 @@ class UNetTrainingArguments(TrainingArguments):
 def check_unet_arguments(args: UNetTrainingArguments) -> None:
     """Raises `ValueError` for a proportion outside [0, 1], a gamma that is not positive, or sizes that do not fit."""
     shares = ("proportion_empty_class_labels", "proportion_empty_sketches", "proportion_empty_conditioning")
-    for name in (*shares, "free_hand_share"):
+    for name in shares:
         if not 0 <= getattr(args, name) <= 1:
             raise ValueError(f"`{name}` must be in [0, 1], but got {getattr(args, name)}.")
-    if args.free_hand_strength < 0:
-        raise ValueError(f"`free_hand_strength` must not be negative, but got {args.free_hand_strength}.")
+    check_free_hand(args.free_hand_share, args.free_hand_strength)
     if args.snr_gamma is not None and args.snr_gamma <= 0:
         raise ValueError(f"`snr_gamma` must be positive, but got {args.snr_gamma}.")
     factor = 2 ** (len(args.block_out_channels) - 1)

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 import train_sketcher
-from train_sketcher import PatchDiscriminator, SketcherArguments, check_free_hand, make_dataset, minimum_l1
+from train_sketcher import PatchDiscriminator, SketcherArguments, check_sketcher_arguments, make_dataset, minimum_l1
 
 from diffsketching_pipeline.modeling_photo_sketcher import PhotoSketcher
 
@@ -146,7 +146,7 @@ def test_reverse_direction_makes_photos_from_sketches(shapes_dir, cache_dir, tmp
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"free_hand_share": 1.5}, "`free_hand_share` must be from 0 to 1, but got 1.5"),
+        ({"free_hand_share": 1.5}, "`free_hand_share` must be in .0, 1., but got 1.5"),
         ({"free_hand_strength": -1.0}, "`free_hand_strength` must not be negative, but got -1.0"),
         ({"direction": "photo_to_sketch"}, "`free_hand_share` must be 0 where drawings are what is learned"),
     ],
@@ -154,7 +154,7 @@ def test_reverse_direction_makes_photos_from_sketches(shapes_dir, cache_dir, tmp
 def test_redrawn_drawings_that_cannot_be_are_refused(options, message):
     arguments = SketcherArguments(**{"direction": "sketch_to_photo", "free_hand_share": 0.5} | options)
     with pytest.raises(ValueError, match=message):
-        check_free_hand(arguments)
+        check_sketcher_arguments(arguments)
 
 
 def test_only_what_is_given_in_training_is_redrawn(shapes_dir, cache_dir):
