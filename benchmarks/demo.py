@@ -129,7 +129,6 @@ def main() -> None:
     parser.add_argument("--num_images", type=int, default=4)
     args = parser.parse_args()
     pipe = DiffSketchingPipeline.from_pretrained(args.model or bundled_checkpoint())
-    pipe.set_progress_bar_config(disable=True)
     studio = Studio(pipe, args.model)
     if args.what == "load":
         load(studio, args.clients, args.seconds)

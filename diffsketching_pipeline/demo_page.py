@@ -44,11 +44,13 @@ from diffsketching_pipeline.image_processor import MAX_SKETCH_PIXELS
 
 # Requests that may wait; whoever comes then is told that the queue is full.
 MAX_WAITING = 16
-MAX_UPLOAD_BYTES = 16_000_000
+MAX_UPLOAD_BYTES = 16 * 2**20
 # Pictures that were shown are deleted after an hour; every ten minutes it is looked for them.
 _DELETE_CACHE = (600, 3600)
 # Whatever samples takes turns; looking at a drawing does not wait for it.
 _SAMPLING: dict[str, Any] = {"concurrency_id": "sampling", "concurrency_limit": 1}
+# These take their turns in the studio, where those that wait can be stopped, too.
+_LIVE: dict[str, Any] = {"concurrency_id": "live", "concurrency_limit": 4}
 _PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 _GUESS = "let it guess"
 _UPLOADS = ("image", ".svg", ".ndjson")
@@ -83,10 +85,8 @@ class _Handlers:
     def read_example(self, index: int) -> dict[str, Any]:
         return _on_canvas(self.studio.read_drawing(example_drawings()[index]))
 
-    def look_at(self, request: gr.Request, drawing, live=False) -> tuple[Any, Any]:
-        """The drawing as the model sees it and its guess; with `live`, photos of the strokes before are given up."""
-        if live:
-            self.studio.stop(str(request.session_hash))
+    def look_at(self, drawing) -> tuple[Any, Any]:
+        """The drawing as the model sees it, and its guess."""
         try:
             seen, probabilities = self.studio.look_at(_drawing(drawing))
         except ValueError:
@@ -128,6 +128,11 @@ class _Handlers:
             label = _label(class_label)
             wish = PhotoRequest(_drawing(drawing), label, int(num_images), int(seed), realism, settings)
             yield from _show(self.studio.make_photos(wish, str(request.session_hash)))
+
+    def stop_live(self, request: gr.Request, live: bool) -> None:
+        """Gives up the photos of the strokes before."""
+        if live:
+            self.studio.stop(str(request.session_hash))
 
     def make_photos_live(self, request: gr.Request, live: bool, *values):
         if live:
@@ -270,7 +275,7 @@ def _expert_drawer() -> list[gr.components.Component]:
     return [*fields, clip]
 
 
-def _canvas(label: str, **options: Any) -> gr.ImageEditor:
+def _canvas(name: str, label: str, **options: Any) -> gr.ImageEditor:
     options = {
         # An empty layer, because without one the brush has to be chosen first.
         "value": _on_canvas(Image.new("RGBA", (CANVAS_SIZE, CANVAS_SIZE))),
@@ -288,6 +293,7 @@ def _canvas(label: str, **options: Any) -> gr.ImageEditor:
         brush=gr.Brush(default_size=6, colors=["#000000"], color_mode="fixed"),
         eraser=gr.Eraser(default_size=24),
         canvas_size=(CANVAS_SIZE, CANVAS_SIZE),
+        elem_id=f"{name}-canvas",
         **options,
     )
     # A drawing waits here until its request is read, which never happens where the queue is full.
@@ -387,7 +393,7 @@ def _draw_tab(handlers: _Handlers, page: gr.Blocks) -> tuple[gr.ImageEditor, _Re
     selected = gr.State(0)
     with gr.Row():
         with gr.Column():
-            canvas = _canvas("Your drawing: dark lines on white")
+            canvas = _canvas("draw", "Your drawing: dark lines on white")
             upload = gr.UploadButton("Upload a drawing, or a photo of one", file_types=[*_UPLOADS], elem_id="upload")
             examples = gr.Dataset(
                 label="Examples",
@@ -427,23 +433,33 @@ def _draw_tab(handlers: _Handlers, page: gr.Blocks) -> tuple[gr.ImageEditor, _Re
         elem_id="earlier",
     )
 
-    drawing = _relay_of(canvas)
-    wishes = [drawing, class_label, num_images, realism, seed, *expert]
+    drawing, live_drawing = _relay_of(canvas), _relay_of(canvas)
+    wishes = [class_label, num_images, realism, seed, *expert]
     made = results.make.click(None, [canvas, seed, keep_seed], [drawing, seed], js=_HAND_OVER).then(
-        handlers.make_photos, wishes, api_name="make_photos", **results.shown
+        handlers.make_photos, [drawing, *wishes], api_name="make_photos", **results.shown
     )
     varied = more.click(handlers.more_like_this, [results.photos, selected], **results.shown, **_PRIVATE)
     looked = canvas.change(None, canvas, drawing, js=_COPY).then(
         handlers.look_at,
-        [drawing, live],
+        drawing,
         [seen, guess],
         api_name="look_at",
         show_progress="hidden",
         concurrency_limit=4,
         trigger_mode="always_last",
     )
-    drawn = looked.then(None, canvas, drawing, js=_COPY).then(
-        handlers.make_photos_live, [live, *wishes], trigger_mode="always_last", **results.shown, **_PRIVATE
+    # What is handed over can be read once: photos that had to wait for those before would find nothing. So each stroke
+    # hands its own drawing over, and ends what is in its way.
+    drawn = (
+        looked.then(handlers.stop_live, live, None, queue=False, **_PRIVATE)
+        .then(None, canvas, live_drawing, js=_COPY)
+        .then(
+            handlers.make_photos_live,
+            [live, live_drawing, *wishes],
+            trigger_mode="multiple",
+            **(results.shown | _LIVE),
+            **_PRIVATE,
+        )
     )
     results.end(handlers, [made, varied, drawn])
     for event in (made, varied):
@@ -461,7 +477,11 @@ def _edit_tab(handlers: _Handlers) -> gr.ImageEditor:
         with gr.Column():
             # The canvas takes on the photo's size, so that the result has it, too.
             photo = _canvas(
-                "A photo, and the lines that are new in it", value=None, sources=("upload",), fixed_canvas=False
+                "edit",
+                "A photo, and the lines that are new in it",
+                value=None,
+                sources=("upload",),
+                fixed_canvas=False,
             )
         with gr.Column():
             results = _Results.place("edit", "Edits")
@@ -480,11 +500,11 @@ def _edit_tab(handlers: _Handlers) -> gr.ImageEditor:
 def _interpolation_tab(handlers: _Handlers, first: gr.ImageEditor) -> None:
     with gr.Row():
         with gr.Column():
-            last = _canvas("Where it leads, from the drawing on the first tab")
+            last = _canvas("between", "Where it leads, from the drawing on the first tab")
         with gr.Column():
             results = _Results.place("between", "Frames", columns=4)
             class_label = _class(handlers)
-            num_frames = gr.Slider(3, MAX_FRAMES, 8, step=1, label="Number of frames")
+            num_frames = gr.Slider(3, MAX_FRAMES, 8, step=1, label="Number of frames", elem_id="num-frames")
             seed, keep_seed = _seed("between")
     relays = [_relay_of(first, label="first"), _relay_of(last, label="last")]
     made = (

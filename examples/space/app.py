@@ -22,5 +22,4 @@ from diffsketching_pipeline.demo_page import launch
 
 model = os.environ.get("DIFFSKETCHING_MODEL")
 pipe = DiffSketchingPipeline.from_pretrained(model or bundled_checkpoint())
-pipe.set_progress_bar_config(disable=True)
 launch(Studio(pipe, model)).block_thread()
