@@ -13,6 +13,7 @@
 # limitations under the License.
 """The drawing page: what is on it, and which part of it calls what in `demo.py`."""
 
+import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -371,6 +372,9 @@ class _Results:
 
 def build_page(studio: Studio) -> gr.Blocks:
     """The page over `studio`, to be launched with [`launch`]."""
+    # Gradio keeps ten thousand events and draws up statistics of them with each new one, also where nobody may see them.
+    os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "1")
+    os.environ.setdefault("GRADIO_ANALYTICS_CACHE_FREQUENCY", "1000")
     handlers = _Handlers(studio)
     with gr.Blocks(title="DiffSketching", analytics_enabled=False, delete_cache=_DELETE_CACHE) as page:
         gr.Markdown("# DiffSketching\nDraw a shape, and watch photos of it appear.")

@@ -18,6 +18,7 @@ import io
 import json
 import os
 import re
+import runpy
 import shutil
 import socket
 import subprocess
@@ -509,6 +510,15 @@ def test_the_space_answers_what_the_readme_asks(tiny_pipeline_factory, tmp_path,
     finally:
         served.terminate()
         served.wait(20)
+
+
+def test_a_space_has_what_the_package_needs_and_says_when_the_package_is_missing(monkeypatch):
+    required = re.search(r"install_requires=\[(.*?)\]", (ROOT / "setup.py").read_text(encoding="utf-8"), re.S)[1]
+    space = ROOT / "examples" / "space"
+    assert (space / "requirements.txt").read_text().split() == re.findall(r'"(.+?)"', required)
+    monkeypatch.setitem(sys.modules, "diffsketching_pipeline", None)
+    with pytest.raises(SystemExit, match="is not in this Space: put it beside app.py"):
+        runpy.run_path(str(space / "app.py"))
 
 
 def is_up(address):

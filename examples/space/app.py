@@ -15,6 +15,17 @@
 
 import os
 
+
+try:
+    import diffsketching_pipeline  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name != "diffsketching_pipeline":
+        raise
+    raise SystemExit(
+        "diffsketching_pipeline is not in this Space: put it beside app.py with `pip install --no-deps --target SPACE .` in"
+        " a checkout of it, and push again."
+    ) from None
+
 from diffsketching_pipeline import DiffSketchingPipeline, bundled_checkpoint
 from diffsketching_pipeline.demo import Studio
 from diffsketching_pipeline.demo_page import launch
