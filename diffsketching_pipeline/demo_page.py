@@ -114,7 +114,7 @@ class _Handlers:
         clip_sample=None,
     ):
         """Photos of a drawing; what is None is the slider's (`realism`), or the checkpoint's recommendation."""
-        settings = {
+        written = {
             "num_inference_steps": num_inference_steps,
             "sketch_guidance_scale": sketch_guidance_scale,
             "classifier_guidance_scale": classifier_guidance_scale,
@@ -123,10 +123,11 @@ class _Handlers:
             "guidance_end": guidance_end,
             "strength": strength,
             "eta": eta,
-            "clip_sample": clip_sample,
         }
         with _told_to_user():
             label = _label(class_label)
+            settings: dict[str, Any] = {name: _number(name, text) for name, text in written.items()}
+            settings["clip_sample"] = _CLIP.get(clip_sample)
             wish = PhotoRequest(_drawing(drawing), label, int(num_images), int(seed), realism, settings)
             yield from _show(self.studio.make_photos(wish, str(request.session_hash)))
 
@@ -253,26 +254,43 @@ def _show_history(history: list[dict[str, Any]]) -> list[tuple[Image.Image, str]
     return shown
 
 
-# Of each argument of the call that takes a number, in the order of `_Handlers.make_photos`.
+# Of each argument of the call that takes a number, in the order of `_Handlers.make_photos`. They are fields of text
+# because Gradio's fields of numbers cannot be empty: they become 0 as soon as they are shown.
+_SLIDERS, _MODELS = {"placeholder": "the slider's"}, {"placeholder": "the model's"}
 _EXPERT_FIELDS: dict[str, dict[str, Any]] = {
-    "num_inference_steps": {"label": "Steps", "precision": 0, "minimum": 1, "maximum": MAX_STEPS},
-    "sketch_guidance_scale": {"label": "Sketch guidance", "info": "1 is off"},
-    "classifier_guidance_scale": {"label": "Classifier guidance", "info": "0 is off"},
-    "perceptual_guidance_scale": {"label": "Perceptual guidance", "info": "0 is off"},
-    "guidance_start": {"label": "Guidance from", "info": "share of the steps", "minimum": 0, "maximum": 1},
-    "guidance_end": {"label": "Guidance until", "info": "share of the steps", "minimum": 0, "maximum": 1},
-    "strength": {"label": "Strength", "info": "below 1 starts from the drawing", "minimum": 0, "maximum": 1},
-    "eta": {"label": "Eta", "info": "fresh noise in each step", "minimum": 0, "maximum": 1},
+    "num_inference_steps": {"label": "Steps", "info": f"1 to {MAX_STEPS}", **_MODELS},
+    "sketch_guidance_scale": {"label": "Sketch guidance", "info": "1 is off", **_SLIDERS},
+    "classifier_guidance_scale": {"label": "Classifier guidance", "info": "0 is off", **_SLIDERS},
+    "perceptual_guidance_scale": {"label": "Perceptual guidance", "info": "0 is off", **_MODELS},
+    "guidance_start": {"label": "Guidance from", "info": "0 to 1 of the steps", **_SLIDERS},
+    "guidance_end": {"label": "Guidance until", "info": "0 to 1 of the steps", **_SLIDERS},
+    "strength": {"label": "Strength", "info": "below 1 from the drawing", **_MODELS},
+    "eta": {"label": "Eta", "info": "0 to 1 of fresh noise", **_MODELS},
 }
+_CLIP = {"the scheduler's": None, "yes": True, "no": False}
+
+
+def _number(name: str, text: str | None) -> float | None:
+    """What was written into a field of the drawer."""
+    if text is None or not text.strip():
+        return None
+    try:
+        number = float(text)
+    except ValueError as error:
+        label = _EXPERT_FIELDS[name]["label"]
+        raise ValueError(f'"{label}" has to be a number, or empty, but is {text!r}.') from error
+    return int(number) if number.is_integer() else number
 
 
 def _expert_drawer() -> list[gr.components.Component]:
-    with gr.Accordion("Expert", open=False):
+    with gr.Accordion("Expert", open=False, elem_id="expert"):
         gr.Markdown("What is left empty is the slider's, or the model's own.")
         with gr.Row():
-            fields = [gr.Number(value=None, min_width=140, **options) for options in _EXPERT_FIELDS.values()]
-            choices: list[Any] = [("the scheduler's", None), ("yes", True), ("no", False)]
-            clip = gr.Dropdown(choices, value=None, label="Clip", info="x̂_0 to [-1, 1] in each step", min_width=140)
+            fields = [
+                gr.Textbox(max_lines=1, min_width=140, elem_id=name, **options)
+                for name, options in _EXPERT_FIELDS.items()
+            ]
+            clip = gr.Dropdown([*_CLIP], label="Clip", info="x̂_0 to [-1, 1] in each step", min_width=140)
     return [*fields, clip]
 
 
@@ -491,7 +509,7 @@ def _edit_tab(handlers: _Handlers) -> gr.ImageEditor:
             results = _Results.place("edit", "Edits")
             class_label = _class(handlers)
             num_images = gr.Slider(1, MAX_IMAGES, 2, step=1, label="Number of photos")
-            strength = gr.Slider(0.1, 1, 0.9, step=0.05, label="Small change (0) or something new (1)")
+            strength = gr.Slider(0.1, 1, 0.9, step=0.05, label="Small change (0.1) or something new (1)")
             seed, keep_seed = _seed("edit")
     relay = _relay_of(photo, image_mode="RGBA", label="photo")
     edited = results.make.click(None, [photo, seed, keep_seed], [relay, seed], js=_HAND_OVER).then(

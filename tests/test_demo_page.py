@@ -292,6 +292,25 @@ def test_live_photos_are_those_of_all_strokes(browser, address, downloads, studi
     assert np.abs(pixels(photo) - pixels(alone.images[0])).max() <= 2
 
 
+def test_what_is_left_empty_in_the_drawer_is_the_models(browser, address, downloads):
+    open_page(browser, address)
+    click(browser, "#expert button")
+    wait_for(lambda: find(browser, "#num_inference_steps textarea, #num_inference_steps input"))
+    find(browser, "#num_inference_steps textarea, #num_inference_steps input")[0].send_keys("three")
+    set_number(browser, "#num-images", 1)
+    draw(browser, SQUARE)
+    click(browser, "#draw-make")
+    wait_for(lambda: message_with(browser, "\"Steps\" has to be a number, or empty, but is 'three'"))
+    find(browser, "#num_inference_steps textarea, #num_inference_steps input")[0].clear()
+    find(browser, "#num_inference_steps textarea, #num_inference_steps input")[0].send_keys("3")
+    click(browser, "#draw-make")
+    [record] = download(browser, downloads)[1]["images"]
+    made_with = {"num_inference_steps": 3, "sketch_guidance_scale": 2.0, "classifier_guidance_scale": 1.0}
+    made_with |= {"guidance_start": 0.0, "guidance_end": 1.0, "eta": 0.0}
+    assert {name: record[name] for name in made_with} == made_with
+    assert "strength" not in record and "clip_sample" not in record
+
+
 def test_the_chosen_photo_is_edited_where_it_was_drawn_on(browser, address, downloads, studio, monkeypatch):
     monkeypatch.setitem(studio._edit_pipe.recommended, "num_inference_steps", 4)
     open_page(browser, address)
