@@ -59,7 +59,11 @@ _COPY = "canvas => canvas"
 _HAND_OVER = f"(canvas, seed, keep) => [canvas, keep ? seed : Math.floor(Math.random() * {MAX_SEED})]"
 _CSS = """
 /* Each pixel that the model sees is to be told apart. */
-.seen img { image-rendering: pixelated; }
+.seen img { image-rendering: pixelated; width: 100%; height: 100%; object-fit: contain; }
+/* One colour is all there is to draw with. */
+button[aria-label="Color"] { display: none; }
+/* A row of small pictures, however few they are. */
+#earlier .grid-container { grid-template-columns: repeat(auto-fill, 120px); }
 .status progress { width: 100%; accent-color: var(--color-accent); }
 """
 
@@ -304,7 +308,7 @@ def _canvas(name: str, label: str, **options: Any) -> gr.ImageEditor:
     }
     canvas = gr.ImageEditor(
         label=label,
-        height=f"min({CANVAS_SIZE + 80}px, 110vw)",
+        height=f"min({CANVAS_SIZE + 80}px, 90vw)",
         format="png",
         transforms=(),
         layers=False,
@@ -415,7 +419,7 @@ def _draw_tab(handlers: _Handlers, page: gr.Blocks) -> tuple[gr.ImageEditor, _Re
     selected = gr.State(0)
     with gr.Row():
         with gr.Column():
-            canvas = _canvas("draw", "Your drawing: dark lines on white")
+            canvas = _canvas("draw", "Your drawing")
             upload = gr.UploadButton("Upload a drawing, or a photo of one", file_types=[*_UPLOADS], elem_id="upload")
             examples = gr.Dataset(
                 label="Examples",
@@ -495,12 +499,13 @@ def _draw_tab(handlers: _Handlers, page: gr.Blocks) -> tuple[gr.ImageEditor, _Re
 
 
 def _edit_tab(handlers: _Handlers) -> gr.ImageEditor:
+    gr.Markdown("Start from a photo that you made, or upload one, and draw the lines that are new in it.")
     with gr.Row():
         with gr.Column():
             # The canvas takes on the photo's size, so that the result has it, too.
             photo = _canvas(
                 "edit",
-                "A photo, and the lines that are new in it",
+                "Photo and new lines",
                 value=None,
                 sources=("upload",),
                 fixed_canvas=False,
@@ -520,9 +525,10 @@ def _edit_tab(handlers: _Handlers) -> gr.ImageEditor:
 
 
 def _interpolation_tab(handlers: _Handlers, first: gr.ImageEditor) -> None:
+    gr.Markdown("Frames that lead from the drawing on the first tab to the one on this tab.")
     with gr.Row():
         with gr.Column():
-            last = _canvas("between", "Where it leads, from the drawing on the first tab")
+            last = _canvas("between", "Where it leads")
         with gr.Column():
             results = _Results.place("between", "Frames", columns=4)
             class_label = _class(handlers)
