@@ -59,12 +59,15 @@ _COPY = "canvas => canvas"
 _HAND_OVER = f"(canvas, seed, keep) => [canvas, keep ? seed : Math.floor(Math.random() * {MAX_SEED})]"
 _CSS = """
 /* Each pixel that the model sees is to be told apart. */
-.seen img { image-rendering: pixelated; width: 100%; height: 100%; object-fit: contain; }
+.seen img { image-rendering: pixelated; width: 100%; height: 100%; padding-top: 28px; object-fit: contain; }
 /* One colour is all there is to draw with. */
 button[aria-label="Color"] { display: none; }
 /* A row of small pictures, however few they are. */
 #earlier .grid-container { grid-template-columns: repeat(auto-fill, 120px); }
-.status progress { width: 100%; accent-color: var(--color-accent); }
+.status progress { width: 100%; height: 8px; appearance: none; border: 0; background: var(--border-color-primary); }
+.status progress::-webkit-progress-bar { background: var(--border-color-primary); }
+.status progress::-webkit-progress-value { background: var(--color-accent); }
+.status progress::-moz-progress-bar { background: var(--color-accent); }
 """
 
 
@@ -429,14 +432,14 @@ def _draw_tab(handlers: _Handlers, page: gr.Blocks) -> tuple[gr.ImageEditor, _Re
             )
             with gr.Row():
                 seen = gr.Image(
-                    label="What the model sees",
+                    label="The model sees",
                     interactive=False,
                     buttons=[],
                     height=180,
                     elem_classes="seen",
                     min_width=140,
                 )
-                guess = gr.Label(label="What it takes it for", num_top_classes=3, min_width=140)
+                guess = gr.Label(label="It takes it for", num_top_classes=3, min_width=140)
         with gr.Column():
             results = _Results.place("draw", "Photos")
             with gr.Row():
@@ -505,7 +508,7 @@ def _edit_tab(handlers: _Handlers) -> gr.ImageEditor:
             # The canvas takes on the photo's size, so that the result has it, too.
             photo = _canvas(
                 "edit",
-                "Photo and new lines",
+                "Your photo",
                 value=None,
                 sources=("upload",),
                 fixed_canvas=False,
