@@ -278,7 +278,7 @@ def test_live_photos_are_those_of_all_strokes(browser, address, downloads, studi
 
     with studio.pipe.unet.register_forward_pre_hook(wait_for_strokes):
         before = draw(browser, SQUARE).get_attribute("src")
-        wait_for(lambda: find(browser, "#draw-status progress"))
+        wait_for(lambda: len(timesteps) >= 3)
         stroke(browser, CIRCLE)
         wait_for(lambda: find(browser, ".seen img")[0].get_attribute("src") != before)
         drawn_on.set()
