@@ -16,17 +16,20 @@
     python benchmarks/demo.py load [--model DIR] [--clients 20] [--seconds 120]
     python benchmarks/demo.py wait [--model DIR] [--runs 3] [--num_images 4]
 
-`load`: clients that ask for photos again and again, each for its own seeds, whose pictures are compared with those that
-the pipeline makes alone; prints what was answered and the process's memory as time goes by. `wait`: seconds from the
-end of a stroke, which is when the page sends the drawing, to the first preview and to the photos, and the share of
-them outside of the networks.
+`load`: clients in another process ask for photos again and again, each for its own seeds, and their pictures are
+compared with those that the pipeline makes alone; prints what was answered, and the server's memory as time goes by.
+The C library may keep what was freed: leave `MALLOC_TRIM_THRESHOLD_` and its like unset. `wait`: seconds from the end
+of a stroke, which is when the page sends the drawing, to the first preview and to the photos, and the share of them
+outside of the networks.
 """
 
 import argparse
+import multiprocessing
 import statistics
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +44,8 @@ from diffsketching_pipeline.demo import Studio
 from diffsketching_pipeline.demo_page import launch
 
 
+# Memory is read this often while there is load.
+NUM_SAMPLES = 40
 DRAWING = Path(__file__).parent.parent / "examples" / "drawings" / "t-shirt.png"
 
 
@@ -51,7 +56,7 @@ def request(seed: int, num_images: int) -> dict[str, Any]:
 
 
 def resident_mebibytes() -> float:
-    """Memory of this process, of which the server is a thread."""
+    """Memory of this process, which is the server's."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * 4096 / 2**20
 
@@ -73,28 +78,49 @@ def ask_until(deadline: float, address: str, number: int, outcomes: Counter, exp
         outcomes["its own photo" if np.abs(photo - expected[seed]).max() <= 2 else "another's photo"] += 1
 
 
-def load(studio: Studio, clients: int, seconds: float) -> None:
-    """Prints the outcomes of requests, and the memory every tenth of the time."""
-    settings = studio.call_settings(0.5)
-    expected = {}
-    for seed in range(2 * clients):
-        generator = [torch.Generator().manual_seed(seed)]
-        photo = studio.pipe(str(DRAWING), num_images_per_sketch=1, generator=generator, **settings).images[0]
-        expected[seed] = np.asarray(photo, dtype=int)
-    page = launch(studio)
+def run_clients(address: str, clients: int, seconds: float, expected: dict[int, np.ndarray]) -> Counter:
+    """What all clients got, counted."""
     outcomes: Counter = Counter()
     deadline = time.monotonic() + seconds
-    arguments = [(deadline, page.local_url, number, outcomes, expected) for number in range(clients)]
+    arguments = [(deadline, address, number, outcomes, expected) for number in range(clients)]
     threads = [threading.Thread(target=ask_until, args=a) for a in arguments]
     for thread in threads:
         thread.start()
-    while time.monotonic() < deadline:
-        time.sleep(seconds / 10)
-        print(f"{seconds - max(0, deadline - time.monotonic()):5.0f} s  {resident_mebibytes():6.0f} MiB", flush=True)
     for thread in threads:
         thread.join()
+    return outcomes
+
+
+def photos_alone(studio: Studio, count: int) -> dict[int, np.ndarray]:
+    """By seed, what the page is to answer."""
+    settings = studio.call_settings(0.5)
+    photos = {}
+    for seed in range(count):
+        generator = [torch.Generator().manual_seed(seed)]
+        photo = studio.pipe(str(DRAWING), num_images_per_sketch=1, generator=generator, **settings).images[0]
+        photos[seed] = np.asarray(photo, dtype=int)
+    return photos
+
+
+def load(studio: Studio, clients: int, seconds: float) -> None:
+    """Prints the outcomes of requests, the memory every tenth of the time, and by how much it grew."""
+    expected = photos_alone(studio, 2 * clients)
+    page = launch(studio)
+    mebibytes: list[float] = []
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
+        executor.submit(int).result()  # it has started, and imported all this
+        start = time.monotonic()
+        outcomes = executor.submit(run_clients, page.local_url, clients, seconds, expected)
+        while len(mebibytes) < NUM_SAMPLES:
+            time.sleep(max(0.0, start + (len(mebibytes) + 1) * seconds / NUM_SAMPLES - time.monotonic()))
+            mebibytes.append(resident_mebibytes())
+            if len(mebibytes) % (NUM_SAMPLES // 10) == 0:
+                print(f"{time.monotonic() - start:5.0f} s  {mebibytes[-1]:6.0f} MiB", flush=True)
+        counts = outcomes.result().most_common()
     page.close()
-    for outcome, count in outcomes.most_common():
+    second, last = (statistics.mean(quarter) for quarter in np.split(np.array(mebibytes), 4)[1::2])
+    print(f"from the second quarter to the last: {last - second:+.1f} MiB")
+    for outcome, count in counts:
         print(f"{count:6d}  {outcome}")
 
 
@@ -129,7 +155,6 @@ def main() -> None:
     parser.add_argument("--num_images", type=int, default=4)
     args = parser.parse_args()
     pipe = DiffSketchingPipeline.from_pretrained(args.model or bundled_checkpoint())
-    pipe.set_progress_bar_config(disable=True)
     studio = Studio(pipe, args.model)
     if args.what == "load":
         load(studio, args.clients, args.seconds)

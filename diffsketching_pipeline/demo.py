@@ -126,6 +126,10 @@ class Photos:
     records: list[dict[str, Any]]
 
 
+class _StoppedError(Exception):
+    """Ends a call whose owner has stopped it."""
+
+
 class Studio:
     """
     One model for everybody: calls run one after another, each with its own seeds, and can be stopped by their owner alone.
@@ -140,6 +144,8 @@ class Studio:
         self.model_record = model_record(pipe, model)
         self._edit_pipe = DiffSketchingEditPipeline.from_pipe(pipe)
         self._interpolation_pipe = DiffSketchingInterpolationPipeline.from_pipe(pipe)
+        for each in (pipe, self._edit_pipe, self._interpolation_pipe):
+            each.set_progress_bar_config(disable=True)
         # Enlarged afterwards, which nobody sees and takes a quarter of the time.
         self._canvas_processor = SketchProcessor(CANVAS_SIZE // 2)
         # The one thread that samples: a pipeline keeps what belongs to its current call.
@@ -161,8 +167,9 @@ class Studio:
         try:
             sketch = self._canvas_processor.preprocess(str(path))[0, 0]
         except ValueError as error:
-            # Where an upload was put is nobody's business.
-            raise ValueError(str(error).replace(str(path), Path(path).name)) from error
+            # Where an upload was put is nobody's business, and it is the only one.
+            message = str(error).replace(f"sketch 0 ({str(path)!r})", Path(path).name)
+            raise ValueError(message.replace(str(path), Path(path).name)) from error
         lines = Image.fromarray(np.rint((1 - sketch.numpy()) * 127.5).astype(np.uint8))
         layer = Image.new("RGBA", (CANVAS_SIZE, CANVAS_SIZE), "black")
         layer.putalpha(lines.resize(layer.size, Image.Resampling.BICUBIC))
@@ -289,7 +296,8 @@ class Studio:
                 drawings,
                 class_labels=class_label,
                 num_frames=num_frames,
-                generator=torch.Generator("cpu").manual_seed(seed),
+                # One for each drawing, so that the frames on them are the photos of that seed.
+                generator=[torch.Generator("cpu").manual_seed(seed) for _ in drawings],
                 callback_on_step_end=on_step_end,
                 callback_on_step_end_tensor_inputs=_CALLBACK_TENSOR_INPUTS,
             )
@@ -300,7 +308,7 @@ class Studio:
         return self._run(sample, owner)
 
     def stop(self, owner: str) -> None:
-        """Ends what this owner has running after the current step, and nothing else."""
+        """Ends what this owner has running before the network's next step, and nothing else."""
         for name, stopped in list(self._running):
             if name == owner:
                 stopped.set()
@@ -317,9 +325,17 @@ class Studio:
         """
         updates: queue.SimpleQueue[Progress | None] = queue.SimpleQueue()
         stopped = threading.Event()
-        began = 0.0
+        step, began = 0, 0.0
+
+        def before_network(unet, args):
+            nonlocal began
+            if stopped.is_set():
+                raise _StoppedError
+            if step == 0:
+                began = time.perf_counter()
 
         def on_step_end(pipe, step_index, timestep, callback_kwargs):
+            nonlocal step
             step, num_steps = step_index + 1, pipe.num_timesteps
             seconds_left = (time.perf_counter() - began) / step * (num_steps - step)
             images = None
@@ -327,13 +343,12 @@ class Studio:
                 estimate = callback_kwargs["pred_original_sample"].clamp(-1, 1)
                 images = pipe.image_processor.postprocess(estimate, output_type="pil")
             updates.put(Progress(step, num_steps, seconds_left, images))
-            pipe._interrupt = stopped.is_set()
             return change_latents(step_index, callback_kwargs)
 
         def work():
-            nonlocal began
-            began = time.perf_counter()
-            return None if stopped.is_set() else sample(on_step_end)
+            # The network is watched, and not only the steps: an edit inverts its photo before the first of them.
+            with self.pipe.unet.register_forward_pre_hook(before_network):
+                return sample(on_step_end)
 
         self._running.append((owner, stopped))
         future = self._executor.submit(work)
@@ -344,6 +359,8 @@ class Studio:
             result = future.result()
             if not stopped.is_set():
                 yield result
+        except _StoppedError:
+            pass
         finally:
             stopped.set()
             self._running.remove((owner, stopped))

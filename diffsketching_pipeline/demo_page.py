@@ -13,6 +13,7 @@
 # limitations under the License.
 """The drawing page: what is on it, and which part of it calls what in `demo.py`."""
 
+import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,11 +45,13 @@ from diffsketching_pipeline.image_processor import MAX_SKETCH_PIXELS
 
 # Requests that may wait; whoever comes then is told that the queue is full.
 MAX_WAITING = 16
-MAX_UPLOAD_BYTES = 16_000_000
+MAX_UPLOAD_BYTES = 16 * 2**20
 # Pictures that were shown are deleted after an hour; every ten minutes it is looked for them.
 _DELETE_CACHE = (600, 3600)
 # Whatever samples takes turns; looking at a drawing does not wait for it.
 _SAMPLING: dict[str, Any] = {"concurrency_id": "sampling", "concurrency_limit": 1}
+# These take their turns in the studio, where those that wait can be stopped, too.
+_LIVE: dict[str, Any] = {"concurrency_id": "live", "concurrency_limit": 4}
 _PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 _GUESS = "let it guess"
 _UPLOADS = ("image", ".svg", ".ndjson")
@@ -56,8 +59,15 @@ _COPY = "canvas => canvas"
 _HAND_OVER = f"(canvas, seed, keep) => [canvas, keep ? seed : Math.floor(Math.random() * {MAX_SEED})]"
 _CSS = """
 /* Each pixel that the model sees is to be told apart. */
-.seen img { image-rendering: pixelated; }
-.status progress { width: 100%; accent-color: var(--color-accent); }
+.seen img { image-rendering: pixelated; width: 100%; height: 100%; padding-top: 28px; object-fit: contain; }
+/* One colour is all there is to draw with. */
+button[aria-label="Color"] { display: none; }
+/* A row of small pictures, however few they are. */
+#earlier .grid-container { grid-template-columns: repeat(auto-fill, 120px); }
+.status progress { width: 100%; height: 8px; appearance: none; border: 0; background: var(--border-color-primary); }
+.status progress::-webkit-progress-bar { background: var(--border-color-primary); }
+.status progress::-webkit-progress-value { background: var(--color-accent); }
+.status progress::-moz-progress-bar { background: var(--color-accent); }
 """
 
 
@@ -83,10 +93,8 @@ class _Handlers:
     def read_example(self, index: int) -> dict[str, Any]:
         return _on_canvas(self.studio.read_drawing(example_drawings()[index]))
 
-    def look_at(self, request: gr.Request, drawing, live=False) -> tuple[Any, Any]:
-        """The drawing as the model sees it and its guess; with `live`, photos of the strokes before are given up."""
-        if live:
-            self.studio.stop(str(request.session_hash))
+    def look_at(self, drawing) -> tuple[Any, Any]:
+        """The drawing as the model sees it, and its guess."""
         try:
             seen, probabilities = self.studio.look_at(_drawing(drawing))
         except ValueError:
@@ -113,7 +121,7 @@ class _Handlers:
         clip_sample=None,
     ):
         """Photos of a drawing; what is None is the slider's (`realism`), or the checkpoint's recommendation."""
-        settings = {
+        written = {
             "num_inference_steps": num_inference_steps,
             "sketch_guidance_scale": sketch_guidance_scale,
             "classifier_guidance_scale": classifier_guidance_scale,
@@ -122,12 +130,18 @@ class _Handlers:
             "guidance_end": guidance_end,
             "strength": strength,
             "eta": eta,
-            "clip_sample": clip_sample,
         }
         with _told_to_user():
             label = _label(class_label)
+            settings: dict[str, Any] = {name: _number(name, text) for name, text in written.items()}
+            settings["clip_sample"] = _CLIP.get(clip_sample)
             wish = PhotoRequest(_drawing(drawing), label, int(num_images), int(seed), realism, settings)
             yield from _show(self.studio.make_photos(wish, str(request.session_hash)))
+
+    def stop_live(self, request: gr.Request, live: bool) -> None:
+        """Gives up the photos of the strokes before."""
+        if live:
+            self.studio.stop(str(request.session_hash))
 
     def make_photos_live(self, request: gr.Request, live: bool, *values):
         if live:
@@ -247,30 +261,47 @@ def _show_history(history: list[dict[str, Any]]) -> list[tuple[Image.Image, str]
     return shown
 
 
-# Of each argument of the call that takes a number, in the order of `_Handlers.make_photos`.
+# Of each argument of the call that takes a number, in the order of `_Handlers.make_photos`. They are fields of text
+# because Gradio's fields of numbers cannot be empty: they become 0 as soon as they are shown.
+_SLIDERS, _MODELS = {"placeholder": "the slider's"}, {"placeholder": "the model's"}
 _EXPERT_FIELDS: dict[str, dict[str, Any]] = {
-    "num_inference_steps": {"label": "Steps", "precision": 0, "minimum": 1, "maximum": MAX_STEPS},
-    "sketch_guidance_scale": {"label": "Sketch guidance", "info": "1 is off"},
-    "classifier_guidance_scale": {"label": "Classifier guidance", "info": "0 is off"},
-    "perceptual_guidance_scale": {"label": "Perceptual guidance", "info": "0 is off"},
-    "guidance_start": {"label": "Guidance from", "info": "share of the steps", "minimum": 0, "maximum": 1},
-    "guidance_end": {"label": "Guidance until", "info": "share of the steps", "minimum": 0, "maximum": 1},
-    "strength": {"label": "Strength", "info": "below 1 starts from the drawing", "minimum": 0, "maximum": 1},
-    "eta": {"label": "Eta", "info": "fresh noise in each step", "minimum": 0, "maximum": 1},
+    "num_inference_steps": {"label": "Steps", "info": f"1 to {MAX_STEPS}", **_MODELS},
+    "sketch_guidance_scale": {"label": "Sketch guidance", "info": "1 is off", **_SLIDERS},
+    "classifier_guidance_scale": {"label": "Classifier guidance", "info": "0 is off", **_SLIDERS},
+    "perceptual_guidance_scale": {"label": "Perceptual guidance", "info": "0 is off", **_MODELS},
+    "guidance_start": {"label": "Guidance from", "info": "0 to 1 of the steps", **_SLIDERS},
+    "guidance_end": {"label": "Guidance until", "info": "0 to 1 of the steps", **_SLIDERS},
+    "strength": {"label": "Strength", "info": "below 1 from the drawing", **_MODELS},
+    "eta": {"label": "Eta", "info": "0 to 1 of fresh noise", **_MODELS},
 }
+_CLIP = {"the scheduler's": None, "yes": True, "no": False}
+
+
+def _number(name: str, text: str | None) -> float | None:
+    """What was written into a field of the drawer."""
+    if text is None or not text.strip():
+        return None
+    try:
+        number = float(text)
+    except ValueError as error:
+        label = _EXPERT_FIELDS[name]["label"]
+        raise ValueError(f'"{label}" has to be a number, or empty, but is {text!r}.') from error
+    return int(number) if number.is_integer() else number
 
 
 def _expert_drawer() -> list[gr.components.Component]:
-    with gr.Accordion("Expert", open=False):
+    with gr.Accordion("Expert", open=False, elem_id="expert"):
         gr.Markdown("What is left empty is the slider's, or the model's own.")
         with gr.Row():
-            fields = [gr.Number(value=None, min_width=140, **options) for options in _EXPERT_FIELDS.values()]
-            choices: list[Any] = [("the scheduler's", None), ("yes", True), ("no", False)]
-            clip = gr.Dropdown(choices, value=None, label="Clip", info="x̂_0 to [-1, 1] in each step", min_width=140)
+            fields = [
+                gr.Textbox(max_lines=1, min_width=140, elem_id=name, **options)
+                for name, options in _EXPERT_FIELDS.items()
+            ]
+            clip = gr.Dropdown([*_CLIP], label="Clip", info="x̂_0 to [-1, 1] in each step", min_width=140)
     return [*fields, clip]
 
 
-def _canvas(label: str, **options: Any) -> gr.ImageEditor:
+def _canvas(name: str, label: str, **options: Any) -> gr.ImageEditor:
     options = {
         # An empty layer, because without one the brush has to be chosen first.
         "value": _on_canvas(Image.new("RGBA", (CANVAS_SIZE, CANVAS_SIZE))),
@@ -280,7 +311,7 @@ def _canvas(label: str, **options: Any) -> gr.ImageEditor:
     }
     canvas = gr.ImageEditor(
         label=label,
-        height=f"min({CANVAS_SIZE + 80}px, 110vw)",
+        height=f"min({CANVAS_SIZE + 80}px, 90vw)",
         format="png",
         transforms=(),
         layers=False,
@@ -288,6 +319,7 @@ def _canvas(label: str, **options: Any) -> gr.ImageEditor:
         brush=gr.Brush(default_size=6, colors=["#000000"], color_mode="fixed"),
         eraser=gr.Eraser(default_size=24),
         canvas_size=(CANVAS_SIZE, CANVAS_SIZE),
+        elem_id=f"{name}-canvas",
         **options,
     )
     # A drawing waits here until its request is read, which never happens where the queue is full.
@@ -365,6 +397,9 @@ class _Results:
 
 def build_page(studio: Studio) -> gr.Blocks:
     """The page over `studio`, to be launched with [`launch`]."""
+    # Gradio keeps ten thousand events and draws up statistics of them with each new one, also where nobody may see them.
+    os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "1")
+    os.environ.setdefault("GRADIO_ANALYTICS_CACHE_FREQUENCY", "1000")
     handlers = _Handlers(studio)
     with gr.Blocks(title="DiffSketching", analytics_enabled=False, delete_cache=_DELETE_CACHE) as page:
         gr.Markdown("# DiffSketching\nDraw a shape, and watch photos of it appear.")
@@ -387,7 +422,7 @@ def _draw_tab(handlers: _Handlers, page: gr.Blocks) -> tuple[gr.ImageEditor, _Re
     selected = gr.State(0)
     with gr.Row():
         with gr.Column():
-            canvas = _canvas("Your drawing: dark lines on white")
+            canvas = _canvas("draw", "Your drawing")
             upload = gr.UploadButton("Upload a drawing, or a photo of one", file_types=[*_UPLOADS], elem_id="upload")
             examples = gr.Dataset(
                 label="Examples",
@@ -397,14 +432,14 @@ def _draw_tab(handlers: _Handlers, page: gr.Blocks) -> tuple[gr.ImageEditor, _Re
             )
             with gr.Row():
                 seen = gr.Image(
-                    label="What the model sees",
+                    label="The model sees",
                     interactive=False,
                     buttons=[],
                     height=180,
                     elem_classes="seen",
                     min_width=140,
                 )
-                guess = gr.Label(label="What it takes it for", num_top_classes=3, min_width=140)
+                guess = gr.Label(label="It takes it for", num_top_classes=3, min_width=140)
         with gr.Column():
             results = _Results.place("draw", "Photos")
             with gr.Row():
@@ -427,23 +462,33 @@ def _draw_tab(handlers: _Handlers, page: gr.Blocks) -> tuple[gr.ImageEditor, _Re
         elem_id="earlier",
     )
 
-    drawing = _relay_of(canvas)
-    wishes = [drawing, class_label, num_images, realism, seed, *expert]
+    drawing, live_drawing = _relay_of(canvas), _relay_of(canvas)
+    wishes = [class_label, num_images, realism, seed, *expert]
     made = results.make.click(None, [canvas, seed, keep_seed], [drawing, seed], js=_HAND_OVER).then(
-        handlers.make_photos, wishes, api_name="make_photos", **results.shown
+        handlers.make_photos, [drawing, *wishes], api_name="make_photos", **results.shown
     )
     varied = more.click(handlers.more_like_this, [results.photos, selected], **results.shown, **_PRIVATE)
     looked = canvas.change(None, canvas, drawing, js=_COPY).then(
         handlers.look_at,
-        [drawing, live],
+        drawing,
         [seen, guess],
         api_name="look_at",
         show_progress="hidden",
         concurrency_limit=4,
         trigger_mode="always_last",
     )
-    drawn = looked.then(None, canvas, drawing, js=_COPY).then(
-        handlers.make_photos_live, [live, *wishes], trigger_mode="always_last", **results.shown, **_PRIVATE
+    # What is handed over can be read once: photos that had to wait for those before would find nothing. So each stroke
+    # hands its own drawing over, and ends what is in its way.
+    drawn = (
+        looked.then(handlers.stop_live, live, None, queue=False, **_PRIVATE)
+        .then(None, canvas, live_drawing, js=_COPY)
+        .then(
+            handlers.make_photos_live,
+            [live, live_drawing, *wishes],
+            trigger_mode="multiple",
+            **(results.shown | _LIVE),
+            **_PRIVATE,
+        )
     )
     results.end(handlers, [made, varied, drawn])
     for event in (made, varied):
@@ -457,17 +502,22 @@ def _draw_tab(handlers: _Handlers, page: gr.Blocks) -> tuple[gr.ImageEditor, _Re
 
 
 def _edit_tab(handlers: _Handlers) -> gr.ImageEditor:
+    gr.Markdown("Start from a photo that you made, or upload one, and draw the lines that are new in it.")
     with gr.Row():
         with gr.Column():
             # The canvas takes on the photo's size, so that the result has it, too.
             photo = _canvas(
-                "A photo, and the lines that are new in it", value=None, sources=("upload",), fixed_canvas=False
+                "edit",
+                "Your photo",
+                value=None,
+                sources=("upload",),
+                fixed_canvas=False,
             )
         with gr.Column():
             results = _Results.place("edit", "Edits")
             class_label = _class(handlers)
             num_images = gr.Slider(1, MAX_IMAGES, 2, step=1, label="Number of photos")
-            strength = gr.Slider(0.1, 1, 0.9, step=0.05, label="Small change (0) or something new (1)")
+            strength = gr.Slider(0.1, 1, 0.9, step=0.05, label="Small change (0.1) or something new (1)")
             seed, keep_seed = _seed("edit")
     relay = _relay_of(photo, image_mode="RGBA", label="photo")
     edited = results.make.click(None, [photo, seed, keep_seed], [relay, seed], js=_HAND_OVER).then(
@@ -478,13 +528,14 @@ def _edit_tab(handlers: _Handlers) -> gr.ImageEditor:
 
 
 def _interpolation_tab(handlers: _Handlers, first: gr.ImageEditor) -> None:
+    gr.Markdown("Frames that lead from the drawing on the first tab to the one on this tab.")
     with gr.Row():
         with gr.Column():
-            last = _canvas("Where it leads, from the drawing on the first tab")
+            last = _canvas("between", "Where it leads")
         with gr.Column():
             results = _Results.place("between", "Frames", columns=4)
             class_label = _class(handlers)
-            num_frames = gr.Slider(3, MAX_FRAMES, 8, step=1, label="Number of frames")
+            num_frames = gr.Slider(3, MAX_FRAMES, 8, step=1, label="Number of frames", elem_id="num-frames")
             seed, keep_seed = _seed("between")
     relays = [_relay_of(first, label="first"), _relay_of(last, label="last")]
     made = (

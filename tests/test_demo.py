@@ -104,6 +104,22 @@ def test_who_leaves_frees_the_model(studio, drawing):
     assert not studio.pipe.interrupt and studio._running == []
 
 
+def test_an_edit_stops_while_its_photo_is_inverted(studio, drawing):
+    passes = []
+
+    def stop_at_third(unet, args):
+        passes.append(args[1])
+        if len(passes) == 3:
+            studio.stop("a")
+
+    with studio.pipe.unet.register_forward_pre_hook(stop_at_third):
+        updates = list(
+            studio.edit_photo(Image.effect_noise((64, 64), 60).convert("RGB"), drawing, "b", 1, 3, 0.9, "a")
+        )
+    assert updates == [] and len(passes) == 3
+    assert isinstance(finish(studio.make_photos(PhotoRequest(drawing, "b", 1, 5, settings=STEPS), "a")), Photos)
+
+
 def test_a_request_that_fails_harms_no_other(studio, drawing):
     blank = Image.new("RGB", (64, 64), "white")
     with pytest.raises(ValueError, match="holds no drawing"):
@@ -204,7 +220,7 @@ def test_an_upload_is_redrawn_and_its_place_is_not_told(studio, tmp_path):
     column = np.asarray(layer)[:, demo.CANVAS_SIZE // 2, 3]
     assert np.flatnonzero(column > 200).min() < 30 and np.flatnonzero(column > 200).max() > demo.CANVAS_SIZE - 30
     path.write_bytes(path.read_bytes()[:60])
-    with pytest.raises(ValueError, match="paper.png") as error:
+    with pytest.raises(ValueError, match="^paper.png is damaged or truncated; save it again") as error:
         studio.read_drawing(path)
     assert "secret" not in str(error.value)
 
@@ -236,6 +252,9 @@ def test_frames_lead_from_one_drawing_to_the_other(studio, drawing):
     frames = finish(studio.interpolate([drawing, other], "b", 3, 5, "a"))
     assert [record["file"] for record in frames.records] == ["frame_00.png", "frame_01.png", "frame_02.png"]
     assert len({image.tobytes() for image in frames.images}) == 3
+    for k, key in ((0, drawing), (2, other)):
+        photo = finish(studio.make_photos(PhotoRequest(key, "b", 1, 5), "a"))
+        assert np.abs(pixels(frames.images[k : k + 1]) - pixels(photo.images)).max() <= 2
     with pytest.raises(ValueError, match="`num_frames` has to be between 2 and 16 but is 17"):
         finish(studio.interpolate([drawing, other], "b", 17, 5, "a"))
 

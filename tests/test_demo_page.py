@@ -15,8 +15,10 @@
 
 import importlib.util
 import io
+import json
 import os
 import re
+import runpy
 import shutil
 import socket
 import subprocess
@@ -24,19 +26,20 @@ import sys
 import threading
 import time
 import urllib.request
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 
 gradio_client = pytest.importorskip("gradio_client", reason="Gradio is not installed: pip install .[demo]")
 
 from diffsketching_pipeline import DiffSketchingPipeline, SketchProcessor, bundled_checkpoint, demo_page  # noqa: E402
-from diffsketching_pipeline.demo import CANVAS_SIZE, Studio, example_drawings  # noqa: E402
+from diffsketching_pipeline.demo import CANVAS_SIZE, PhotoRequest, Studio, example_drawings  # noqa: E402
 
 
 ROOT = Path(__file__).parents[1]
@@ -56,7 +59,8 @@ def pixel_limit():
 
 @pytest.fixture(scope="module")
 def studio(tiny_pipeline_factory):
-    return Studio(tiny_pipeline_factory(recommended={"num_inference_steps": 12}))
+    recommended = {"num_inference_steps": 12, "sketch_guidance_scale": 2.0, "classifier_guidance_scale": 1.0}
+    return Studio(tiny_pipeline_factory(recommended=recommended))
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +70,21 @@ def address(studio):
     page.close()
 
 
+@pytest.fixture
+def timesteps(studio):
+    """Of each step that the network begins, the timestep; they may be told apart."""
+    begun = []
+    with studio.pipe.unet.register_forward_pre_hook(lambda unet, args: begun.append(int(args[1].max()))):
+        yield begun
+
+
 @pytest.fixture(scope="module")
-def start_browser():
+def downloads(tmp_path_factory):
+    return tmp_path_factory.mktemp("downloads")
+
+
+@pytest.fixture(scope="module")
+def start_browser(downloads):
     """`start()`: a headless Chromium of its own."""
     webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: pip install .[test]")
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -80,6 +97,7 @@ def start_browser():
         options = webdriver.ChromeOptions()
         options.binary_location = chromium
         options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+        options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
         arguments = ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--enable-unsafe-swiftshader")
         for argument in (*arguments, "--window-size=1280,1400"):
             options.add_argument(argument)
@@ -110,9 +128,13 @@ def find(browser, selector):
 
 def open_page(browser, address):
     browser.get(address)
-    wait_for(lambda: find(browser, "canvas") and find(browser, "button[aria-label=Brush]"))
-    # The brush is chosen once the canvas is ready.
-    wait_for(lambda: find(browser, "button[aria-label=Brush].highlight, button.highlight[aria-label=Brush]"), 20)
+    canvas_of(browser)
+
+
+def canvas_of(browser, name="draw"):
+    """The canvas of a tab, once it is ready: the brush is chosen then."""
+    wait_for(lambda: find(browser, f"#{name}-canvas button[aria-label=Brush].highlight"))
+    return wait_for(lambda: [canvas for canvas in find(browser, f"#{name}-canvas canvas") if canvas.is_displayed()])[0]
 
 
 def click(browser, selector):
@@ -120,21 +142,32 @@ def click(browser, selector):
     browser.execute_script("arguments[0].click()", wait_for(lambda: find(browser, selector))[0])
 
 
-def draw(browser, points):
-    """One stroke with the mouse, and the drawing as the model then sees it."""
+def stroke(browser, points, name="draw"):
+    """One stroke with the mouse on the canvas of a tab."""
     from selenium.webdriver import ActionChains
 
-    canvas = find(browser, "canvas")[0]
+    canvas = canvas_of(browser, name)
     browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", canvas)
     # The page of the canvas is square, in the middle of its element.
-    shown = float(find(browser, "[aria-label='Zoom in'] ~ *, .toolbar span")[0].text.strip("%") or 100) / 100
+    zoom = wait_for(lambda: find(browser, f"#{name}-canvas [aria-label='Zoom in'] ~ *"))[0].text
+    shown = float(zoom.strip("%")) / 100
     moves = [(round((x - CANVAS_SIZE / 2) * shown), round((y - CANVAS_SIZE / 2) * shown)) for x, y in points]
     actions = ActionChains(browser, duration=20)
     actions.move_to_element_with_offset(canvas, *moves[0]).click_and_hold()
     for before, after in zip(moves, moves[1:], strict=False):
         actions.move_by_offset(after[0] - before[0], after[1] - before[1])
     actions.release().perform()
+
+
+def draw(browser, points):
+    """A stroke on the first tab, and the drawing as the model then sees it."""
+    stroke(browser, points)
     return wait_for(lambda: find(browser, ".seen img"))[0]
+
+
+def keep_seed(browser, seed, name="draw"):
+    click(browser, f"#{name}-keep-seed input")
+    set_number(browser, f"#{name}-seed", seed)
 
 
 def set_number(browser, selector, value):
@@ -144,6 +177,10 @@ def set_number(browser, selector, value):
         field,
         str(value),
     )
+
+
+def open_tab(browser, label):
+    next(tab for tab in find(browser, "button[role=tab]") if tab.text == label).click()
 
 
 def fetch(source):
@@ -161,6 +198,17 @@ def photos_of(browser, count=4, name="draw"):
     return [fetch(image.get_attribute("src")) for image in wait_for(finished)]
 
 
+def download(browser, folder, name="draw"):
+    """The pictures by name, and the document, of what the button of a tab saves."""
+    click(browser, f"#{name}-download:not([disabled])")
+    [path] = wait_for(lambda: [*folder.glob("*.zip")])
+    with zipfile.ZipFile(path) as archive:
+        files = {entry: archive.read(entry) for entry in archive.namelist()}
+    path.unlink()
+    document = json.loads(files.pop("metadata.json"))
+    return {entry: Image.open(io.BytesIO(content)).convert("RGB") for entry, content in files.items()}, document
+
+
 def pixels(image):
     return np.asarray(image, dtype=int)
 
@@ -171,17 +219,22 @@ def message_with(browser, text):
     return next((message for message in told if text in message), None)
 
 
-def test_strokes_become_photos_that_are_there_after_a_reload(browser, address, studio):
+def test_strokes_become_photos_that_are_there_after_a_reload(browser, address, downloads):
     open_page(browser, address)
     seen = fetch(draw(browser, SQUARE).get_attribute("src"))
     assert seen.size == (16, 16) and 20 < (pixels(seen)[..., 0] < 128).sum() < 80
-    click(browser, "#draw-keep-seed input")
-    set_number(browser, "#draw-seed", 21)
+    keep_seed(browser, 21)
     click(browser, "#draw-make")
     first = photos_of(browser)
     assert len({image.tobytes() for image in first}) == 4
     wait_for(lambda: len(find(browser, "#earlier img")) == 1)
-    wait_for(lambda: find(browser, "#draw-download:not([disabled])"))
+    files, document = download(browser, downloads)
+    assert [*files] == ["drawing.png", "photo_21.png", "photo_22.png", "photo_23.png", "photo_24.png"]
+    assert all((pixels(files[f"photo_{21 + k}.png"]) == pixels(photo)).all() for k, photo in enumerate(first))
+    records = document["images"]
+    asked = {"num_inference_steps": 12, "sketch_guidance_scale": 2.0, "classifier_guidance_scale": 1.0}
+    assert [record["seed"] for record in records] == [21, 22, 23, 24]
+    assert all({name: record[name] for name in asked} == asked for record in records)
 
     open_page(browser, address)
     click(browser, "#earlier button")
@@ -196,8 +249,11 @@ def test_strokes_become_photos_that_are_there_after_a_reload(browser, address, s
     assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
 
 
-def test_stop_ends_it_and_says_so(browser, address, studio, monkeypatch):
+def test_stop_ends_it_within_a_step_and_says_so(browser, address, studio, timesteps, monkeypatch):
     monkeypatch.setitem(studio.pipe.recommended, "num_inference_steps", 100)
+    begun_at_stop = []
+    stop = studio.stop
+    monkeypatch.setattr(studio, "stop", lambda owner: (stop(owner), begun_at_stop.append(len(timesteps))))
     open_page(browser, address)
     draw(browser, SQUARE)
     click(browser, "#draw-make")
@@ -205,31 +261,130 @@ def test_stop_ends_it_and_says_so(browser, address, studio, monkeypatch):
     click(browser, "#draw-stop")
     wait_for(lambda: find(browser, "#draw-status")[0].text == "Stopped.")
     wait_for(lambda: studio._running == [], 10)
+    assert begun_at_stop[0] <= len(timesteps) <= begun_at_stop[0] + 1 < 100
+
+
+def test_live_photos_are_those_of_all_strokes(browser, address, downloads, studio, timesteps):
+    """Each stroke makes photos, and gives up those of the strokes before it."""
+    open_page(browser, address)
+    keep_seed(browser, 3)
+    set_number(browser, "#num-images", 1)
+    click(browser, "#live input")
+    drawn_on = threading.Event()
+
+    def wait_for_strokes(unet, args):
+        if len(timesteps) == 3:
+            drawn_on.wait(60)
+
+    with studio.pipe.unet.register_forward_pre_hook(wait_for_strokes):
+        before = draw(browser, SQUARE).get_attribute("src")
+        wait_for(lambda: len(timesteps) >= 3)
+        stroke(browser, CIRCLE)
+        wait_for(lambda: find(browser, ".seen img")[0].get_attribute("src") != before)
+        drawn_on.set()
+        # There is nothing to download before photos are finished.
+        drawing = download(browser, downloads)[0]["drawing.png"]
+    [photo] = photos_of(browser, count=1)
+    first, last = max(timesteps), min(timesteps)
+    assert timesteps.count(first) >= 2 and timesteps.count(last) == 1
+    assert all(pixels(drawing)[y - 4 : y + 4, x - 4 : x + 4].min() < 128 for x, y in ((120, 256), (256, 346)))
+    *_, alone = studio.make_photos(PhotoRequest(drawing, num_images=1, seed=3), "alone")
+    assert np.abs(pixels(photo) - pixels(alone.images[0])).max() <= 2
+
+
+def test_what_is_left_empty_in_the_drawer_is_the_models(browser, address, downloads):
+    open_page(browser, address)
+    click(browser, "#expert button")
+    wait_for(lambda: find(browser, "#num_inference_steps textarea, #num_inference_steps input"))
+    find(browser, "#num_inference_steps textarea, #num_inference_steps input")[0].send_keys("three")
+    set_number(browser, "#num-images", 1)
+    draw(browser, SQUARE)
+    click(browser, "#draw-make")
+    wait_for(lambda: message_with(browser, "\"Steps\" has to be a number, or empty, but is 'three'"))
+    find(browser, "#num_inference_steps textarea, #num_inference_steps input")[0].clear()
+    find(browser, "#num_inference_steps textarea, #num_inference_steps input")[0].send_keys("3")
+    click(browser, "#draw-make")
+    [record] = download(browser, downloads)[1]["images"]
+    made_with = {"num_inference_steps": 3, "sketch_guidance_scale": 2.0, "classifier_guidance_scale": 1.0}
+    made_with |= {"guidance_start": 0.0, "guidance_end": 1.0, "eta": 0.0}
+    assert {name: record[name] for name in made_with} == made_with
+    assert "strength" not in record and "clip_sample" not in record
+
+
+def test_the_chosen_photo_is_edited_where_it_was_drawn_on(browser, address, downloads, studio, monkeypatch):
+    monkeypatch.setitem(studio._edit_pipe.recommended, "num_inference_steps", 4)
+    open_page(browser, address)
+    draw(browser, SQUARE)
+    set_number(browser, "#num-images", 1)
+    click(browser, "#draw-make")
+    [photo] = photos_of(browser, count=1)
+    click(browser, "#start-edit")
+    stroke(browser, [(200, 200), (320, 200), (320, 320), (200, 320), (200, 200)], "edit")
+    click(browser, "#edit-make")
+    edits = photos_of(browser, count=2, name="edit")
+    shown = pixels(ImageOps.contain(photo, (CANVAS_SIZE, CANVAS_SIZE)))
+    assert (pixels(download(browser, downloads, "edit")[0]["photo.png"]) == shown).all()
+    for edit in edits:
+        changed = (pixels(edit) != shown).any(axis=2)
+        assert changed[202:319, 202:319].mean() > 0.9
+        # Lines of 6 pixels, and the padding of 5% of the photo around them.
+        changed[170:351, 170:351] = False
+        assert not changed.any()
+    assert (pixels(edits[0]) != pixels(edits[1])).any()
+
+
+def test_frames_lead_from_one_canvas_to_the_other(browser, address, downloads, studio):
+    open_page(browser, address)
+    draw(browser, SQUARE)
+    open_tab(browser, "In between")
+    stroke(browser, CIRCLE, "between")
+    set_number(browser, "#num-frames", 3)
+    keep_seed(browser, 8, "between")
+    click(browser, "#between-make")
+    frames = photos_of(browser, count=3, name="between")
+    files, document = download(browser, downloads, "between")
+    assert [record["seed"] for record in document["images"]] == [8, 8, 8]
+    drawn = [pixels(files[f"drawing_{k}.png"])[..., 0] < 128 for k in (0, 1)]
+    assert [lines[120, 256] for lines in drawn] == [True, False]
+    for frame, lines in ((frames[0], "drawing_0.png"), (frames[2], "drawing_1.png")):
+        *_, alone = studio.make_photos(PhotoRequest(files[lines], num_images=1, seed=8), "alone")
+        assert np.abs(pixels(frame) - pixels(alone.images[0])).max() <= 2
+    assert (
+        np.abs(pixels(frames[1]) - pixels(frames[0])).max() > 2 < np.abs(pixels(frames[1]) - pixels(frames[2])).max()
+    )
 
 
 def test_bad_uploads_are_told_and_good_ones_drawn(browser, address, tmp_path):
-    open_page(browser, address)
     page = Image.new("L", (200, 200), 255)
     page.save(tmp_path / "blank.png")
-    (tmp_path / "text.png").write_text("not an image")
     ImageDraw.Draw(page).ellipse((40, 40, 160, 160), outline=0, width=4)
     page.save(tmp_path / "round.png")
     (tmp_path / "half.png").write_bytes((tmp_path / "round.png").read_bytes()[:200])
-    (tmp_path / "lines.svg").write_text('<svg><path d="M0 0L9 9"/></svg>')
+    (tmp_path / "text.png").write_text("not an image")
+    (tmp_path / "document.jpg").write_bytes(b"%PDF-1.7\n" + bytes(200))
+    Image.new("1", (9000, 8000)).save(tmp_path / "poster.png")
+    (tmp_path / "heavy.png").write_bytes(bytes(demo_page.MAX_UPLOAD_BYTES + 1))
+    open_page(browser, address)
+    seen = fetch(draw(browser, SQUARE).get_attribute("src"))
+    drawn = canvas_of(browser).screenshot_as_png
     for name, message in {
-        "blank": "holds no drawing",
-        "text": "cannot be read as an image",
-        "half": "half.png",
+        "blank.png": "blank.png holds no drawing",
+        "half.png": "half.png is damaged or truncated",
+        "text.png": "text.png cannot be read as an image",
+        "document.jpg": "document.jpg cannot be read as an image",
+        "poster.png": "poster.png is too large",
+        "heavy.png": "maximum allowed size",
     }.items():
-        find(browser, "input[data-testid$=upload-button]")[0].send_keys(str(tmp_path / f"{name}.png"))
+        find(browser, "input[data-testid$=upload-button]")[0].send_keys(str(tmp_path / name))
         told = wait_for(lambda text=message: message_with(browser, text))
-        assert "/" not in told
+        assert "/" not in told and len(find(browser, ".toast-body")) == 1
         click(browser, ".toast-close")
         wait_for(lambda: not find(browser, ".toast-body"))
-    assert not find(browser, ".seen img")
+    assert canvas_of(browser).screenshot_as_png == drawn
+    before = fetch(find(browser, ".seen img")[0].get_attribute("src"))
+    assert (pixels(before) == pixels(seen)).all()
     find(browser, "input[data-testid$=upload-button]")[0].send_keys(str(tmp_path / "round.png"))
-    seen = fetch(wait_for(lambda: find(browser, ".seen img"))[0].get_attribute("src"))
-    assert (pixels(seen)[..., 0] < 128).sum() > 20
+    wait_for(lambda: (pixels(fetch(find(browser, ".seen img")[0].get_attribute("src"))) != pixels(seen)).any())
 
 
 def test_two_browsers_at_once_get_their_own(browser, start_browser, address, studio, monkeypatch):
@@ -239,8 +394,7 @@ def test_two_browsers_at_once_get_their_own(browser, start_browser, address, stu
     for one, points, seed in zip(browsers, (SQUARE, CIRCLE), (5, 6), strict=True):
         open_page(one, address)
         draw(one, points)
-        click(one, "#draw-keep-seed input")
-        set_number(one, "#draw-seed", seed)
+        keep_seed(one, seed)
     runs = []
     for together in (True, False):
         for one in browsers:
@@ -282,7 +436,6 @@ def test_a_drawn_shape_is_followed(start_browser, browser, monkeypatch):
     import metrics
 
     pipe = DiffSketchingPipeline.from_pretrained(bundled_checkpoint())
-    pipe.set_progress_bar_config(disable=True)
     page = demo_page.launch(Studio(pipe))
     try:
         open_page(browser, page.local_url)
@@ -376,6 +529,15 @@ def test_the_space_answers_what_the_readme_asks(tiny_pipeline_factory, tmp_path,
     finally:
         served.terminate()
         served.wait(20)
+
+
+def test_a_space_has_what_the_package_needs_and_says_when_the_package_is_missing(monkeypatch):
+    required = re.search(r"install_requires=\[(.*?)\]", (ROOT / "setup.py").read_text(encoding="utf-8"), re.S)[1]
+    space = ROOT / "examples" / "space"
+    assert (space / "requirements.txt").read_text().split() == re.findall(r'"(.+?)"', required)
+    monkeypatch.setitem(sys.modules, "diffsketching_pipeline", None)
+    with pytest.raises(SystemExit, match="is not in this Space: put it beside app.py"):
+        runpy.run_path(str(space / "app.py"))
 
 
 def is_up(address):

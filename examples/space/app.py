@@ -15,6 +15,17 @@
 
 import os
 
+
+try:
+    import diffsketching_pipeline  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name != "diffsketching_pipeline":
+        raise
+    raise SystemExit(
+        "diffsketching_pipeline is not in this Space: put it beside app.py with `pip install --no-deps --target SPACE .` in"
+        " a checkout of it, and push again."
+    ) from None
+
 from diffsketching_pipeline import DiffSketchingPipeline, bundled_checkpoint
 from diffsketching_pipeline.demo import Studio
 from diffsketching_pipeline.demo_page import launch
@@ -22,5 +33,4 @@ from diffsketching_pipeline.demo_page import launch
 
 model = os.environ.get("DIFFSKETCHING_MODEL")
 pipe = DiffSketchingPipeline.from_pretrained(model or bundled_checkpoint())
-pipe.set_progress_bar_config(disable=True)
 launch(Studio(pipe, model)).block_thread()
