@@ -14,7 +14,7 @@
 """The drawing page under load, and how long one waits for a photo.
 
     python benchmarks/demo.py load [--model DIR] [--clients 20] [--seconds 120]
-    python benchmarks/demo.py wait [--model DIR] [--runs 3] [--num_images 4]
+    python benchmarks/demo.py wait [--model DIR] [--runs 3] [--num_images 4] [--dtype bfloat16]
 
 `load`: clients in another process ask for photos again and again, each for its own seeds, and their pictures are
 compared with those that the pipeline makes alone; prints what was answered, and the server's memory as time goes by.
@@ -149,12 +149,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("load", "wait"))
     parser.add_argument("--model", default=None)
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--clients", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--num_images", type=int, default=4)
     args = parser.parse_args()
-    pipe = DiffSketchingPipeline.from_pretrained(args.model or bundled_checkpoint())
+    pipe = DiffSketchingPipeline.from_pretrained(args.model or bundled_checkpoint()).to(getattr(torch, args.dtype))
     studio = Studio(pipe, args.model)
     if args.what == "load":
         load(studio, args.clients, args.seconds)

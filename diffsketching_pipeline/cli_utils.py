@@ -238,8 +238,13 @@ def load_pipeline(
     with user_errors((ValueError, OSError)):
         cls = getattr(diffsketching_pipeline, class_name)
         pipe = cls.from_pretrained(model or diffsketching_pipeline.bundled_checkpoint())
+    # By the modules' own methods: diffusers warns of `to(dtype)`, and renames the argument of `from_pretrained`.
+    casts = {DtypeName.float16: torch.nn.Module.half, DtypeName.bfloat16: torch.nn.Module.bfloat16}
+    for component in pipe.components.values():
+        if isinstance(component, torch.nn.Module) and dtype in casts:
+            casts[dtype](component)
     with user_errors((RuntimeError, AssertionError)):
-        pipe.to(target, getattr(torch, dtype.value))
+        pipe.to(target)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -25,6 +25,7 @@ from gradio.processing_utils import save_bytes_to_cache
 from gradio.utils import LRUCache, get_upload_folder
 from PIL import Image, ImageOps
 
+from diffsketching_pipeline.cli_utils import png
 from diffsketching_pipeline.demo import (
     CANVAS_SIZE,
     MAX_FRAMES,
@@ -58,6 +59,8 @@ _UPLOADS = ("image", ".svg", ".ndjson")
 _COPY = "canvas => canvas"
 _HAND_OVER = f"(canvas, seed, keep) => [canvas, keep ? seed : Math.floor(Math.random() * {MAX_SEED})]"
 _CSS = """
+/* Scroll bars and fields that are the browser's own. */
+.dark { color-scheme: dark; }
 /* Each pixel that the model sees is to be told apart. */
 .seen img { image-rendering: pixelated; width: 100%; height: 100%; padding-top: 28px; object-fit: contain; }
 /* One colour is all there is to draw with. */
@@ -156,13 +159,15 @@ class _Handlers:
             wish = more_like_this(photos, selected, secrets.randbelow(MAX_SEED))
             yield from _show(self.studio.make_photos(wish, str(request.session_hash)))
 
-    def start_edit(self, photos: Photos | None, selected: int) -> tuple[Any, Any]:
-        """The chosen photo on the canvas of the other tab, large enough to draw on, and that tab."""
+    def start_edit(self, photos: Photos | None, selected: int) -> tuple[Any, Any, Any]:
+        """The chosen photo on the canvas of the other tab, large enough to draw on, its class, and that tab."""
         with _told_to_user():
             if photos is None:
                 raise ValueError("There is no photo yet: make some, and choose one.")
-        photo = ImageOps.contain(photos.images[min(selected, len(photos.images) - 1)], (CANVAS_SIZE, CANVAS_SIZE))
-        return {"background": photo, "layers": [], "composite": photo}, gr.Tabs(selected="edit")
+        chosen = min(selected, len(photos.images) - 1)
+        photo = ImageOps.contain(photos.images[chosen], (CANVAS_SIZE, CANVAS_SIZE))
+        canvas = {"background": photo, "layers": [], "composite": photo}
+        return canvas, photos.records[chosen]["class_label"] or _GUESS, gr.Tabs(selected="edit")
 
     def edit_photo(self, request: gr.Request, photo, class_label=_GUESS, num_images=2, strength=0.9, seed=0):
         """Photos that have changed where the canvas's layer was drawn on."""
@@ -225,12 +230,17 @@ def _index_of(event: gr.SelectData) -> int:
 
 def _show(updates: Iterator[Progress | Photos]) -> Iterator[tuple[Any, Any, Any]]:
     """Values of the gallery, of the line below it and of the photos, as they form."""
+    previews: Any = gr.skip()
     for update in updates:
         if isinstance(update, Photos):
             yield _captioned(update), "", update
             return
-        yield update.images or gr.skip(), _progress_bar(update), gr.skip()
-    yield gr.skip(), "Stopped.", None
+        # They are sent again until there are new ones: for what is skipped, Gradio makes a new component each time and
+        # keeps it for as long as the session lasts. As files, because a browser may be reading what is written anew.
+        if update.images:
+            previews = [save_bytes_to_cache(png(image), "preview.png", get_upload_folder()) for image in update.images]
+        yield previews, _progress_bar(update), gr.skip()
+    yield previews, "Stopped.", None
 
 
 def _label(choice: str) -> str | None:
@@ -407,11 +417,15 @@ def build_page(studio: Studio) -> gr.Blocks:
             with gr.Tab("Draw", id="draw"):
                 canvas, results, selected, start_edit = _draw_tab(handlers, page)
             with gr.Tab("Edit a photo", id="edit"):
-                photo = _edit_tab(handlers)
+                photo, class_label = _edit_tab(handlers)
             with gr.Tab("In between", id="between"):
                 _interpolation_tab(handlers, canvas)
         start_edit.click(
-            handlers.start_edit, [results.photos, selected], [photo, tabs], show_progress_on=tabs, **_PRIVATE
+            handlers.start_edit,
+            [results.photos, selected],
+            [photo, class_label, tabs],
+            show_progress_on=tabs,
+            **_PRIVATE,
         )
     page.queue(max_size=MAX_WAITING)
     return page
@@ -420,16 +434,11 @@ def build_page(studio: Studio) -> gr.Blocks:
 def _draw_tab(handlers: _Handlers, page: gr.Blocks) -> tuple[gr.ImageEditor, _Results, gr.State, gr.Button]:
     history = gr.BrowserState([], storage_key="diffsketching-history", secret="diffsketching")
     selected = gr.State(0)
+    # Two rows, so that on a phone, where columns follow each other, the button and the photos come soon after the canvas.
     with gr.Row():
         with gr.Column():
             canvas = _canvas("draw", "Your drawing")
             upload = gr.UploadButton("Upload a drawing, or a photo of one", file_types=[*_UPLOADS], elem_id="upload")
-            examples = gr.Dataset(
-                label="Examples",
-                components=[gr.Image(visible=False)],
-                samples=[[str(path)] for path in example_drawings()],
-                type="index",
-            )
             with gr.Row():
                 seen = gr.Image(
                     label="The model sees",
@@ -445,12 +454,22 @@ def _draw_tab(handlers: _Handlers, page: gr.Blocks) -> tuple[gr.ImageEditor, _Re
             with gr.Row():
                 more = gr.Button("More like the chosen one", elem_id="more", min_width=120)
                 start_edit = gr.Button("Edit the chosen one", elem_id="start-edit", min_width=120)
+    with gr.Row():
+        with gr.Column():
+            examples = gr.Dataset(
+                label="Examples",
+                components=[gr.Image(visible=False)],
+                samples=[[str(path)] for path in example_drawings()],
+                type="index",
+            )
+        with gr.Column():
             class_label = _class(handlers)
             realism = gr.Slider(0, 1, 0.5, step=0.05, label="Follow the drawing (0) or look real (1)")
             num_images = gr.Slider(1, MAX_IMAGES, 4, step=1, label="Number of photos", elem_id="num-images")
             seed, keep_seed = _seed("draw")
             live = gr.Checkbox(label="Live: photos after each stroke, with this seed", elem_id="live")
             expert = _expert_drawer()
+
     earlier = gr.Gallery(
         label="Earlier",
         columns=8,
@@ -501,7 +520,7 @@ def _draw_tab(handlers: _Handlers, page: gr.Blocks) -> tuple[gr.ImageEditor, _Re
     return canvas, results, selected, start_edit
 
 
-def _edit_tab(handlers: _Handlers) -> gr.ImageEditor:
+def _edit_tab(handlers: _Handlers) -> tuple[gr.ImageEditor, gr.Dropdown]:
     gr.Markdown("Start from a photo that you made, or upload one, and draw the lines that are new in it.")
     with gr.Row():
         with gr.Column():
@@ -524,7 +543,7 @@ def _edit_tab(handlers: _Handlers) -> gr.ImageEditor:
         handlers.edit_photo, [relay, class_label, num_images, strength, seed], api_name="edit_photo", **results.shown
     )
     results.end(handlers, [edited])
-    return photo
+    return photo, class_label
 
 
 def _interpolation_tab(handlers: _Handlers, first: gr.ImageEditor) -> None:

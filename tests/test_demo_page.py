@@ -114,7 +114,7 @@ def browser(start_browser):
     return start_browser()
 
 
-def wait_for(condition, seconds=60):
+def wait_for(condition, seconds=180):
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < deadline
@@ -318,12 +318,17 @@ def test_the_chosen_photo_is_edited_where_it_was_drawn_on(browser, address, down
     set_number(browser, "#num-images", 1)
     click(browser, "#draw-make")
     [photo] = photos_of(browser, count=1)
+    [label] = [record["class_label"] for record in download(browser, downloads)[1]["images"]]
     click(browser, "#start-edit")
     stroke(browser, [(200, 200), (320, 200), (320, 320), (200, 320), (200, 200)], "edit")
     click(browser, "#edit-make")
     edits = photos_of(browser, count=2, name="edit")
     shown = pixels(ImageOps.contain(photo, (CANVAS_SIZE, CANVAS_SIZE)))
-    assert (pixels(download(browser, downloads, "edit")[0]["photo.png"]) == shown).all()
+    files, document = download(browser, downloads, "edit")
+    assert (pixels(files["photo.png"]) == shown).all()
+    # The class is the photo's own, and not guessed from a few strokes.
+    assert [record["class_label"] for record in document["images"]] == [label] * 2
+    assert not document["images"][0]["class_predicted"]
     for edit in edits:
         changed = (pixels(edit) != shown).any(axis=2)
         assert changed[202:319, 202:319].mean() > 0.9
