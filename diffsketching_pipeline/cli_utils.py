@@ -244,7 +244,7 @@ def load_pipeline(
         if isinstance(component, torch.nn.Module) and dtype in casts:
             casts[dtype](component)
     with user_errors((RuntimeError, AssertionError)):
-        pipe.to(target)
+        pipe.to(target, silence_dtype_warnings=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -157,6 +157,12 @@ class Studio:
         """The classes that a request may name."""
         return [str(self.pipe.id2label.get(index, index)) for index in range(self.pipe.num_classes)]
 
+    def _class_of(self, label: str | int | None) -> str | int | None:
+        """The class as the pipeline takes it: where it has numbers only, they are numbers."""
+        if isinstance(label, str) and label.isdigit() and not self.pipe.id2label:
+            return int(label)
+        return label
+
     def read_drawing(self, path: str | Path) -> Image.Image:
         """
         The lines of an uploaded drawing, or photo of one, in black on transparent, `CANVAS_SIZE` pixels square.
@@ -168,7 +174,7 @@ class Studio:
             sketch = self._canvas_processor.preprocess(str(path))[0, 0]
         except ValueError as error:
             # Where an upload was put is nobody's business, and it is the only one.
-            message = str(error).replace(f"sketch 0 ({str(path)!r})", Path(path).name)
+            message = str(error).removeprefix("sketch 0 ").replace(f"({str(path)!r})", str(path))
             raise ValueError(message.replace(str(path), Path(path).name)) from error
         lines = Image.fromarray(np.rint((1 - sketch.numpy()) * 127.5).astype(np.uint8))
         layer = Image.new("RGBA", (CANVAS_SIZE, CANVAS_SIZE), "black")
@@ -223,7 +229,7 @@ class Studio:
         def sample(on_step_end: Callable) -> Photos:
             out = self.pipe(
                 request.drawing,
-                class_labels=request.class_label,
+                class_labels=self._class_of(request.class_label),
                 num_images_per_sketch=request.num_images,
                 generator=generators,
                 callback_on_step_end=on_step_end,
@@ -265,7 +271,7 @@ class Studio:
             out = self._edit_pipe(
                 photo,
                 sketch=strokes,
-                class_labels=class_label,
+                class_labels=self._class_of(class_label),
                 num_images_per_sketch=num_images,
                 generator=[torch.Generator("cpu").manual_seed(seed + k) for k in range(num_images)],
                 callback_on_step_end=on_step_end,
@@ -294,7 +300,7 @@ class Studio:
         def sample(on_step_end: Callable) -> Photos:
             out = self._interpolation_pipe(
                 drawings,
-                class_labels=class_label,
+                class_labels=self._class_of(class_label),
                 num_frames=num_frames,
                 # One for each drawing, so that the frames on them are the photos of that seed.
                 generator=[torch.Generator("cpu").manual_seed(seed) for _ in drawings],

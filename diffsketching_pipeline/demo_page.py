@@ -18,14 +18,15 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from gradio.processing_utils import save_bytes_to_cache
+from gradio.processing_utils import hash_bytes
 from gradio.utils import LRUCache, get_upload_folder
 from PIL import Image, ImageOps
 
-from diffsketching_pipeline.cli_utils import png
+from diffsketching_pipeline.cli_utils import png, write_atomically
 from diffsketching_pipeline.demo import (
     CANVAS_SIZE,
     MAX_FRAMES,
@@ -164,10 +165,10 @@ class _Handlers:
         with _told_to_user():
             if photos is None:
                 raise ValueError("There is no photo yet: make some, and choose one.")
-        chosen = min(selected, len(photos.images) - 1)
-        photo = ImageOps.contain(photos.images[chosen], (CANVAS_SIZE, CANVAS_SIZE))
+        photo = ImageOps.contain(photos.images[selected], (CANVAS_SIZE, CANVAS_SIZE))
         canvas = {"background": photo, "layers": [], "composite": photo}
-        return canvas, photos.records[chosen]["class_label"] or _GUESS, gr.Tabs(selected="edit")
+        label = photos.records[selected]["class_label"]
+        return canvas, _GUESS if label is None else str(label), gr.Tabs(selected="edit")
 
     def edit_photo(self, request: gr.Request, photo, class_label=_GUESS, num_images=2, strength=0.9, seed=0):
         """Photos that have changed where the canvas's layer was drawn on."""
@@ -202,7 +203,7 @@ class _Handlers:
         if photos is None:
             return gr.skip()
         name = f"photos_{photos.records[0]['seed']}.zip"
-        path = save_bytes_to_cache(self.studio.archive(photos), name, get_upload_folder())
+        path = _cached(self.studio.archive(photos), name)
         return gr.DownloadButton(value=path, interactive=True)
 
     def reopen(self, history: list[dict[str, Any]], event: gr.SelectData):
@@ -236,9 +237,9 @@ def _show(updates: Iterator[Progress | Photos]) -> Iterator[tuple[Any, Any, Any]
             yield _captioned(update), "", update
             return
         # They are sent again until there are new ones: for what is skipped, Gradio makes a new component each time and
-        # keeps it for as long as the session lasts. As files, because a browser may be reading what is written anew.
+        # keeps it for as long as the session lasts.
         if update.images:
-            previews = [save_bytes_to_cache(png(image), "preview.png", get_upload_folder()) for image in update.images]
+            previews = [_cached(png(image), "preview.png") for image in update.images]
         yield previews, _progress_bar(update), gr.skip()
     yield previews, "Stopped.", None
 
@@ -254,13 +255,24 @@ def _drawing(canvas: dict[str, Any] | None) -> Image.Image:
     return drawing
 
 
-def _captioned(photos: Photos) -> list[tuple[Image.Image, str]]:
+def _cached(content: bytes, name: str) -> str:
+    """
+    A file in Gradio's cache. Gradio would write it in place, and a browser may be reading the same picture of another
+    request. Only the last part of the name counts: a history that a browser kept may say anything.
+    """
+    path = Path(get_upload_folder()) / hash_bytes(content) / Path(name).name
+    write_atomically(path, content)
+    return str(path)
+
+
+def _captioned(photos: Photos) -> list[tuple[str, str]]:
+    files = [_cached(png(image), "photo.png") for image in photos.images]
     names = [record["file"].removesuffix(".png").split("_", 1)[1] for record in photos.records]
     label = photos.records[0]["class_label"]
-    return [(image, f"{label} {name}" if label else name) for image, name in zip(photos.images, names, strict=True)]
+    return [(file, name if label is None else f"{label} {name}") for file, name in zip(files, names, strict=True)]
 
 
-def _show_history(history: list[dict[str, Any]]) -> list[tuple[Image.Image, str]]:
+def _show_history(history: list[dict[str, Any]]) -> list[tuple[str, str]]:
     """The first photo of each entry; what cannot be read any more is left out with all that is older."""
     shown = []
     for entry in history or []:
@@ -401,7 +413,9 @@ class _Results:
 
     def end(self, handlers: _Handlers, events: list[Any]) -> None:
         """What follows `events` whose images are shown here, and what stops them."""
-        self.stop.click(handlers.stop, None, self.status, cancels=events, queue=False, **_PRIVATE)
+        stopped = self.stop.click(handlers.stop, None, self.status, cancels=events, queue=False, **_PRIVATE)
+        # Said twice, because the step that was on its way may arrive after the first time.
+        stopped.then(lambda: "Stopped.", None, self.status, queue=False, show_progress="hidden", **_PRIVATE)
         self.photos.change(handlers.pack, self.photos, self.download, show_progress="hidden", **_PRIVATE)
 
 
@@ -515,6 +529,7 @@ def _draw_tab(handlers: _Handlers, page: gr.Blocks) -> tuple[gr.ImageEditor, _Re
     upload.upload(handlers.read_upload, upload, canvas, show_progress_on=seen, **_PRIVATE)
     examples.click(handlers.read_example, examples, canvas, show_progress_on=seen, **_PRIVATE)
     results.gallery.select(_index_of, None, selected, **_PRIVATE)
+    results.photos.change(lambda: 0, None, selected, show_progress="hidden", **_PRIVATE)
     earlier.select(handlers.reopen, history, [results.gallery, results.photos, seed], **_PRIVATE)
     gr.on([page.load, history.change], _show_history, history, earlier, show_progress="hidden", **_PRIVATE)
     return canvas, results, selected, start_edit

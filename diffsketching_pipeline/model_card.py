@@ -72,7 +72,7 @@ def metrics_section(evaluation: Evaluation) -> str:
     lines += [f"| | {' | '.join(names)} |", f"| --- |{' --- |' * len(names)}"]
     for key, measurement in own.items():
         cells = [_cell(evaluation.systems[name].get(key)) for name in names]
-        lines.append(f"| {measurement['title']} | {' | '.join(cells)} |")
+        lines.append(f"| {_metric_name(measurement)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -89,13 +89,19 @@ def with_model_index(card: str, evaluation: Evaluation, title: str) -> str:
             dataset_type=evaluation.drawings,
             dataset_name=f"{evaluation.drawings}, {measurement['conditions']['drawings']} drawings",
             metric_type=key,
-            metric_name=measurement["title"],
+            metric_name=_metric_name(measurement),
             metric_value=float(f"{measurement['value']:.4g}"),
         )
         for key, measurement in evaluation.systems[evaluation.own].items()
         if measurement["value"] is not None
     ]
     return str(model_card)
+
+
+def _metric_name(measurement: dict[str, Any]) -> str:
+    """The title, with the network whose judgement it is: by another one the number would be another."""
+    extractor = measurement["conditions"].get("extractor")
+    return measurement["title"] if extractor is None else f"{measurement['title']} ({extractor})"
 
 
 def _cell(measurement: dict[str, Any] | None) -> str:

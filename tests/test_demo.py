@@ -194,6 +194,15 @@ def test_the_archive_makes_its_photos_again(studio, drawing):
     assert np.abs(pixels([written]) - pixels(again.images)).max() <= 2
 
 
+def test_classes_without_names_are_numbers(tiny_pipeline_factory, drawing):
+    studio = Studio(tiny_pipeline_factory(id2label={}))
+    assert studio.class_names[:2] == ["0", "1"]
+    photos = finish(studio.make_photos(PhotoRequest(drawing, "0", 1, settings=STEPS), "a"))
+    assert photos.records[0]["class_label"] == 0 and not photos.records[0]["class_predicted"]
+    with pytest.raises(ValueError, match="unknown class 'shoe'"):
+        finish(studio.make_photos(PhotoRequest(drawing, "shoe", 1, settings=STEPS), "a"))
+
+
 def test_history_comes_back_from_json_and_stays_small(monkeypatch, studio, drawing):
     photos = finish(studio.make_photos(PhotoRequest(drawing, "b", 1, settings=STEPS), "a"))
     history = json.loads(json.dumps(demo.remember([], photos)))

@@ -274,13 +274,15 @@ def test_live_photos_are_those_of_all_strokes(browser, address, downloads, studi
 
     def wait_for_strokes(unet, args):
         if len(timesteps) == 3:
-            drawn_on.wait(60)
+            drawn_on.wait(400)
 
     with studio.pipe.unet.register_forward_pre_hook(wait_for_strokes):
         before = draw(browser, SQUARE).get_attribute("src")
         wait_for(lambda: len(timesteps) >= 3)
         stroke(browser, CIRCLE)
         wait_for(lambda: find(browser, ".seen img")[0].get_attribute("src") != before)
+        # The second stroke has asked for the first one's end, which waits for the step that is held.
+        wait_for(lambda: any(stopped.is_set() for _, stopped in [*studio._running]))
         drawn_on.set()
         # There is nothing to download before photos are finished.
         drawing = download(browser, downloads)[0]["drawing.png"]
@@ -504,6 +506,17 @@ def test_without_gradio_the_command_says_what_to_install(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main()
     assert stopped.value.code == 2 and "pip install 'diffsketching_pipeline[demo]'" in capsys.readouterr().err
+
+
+def test_a_file_of_the_page_is_whole_at_any_time_and_stays_in_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "cache"))
+    content = bytes(range(256)) * 4000
+    path = Path(demo_page._cached(content, "photos_../../../up.zip"))
+    assert path.name == "up.zip" and path.parents[1] == tmp_path / "cache"
+    with path.open("rb") as reader:
+        assert demo_page._cached(content, "up.zip") == str(path)
+        # What is being read is not written over.
+        assert reader.read() == content and os.fstat(reader.fileno()).st_ino != path.stat().st_ino
 
 
 # -- as a Space --

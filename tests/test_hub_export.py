@@ -40,6 +40,7 @@ from diffsketching_pipeline.flatten import flatten_modules
 
 def measurement(title, value, interval=None, reason=None):
     conditions = {"model": "tiny-1", "drawings": "all 3 of 3", "sampling": "default", "seeds": "0-2"}
+    conditions["extractor"] = "regnet-1"
     return {"title": title, "value": value, "interval": interval, "reason": reason, "conditions": conditions}
 
 
@@ -87,11 +88,11 @@ def test_an_export_holds_what_it_needs_to_load_anywhere(tiny_pipeline, metrics, 
     assert metadata_errors(card) == ([], []) and "license: cc0-1.0" in card and "# tiny-garments\n" in card
     parameters = sum(p.numel() for p in tiny_pipeline.unet.parameters())
     assert f"| `unet` | `UNet2DModel` | {parameters:,} |" in card and "Classes: a, b, c." in card
-    assert "| class agreement | 0.43 [0.35, 0.5] | 0.056 |" in card
-    assert "| LPIPS diversity | not measured: no weights |  |" in card
+    assert "| class agreement (regnet-1) | 0.43 [0.35, 0.5] | 0.056 |" in card
+    assert "| LPIPS diversity (regnet-1) | not measured: no weights |  |" in card
     assert 'from_pretrained("ana/tiny-garments")' in card and "/home/somebody" not in card
     (result,) = ModelCard(card).data.eval_results
-    assert (result.metric_type, result.metric_value, result.metric_name) == ("a", 0.43, "class agreement")
+    assert (result.metric_type, result.metric_value, result.metric_name) == ("a", 0.43, "class agreement (regnet-1)")
     assert (result.dataset_type, result.dataset_name) == ("doodles", "doodles, all 3 of 3 drawings")
 
     original = describe(tiny_pipeline, run=True)

@@ -139,11 +139,13 @@ class EvaluationArguments:
     classifier_guidance_scale: float | None = argument(None, "overrides the checkpoint's recommendation")
     perceptual_guidance_scale: float | None = argument(None, "overrides the checkpoint's recommendation")
     dtype: Literal["float32", "bfloat16", "float16"] = argument(
-        "float32", "type of the model's weights for sampling; bfloat16 is nearly twice as fast on many machines"
+        "float32", "type of the model's weights for sampling; bfloat16 is faster where the processor knows it"
     )
     seed: int = argument(0, "first seed: image n of drawing i of D has the seed `seed + n * D + i`")
     resolution: int | None = argument(
-        None, "side that photos are reduced to, the `evaluator`'s input; what its preprocessor says, else 64"
+        None,
+        "side that all photos are resized to, the `evaluator`'s input; what its preprocessor says, or 64. Without an "
+        "`evaluator`, the `extractor`'s",
     )
     eval_batch_size: int = argument(32, "images per forward pass")
     num_bootstrap_samples: int = argument(1000, "resamples of the 95%% intervals; 0 = no intervals")

@@ -28,7 +28,6 @@ from image_sets import ImageSet, read_photos
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoModelForImageClassification
 
@@ -37,6 +36,20 @@ from diffsketching_pipeline.files import weights_sha256
 
 INCEPTION_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 """The file that torch-fidelity publishes: Inception-v3 as TensorFlow released it and as FID is defined by."""
+
+
+_LOADING_ERRORS = (
+    OSError,
+    EOFError,
+    ValueError,
+    TypeError,
+    KeyError,
+    ImportError,
+    RuntimeError,
+    SafetensorError,
+    pickle.UnpicklingError,
+)
+"""What loading weights that are missing, damaged, or of something else may raise."""
 
 
 def _first_line(error: Exception) -> str:
@@ -58,10 +71,17 @@ class Preprocessor:
         settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         size = settings.get("crop_size") or settings.get("size")
         mean, std = (settings.get(f"image_{name}") or [0.5] * 3 for name in ("mean", "std"))
+        if not settings.get("do_normalize", True):
+            mean, std = [0.0] * 3, [1.0] * 3
         return cls(
             int(max(size.values()) if isinstance(size, dict) else size) if size else None,
             *(torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (mean, std)),
         )
+
+    @property
+    def settings(self) -> str:
+        """All of it, for telling one from another."""
+        return f"{self.size} {self.mean.flatten().tolist()} {self.std.flatten().tolist()}"
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Pixels in [0, 255] as the network takes them."""
@@ -72,10 +92,20 @@ class Preprocessor:
 
 
 class FeatureExtractor(Protocol):
-    """What describes photos by a vector each; `conditions` are part of the name of every number that compares those."""
+    """
+    What describes photos by a vector each.
+
+    Attributes:
+        fingerprint: SHA-256 of its weights.
+        name: what the names of numbers say of it.
+        size: side of its input in pixels, to which it resizes; `None` takes any.
+        resize: how.
+    """
 
     fingerprint: str
-    conditions: dict[str, str]
+    name: str
+    size: int | None
+    resize: str
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """uint8 `[N, 3, R, R]` on the extractor's device -> float32 `[N, D]`."""
@@ -86,14 +116,15 @@ class InceptionExtractor:
     The 2048 features of FID (Heusel et al., 2017): Inception-v3 as TensorFlow released it, with TensorFlow 1's resizing.
 
     Args:
-        source (`str`): what the names of numbers say about how the pixels came to be.
         device (`torch.device`): where it computes.
 
     Raises:
         ValueError: its weights are not in the torch hub folder, whence they are never downloaded, or are others.
     """
 
-    def __init__(self, source: str, device: torch.device | str = "cpu"):
+    def __init__(self, device: torch.device | str = "cpu"):
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
         path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_WEIGHTS
         if not path.is_file():
             raise ValueError(
@@ -104,17 +135,16 @@ class InceptionExtractor:
             # torch-fidelity would unpickle anything: what this refuses never gets there.
             torch.load(path, map_location="cpu", weights_only=True)
             model = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(path))
-        except (RuntimeError, OSError, EOFError, TypeError, pickle.UnpicklingError) as error:
+        except _LOADING_ERRORS as error:
             raise ValueError(
                 f"`extractor` 'inception' cannot use {path} ({_first_line(error)}): get it anew from the releases"
                 " of toshas/torch-fidelity."
             ) from error
         self.model = model.to(device)
         self.fingerprint = weights_sha256(model)
-        self.conditions = {
-            "extractor": f"inception-v3-compat-{self.fingerprint[:8]}",
-            "resize": f"{source}, bilinear-{model.INPUT_IMAGE_SIZE}px of TensorFlow 1",
-        }
+        self.name = f"inception-v3-compat-{self.fingerprint[:8]}"
+        self.size: int | None = model.INPUT_IMAGE_SIZE
+        self.resize = f"bilinear-{self.size}px of TensorFlow 1"
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Tensor:
@@ -127,17 +157,16 @@ class TransformersExtractor:
 
     Args:
         folder (`str`): a folder written by `save_pretrained`.
-        source (`str`): what the names of numbers say about how the pixels came to be.
         device (`torch.device`): where it computes.
 
     Raises:
         ValueError: the folder holds no such model, or not all of its weights.
     """
 
-    def __init__(self, folder: str, source: str, device: torch.device | str = "cpu"):
+    def __init__(self, folder: str, device: torch.device | str = "cpu"):
         try:
             model, report = AutoModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
-        except (OSError, ValueError, SafetensorError) as error:
+        except _LOADING_ERRORS as error:
             raise ValueError(
                 f"`extractor` must be `evaluator`, `inception` or a folder with an image model of transformers, but"
                 f" {folder!r} cannot be loaded ({_first_line(error)})."
@@ -150,12 +179,12 @@ class TransformersExtractor:
         self.model = model.to(device, torch.float32).eval().requires_grad_(False)
         self.preprocessor = Preprocessor.read(folder, device)
         self.fingerprint = weights_sha256(model)
-        size = self.preprocessor.size
-        self.conditions = {
-            "extractor": f"{model.config.model_type}-{self.fingerprint[:8]}",
-            "resize": source if size is None else f"{source}, bicubic-{size}px",
-        }
-        side = size or 64
+        # The same weights on other input are another judge.
+        digest = hashlib.sha256(f"{self.fingerprint} {self.preprocessor.settings}".encode()).hexdigest()
+        self.name = f"{model.config.model_type}-{digest[:8]}"
+        self.size = self.preprocessor.size
+        self.resize = "" if self.size is None else f"bicubic-{self.size}px"
+        side = self.size or 64
         try:
             self(torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device))
         except (TypeError, ValueError, RuntimeError, AttributeError) as error:
@@ -166,20 +195,18 @@ class TransformersExtractor:
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Tensor:
-        size = self.preprocessor.size
-        if size is not None and pixels.shape[-1] != size:
-            pixels = F.interpolate(pixels.float(), (size, size), mode="bicubic", antialias=True).clamp(0, 255)
+        if self.size is not None and pixels.shape[-1] != self.size:
+            side = (self.size, self.size)
+            pixels = F.interpolate(pixels.float(), side, mode="bicubic", antialias=True).clamp(0, 255)
         features = self.model(self.preprocessor(pixels)).pooler_output
         return features.flatten(1)
 
 
-def load_extractor(name: str, source: str, device: torch.device | str = "cpu") -> FeatureExtractor | None:
+def load_extractor(name: str, device: torch.device | str = "cpu") -> FeatureExtractor | None:
     """What `extractor` names; None for the evaluation network's own features."""
     if name == "evaluator":
         return None
-    if name == "inception":
-        return InceptionExtractor(source, device)
-    return TransformersExtractor(name, source, device)
+    return InceptionExtractor(device) if name == "inception" else TransformersExtractor(name, device)
 
 
 # ---- classes and features -------------------------------------------------------------------------------------------
@@ -201,7 +228,7 @@ class PhotoClassifier:
     def __init__(self, folder: str, device: torch.device | str = "cpu"):
         try:
             self.model = AutoModelForImageClassification.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, SafetensorError) as error:
+        except _LOADING_ERRORS as error:
             raise ValueError(
                 f"`evaluator` must be a folder with the weights of an image classifier, but {folder!r} cannot be loaded"
                 f" ({_first_line(error)}): `train_encoders.py --task evaluation` trains one."
@@ -239,8 +266,8 @@ class Evaluator:
 
     Args:
         folder (`str`, *optional*): that of a [`PhotoClassifier`]; without it nothing is said of classes.
-        resolution (`int`, *optional*): side in pixels that photos are reduced to, which is the classifier's input; what
-            its preprocessor says, else 64.
+        resolution (`int`, *optional*): side in pixels that all photos are resized to, which is the classifier's input;
+            what its preprocessor says, or 64. Without a classifier, the extractor's.
         device (`torch.device`): where it computes.
         extractor (`str`, defaults to `"evaluator"`): whose features: those of the classifier, of `"inception"`, or of the
             model in a folder.
@@ -261,13 +288,17 @@ class Evaluator:
         self.device = device
         self.classifier = None if folder is None else PhotoClassifier(folder, device)
         self.labels = [] if self.classifier is None else self.classifier.labels
-        self.resolution = resolution or (self.classifier and self.classifier.preprocessor.size) or 64
+        self.extractor = load_extractor(extractor, device)
+        first = self.extractor if self.classifier is None else self.classifier.preprocessor
+        self.resolution = resolution or (first and first.size) or 64
         self.resize = f"squash4:3-bicubic-{self.resolution}px"
-        self.extractor = load_extractor(extractor, self.resize, device)
         self.conditions = {}
         if self.classifier is not None:
             self.conditions = {"extractor": self.classifier.name, "resize": self.resize}
-        self.feature_conditions = self.conditions if self.extractor is None else self.extractor.conditions
+        self.feature_conditions = self.conditions
+        if self.extractor is not None:
+            resize = ", ".join(filter(None, (self.resize, self.extractor.resize)))
+            self.feature_conditions = {"extractor": self.extractor.name, "resize": resize}
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -282,7 +313,7 @@ class Evaluator:
         if self.classifier is not None:
             settings = {"fingerprint": self.classifier.fingerprint, **settings}
         if self.extractor is not None:
-            settings["features"] = {"fingerprint": self.extractor.fingerprint, **self.extractor.conditions}
+            settings["features"] = {"fingerprint": self.extractor.fingerprint, **self.feature_conditions}
         return settings
 
     def __call__(self, pixels: Tensor, batch_size: int, desc: str | None = None) -> tuple[Tensor, Tensor]:
@@ -290,7 +321,7 @@ class Evaluator:
         probabilities, features = [], []
         for batch in tqdm(pixels.split(batch_size), desc=desc, leave=False, disable=desc is None):
             batch = batch.to(self.device)
-            likely, described = (batch.new_empty(len(batch), 0, dtype=torch.float32),) * 2
+            likely = described = torch.empty(len(batch), 0)
             if self.classifier is not None:
                 likely, described = self.classifier(batch)
             if self.extractor is not None:
@@ -313,8 +344,10 @@ def read_training_photos(
     """The training photos with their features, from `cache_dir` where they lie there already."""
     if cache_dir is None:
         return evaluator.look_at(read_photos(files, "training photos", evaluator.resolution), batch_size, mirror=False)
-    judges = ":".join(evaluator.fingerprints.values())
-    digest = hashlib.sha256(f"{judges}:{evaluator.feature_conditions['resize']}".encode())
+    described = [*evaluator.fingerprints.values(), *evaluator.feature_conditions.values()]
+    if evaluator.classifier is not None:
+        described.append(evaluator.classifier.preprocessor.settings)
+    digest = hashlib.sha256(":".join(described).encode())
     for label, path in files:
         status = path.stat()
         digest.update(f"{label}/{path.name}:{status.st_size}:{status.st_mtime_ns}\n".encode())

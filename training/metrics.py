@@ -93,14 +93,29 @@ THIS_PROCESS: dict[str, Any] = {"sync_on_compute": False}
 
 def frechet_distance(features: Tensor, reference: Tensor) -> float:
     """Fréchet distance between Gaussians fitted to two sets of features `[N, D]` and `[M, D]` (Heusel et al., 2017)."""
-    both = torch.cat([features, reference]).double()
-    if both.shape[1] > len(both):
-        # It stays the same in any orthonormal basis of what the features span, which is much smaller.
-        features, reference = (both @ torch.linalg.qr(both.T)[0]).split([len(features), len(reference)])
+    features, reference = features.double(), reference.double()
+    if 4 * min(len(features), len(reference)) < features.shape[1]:
+        return _frechet_distance_of_few(features, reference)
     metric = FrechetInceptionDistance(_Precomputed(features.shape[1]), **THIS_PROCESS).set_dtype(torch.float64)
-    metric.update(reference.double(), real=True)
-    metric.update(features.double(), real=False)
+    metric.update(reference, real=True)
+    metric.update(features, real=False)
     return float(metric.compute())
+
+
+def _frechet_distance_of_few(features: Tensor, reference: Tensor) -> float:
+    """
+    The same where one set is much smaller than the dimensions, in a fraction of the time: with A^T A and B^T B the covariances,
+    the trace of their product's root is the sum of the singular values of A B^T, which is only `[N, M]`.
+    """
+    means = [samples.mean(0) for samples in (features, reference)]
+    roots = [
+        (samples - mean) / (len(samples) - 1) ** 0.5
+        for samples, mean in zip((features, reference), means, strict=True)
+    ]
+    traces = sum(root.square().sum() for root in roots)
+    return float(
+        (means[0] - means[1]).square().sum() + traces - 2 * torch.linalg.matrix_norm(roots[0] @ roots[1].T, "nuc")
+    )
 
 
 def kernel_distance(features: Tensor, reference: Tensor) -> float:

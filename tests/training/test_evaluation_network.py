@@ -165,6 +165,13 @@ def test_an_image_model_of_transformers_gives_its_pooled_features(evaluator_dir,
     with torch.no_grad():
         torch.testing.assert_close(features, network.resnet(inputs).pooler_output.flatten(1))
     assert features.shape == (3, 12) and evaluator.feature_conditions["extractor"].startswith("resnet-")
+    # Without a classifier, photos are as large as the extractor takes them; another input makes another judge.
+    alone = Evaluator(None, extractor=str(tmp_path))
+    assert alone.resolution == 48 and alone(pixels, 2)[0].shape == (3, 0) and alone.conditions == {}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({**settings, "do_normalize": False}))
+    raw = Evaluator(None, extractor=str(tmp_path))
+    assert raw.feature_conditions["extractor"] != alone.feature_conditions["extractor"]
+    assert torch.equal(raw.extractor.preprocessor(pixels), pixels / 255)
     assert evaluator.feature_conditions["resize"] == "squash4:3-bicubic-32px, bicubic-48px"
 
 
