@@ -240,9 +240,10 @@ def load_pipeline(
         pipe = cls.from_pretrained(model or diffsketching_pipeline.bundled_checkpoint())
     # By the modules' own methods: diffusers warns of `to(dtype)`, and renames the argument of `from_pretrained`.
     casts = {DtypeName.float16: torch.nn.Module.half, DtypeName.bfloat16: torch.nn.Module.bfloat16}
-    for component in pipe.components.values():
-        if isinstance(component, torch.nn.Module) and dtype in casts:
-            casts[dtype](component)
+    if dtype in casts:
+        for component in pipe.components.values():
+            if isinstance(component, torch.nn.Module):
+                casts[dtype](component)
     with user_errors((RuntimeError, AssertionError)):
         pipe.to(target, silence_dtype_warnings=True)
     pipe.set_progress_bar_config(disable=True)

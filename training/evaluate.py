@@ -338,7 +338,7 @@ def check_names(plans: list[Plan], folders: Iterable[str]) -> None:
 
 @dataclass
 class Inputs:
-    """Everything that the user gave, checked; `train` on the main process only."""
+    """Everything that the user gave, checked; `train` and `weights`, the pipeline's, on the main process only."""
 
     evaluator: Evaluator
     drawings: list[Drawing]
@@ -349,6 +349,7 @@ class Inputs:
     on_contours: dict[str, dict[str, Any]] = field(default_factory=dict)
     train: ImageSet | None = None
     pipeline: DiffSketchingPipeline | None = None
+    weights: dict[str, str] = field(default_factory=dict)
     plans: list[Plan] = field(default_factory=list)
 
     def given_sketches(self, name: str) -> Tensor:
@@ -391,9 +392,9 @@ def prepare(args: EvaluationArguments, accelerator: Accelerator) -> Inputs:
         inputs.train = read_training_photos(train_files, evaluator, args.eval_batch_size, args.cache_dir)
         if inputs.pipeline is not None:
             networks = inputs.pipeline.components.items()
-            weights = {name: weights_sha256(network) for name, network in networks if isinstance(network, nn.Module)}
+            inputs.weights = {name: weights_sha256(net) for name, net in networks if isinstance(net, nn.Module)}
             for plan in inputs.plans:
-                settings = generation_settings(args, plan, weights, drawings)
+                settings = generation_settings(args, plan, inputs.weights, drawings)
                 path = images_dir(args, plan.system) / "generation.json"
                 check_settings(settings, path, "`output_dir` holds images generated")
     return inputs
@@ -406,7 +407,7 @@ def read_generated(args: EvaluationArguments, inputs: Inputs, plan: Plan) -> Ima
     generated = read_system(plan.system.name, images, inputs.evaluator.resolution)
     seeds = [job.seed for job in jobs]
     generated.conditions = {
-        "model": f"{Path(str(args.model)).name}-{weights_sha256(inputs.pipeline.unet)[:8]}" if inputs.pipeline else "",
+        "model": f"{Path(str(args.model)).name}-{inputs.weights['unet'][:8]}",
         "sampling": describe_sampling(args, plan),
         "seeds": f"{len(seeds)} in {min(seeds)}-{max(seeds)}",
     }
