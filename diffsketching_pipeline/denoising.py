@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
@@ -236,6 +237,71 @@ def _merge_equal_rows(
         weights = (1 / torch.bincount(owner)[owner]).reshape(-1, 1, 1, 1)
     weights = weights.new_zeros(len(rows), *weights.shape[1:]).index_add(0, index, weights)
     return rows[:, 1], rows[:, 0], weights
+
+
+class UNetInputs(NamedTuple):
+    """
+    Which channels a network takes beside x_t; see [`get_unet_inputs`].
+
+    Attributes:
+        sketch: channels of the folded drawing: f², or 0 for a network that takes none.
+        abstraction: 1 for a plane of `sketch_abstraction` after it, or 0.
+    """
+
+    sketch: int
+    abstraction: int
+
+
+def get_unet_inputs(in_channels: int, sample_channels: int, scale_factor: int = 1) -> UNetInputs:
+    """
+    What a network with `in_channels` takes: c, c + f² or c + f² + 1 channels, for x_t, the drawing folded by
+    `pixel_unshuffle(f)`, and one constant plane for how far the drawing may be off.
+
+    Args:
+        in_channels: the network's.
+        sample_channels: c, those of x_t: 3, or the latent channels of an autoencoder.
+        scale_factor: f, pixels per latent along a side; 1 without an autoencoder.
+
+    Raises:
+        ValueError: for any other number of channels.
+    """
+    folded = scale_factor**2
+    for inputs in (UNetInputs(0, 0), UNetInputs(folded, 0), UNetInputs(folded, 1)):
+        if in_channels == sample_channels + sum(inputs):
+            return inputs
+    raise ValueError(
+        f"`unet` must have {sample_channels} input channels (x_t), {sample_channels + folded} (with the drawing) or"
+        f" {sample_channels + folded + 1} (with a plane for `sketch_abstraction`), but got `in_channels={in_channels}`."
+    )
+
+
+def join_unet_inputs(
+    sample: torch.Tensor,
+    in_channels: int,
+    sketch: torch.Tensor | None = None,
+    sketch_abstraction: torch.Tensor | float = 0.0,
+) -> torch.Tensor:
+    """
+    x_t, the folded drawing and the plane of its abstraction, as a network that takes them expects.
+
+    Args:
+        sample (`torch.Tensor` of shape `[batch_size, c, height, width]`): x_t.
+        in_channels: the network's; see [`get_unet_inputs`].
+        sketch (`torch.Tensor` of shape `[batch_size, 1, f * height, f * width]`, *optional*):
+            -1 = stroke, +1 = paper; 0 everywhere, as `None`, is no drawing.
+        sketch_abstraction (`float` or `torch.Tensor` of shape `[batch_size]`): in [0, 1], from traced to meant.
+    """
+    others = in_channels - sample.shape[1]
+    if sketch is None or others == 0:
+        return torch.cat([sample, sample.new_zeros(len(sample), others, *sample.shape[2:])], dim=1)
+    folded = F.pixel_unshuffle(sketch.to(sample), sketch.shape[-1] // sample.shape[-1])
+    if folded.shape[1] == others:
+        return torch.cat([sample, folded], dim=1)
+    abstraction = torch.as_tensor(sketch_abstraction, dtype=sample.dtype, device=sample.device).reshape(-1, 1, 1, 1)
+    # No drawing has no abstraction either: one null for all.
+    drawn = (sketch != 0).flatten(1).any(dim=1).reshape(-1, 1, 1, 1)
+    plane = (abstraction * drawn).expand(len(sample), 1, *sample.shape[2:])
+    return torch.cat([sample, folded, plane], dim=1)
 
 
 def _with_sketch(sample: torch.Tensor, sketch: torch.Tensor | None) -> torch.Tensor:

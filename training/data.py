@@ -476,7 +476,7 @@ def _load_cached(path: Path) -> CachedPhoto | None:
         return None
 
 
-def _list_images(root: Path, split: str) -> tuple[list[Path], list[str]]:
+def list_images(root: Path, split: str) -> tuple[list[Path], list[str]]:
     """Image files of `root/split/<class>/` in a fixed order, and the class names of the whole set."""
     folder = root / split
     if not folder.is_dir():
@@ -572,7 +572,7 @@ class PhotoSketchDataset(Dataset):
     # What a dataset of other files changes: which there are, their classes, how they are read and drawn.
 
     def _list(self, root: Any, split: str) -> tuple[list[Any], list[str]]:
-        return _list_images(Path(root), split)
+        return list_images(Path(root), split)
 
     def _class_label(self, file: Any) -> int:
         return self.label2id[file.parent.name]

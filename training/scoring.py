@@ -32,9 +32,6 @@ from metrics import (
     CHAMFER_CAP,
     CONTOUR_RESOLUTION,
     MANIFOLD_NEIGHBOURS,
-    PATCH_SIZE,
-    PATCHES_PER_IMAGE,
-    PYRAMID_LEVELS,
     SET_DISTANCES,
     THIS_PROCESS,
     THUMBNAIL_SIDE,
@@ -46,9 +43,6 @@ from metrics import (
     manifold_membership,
     nearest,
     pairwise_means,
-    patch_distance,
-    patch_projections,
-    patch_quantiles,
     percentile_interval,
     precision,
     random_halves,
@@ -56,6 +50,14 @@ from metrics import (
     recall,
     retrieval_ranks,
     thumbnails,
+)
+from patches import (
+    PATCH_SIZE,
+    PATCHES_PER_IMAGE,
+    PYRAMID_LEVELS,
+    patch_distance,
+    patch_projections,
+    patch_quantiles,
 )
 from torch import Tensor, nn
 from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity

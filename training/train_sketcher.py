@@ -72,10 +72,10 @@ class SketcherArguments(TrainingArguments):
 
 class PatchDiscriminator(ModelMixin, ConfigMixin):
     """
-    pix2pix's PatchGAN (Isola et al., 2017): one score per overlapping patch of a pair of pictures.
+    pix2pix's PatchGAN (Isola et al., 2017): one score per overlapping patch of a picture or a pair of them.
 
     Args:
-        in_channels (`int`): channels of both pictures together.
+        in_channels (`int`): channels of the pictures together.
         ndf (`int`): channels of the first convolution.
         n_layers (`int`): number of halvings.
     """
@@ -100,9 +100,9 @@ class PatchDiscriminator(ModelMixin, ConfigMixin):
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, 0.0, 0.02)
 
-    def forward(self, source: Tensor, target: Tensor) -> Tensor:
-        """Scores [B, 1, h, w], near 1 for a real pair, of pictures [B, C, H, W] in [-1, 1]."""
-        return self.layers(torch.cat([source, target], dim=1))
+    def forward(self, *pictures: Tensor) -> Tensor:
+        """Scores [B, 1, h, w], near 1 for real ones, of pictures [B, C, H, W] in [-1, 1] that belong together."""
+        return self.layers(torch.cat(pictures, dim=1))
 
 
 def minimum_l1(prediction: Tensor, targets: Tensor, stroke_weight: float = 0.0) -> Tensor:

@@ -56,6 +56,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import DistributedType, ProjectConfiguration, send_to_device
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from optimizers import Muon
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -134,6 +135,9 @@ class TrainingArguments:
     lr_power: float = argument(1.0, "power of `polynomial`")
     lr_decay_steps: int | None = argument(
         None, "keep the rate constant and apply `lr_scheduler` to this many last steps only"
+    )
+    optimizer: Literal["adamw", "muon"] = argument(
+        "adamw", "muon orthogonalizes the steps of hidden matrices and flattened kernels, see optimizers.py"
     )
     adam_beta1: float = argument(0.9, "AdamW's beta 1")
     adam_beta2: float = argument(0.999, "AdamW's beta 2")
@@ -641,6 +645,14 @@ class Trainer:
 
     def _make_optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
         args = self.args
+        if args.optimizer == "muon":
+            return Muon(
+                module,
+                lr=self.learning_rate,
+                betas=(args.adam_beta1, args.adam_beta2),
+                weight_decay=args.adam_weight_decay,
+                eps=args.adam_epsilon,
+            )
         return torch.optim.AdamW(
             [p for p in module.parameters() if p.requires_grad],
             lr=self.learning_rate,

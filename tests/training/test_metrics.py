@@ -16,6 +16,7 @@ import math
 
 import metrics
 import numpy as np
+import patches
 import pytest
 import torch
 import torch.nn.functional as F
@@ -247,12 +248,12 @@ def photos_of(tint, count, seed=0):
 
 def test_patches_see_tints_and_checkerboards_that_a_classifier_may_overlook():
     red, other_red, blue = photos_of([1.0, 0, 0], 60), photos_of([1.0, 0, 0], 90, seed=1), photos_of([0, 0, 1.0], 90)
-    reference = metrics.patch_quantiles(metrics.patch_projections(red))
+    reference = patches.patch_quantiles(patches.patch_projections(red))
     board = (torch.arange(64)[:, None] + torch.arange(64)) % 2 * 12
     checkered = (other_red.int() + board.int()).clamp(0, 255).byte()
 
     def distance(pixels):
-        return metrics.patch_distance(metrics.patch_projections(pixels), reference)
+        return patches.patch_distance(patches.patch_projections(pixels), reference)
 
     assert distance(red) == 0
     assert distance(other_red) < 0.2
@@ -269,4 +270,4 @@ def test_patch_distance_is_the_wasserstein_distance_along_each_direction():
             for k in range(3)
         ]
     )
-    assert metrics.patch_distance(first, metrics.patch_quantiles(second)) == pytest.approx(expected, rel=0.03)
+    assert patches.patch_distance(first, patches.patch_quantiles(second)) == pytest.approx(expected, rel=0.03)

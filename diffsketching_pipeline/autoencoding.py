@@ -1,0 +1,56 @@
+# Copyright 2026 The DiffSketching Pipeline Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Photos to the space that a UNet denoises, and back: the latents of an autoencoder."""
+
+from typing import Any
+
+import torch
+
+
+def get_scale_factor(vae: Any) -> int:
+    """
+    f, the pixels per latent along a side; 1 without an autoencoder.
+
+    Args:
+        vae ([`AutoencoderKL`] or [`AutoencoderTiny`], *optional*): each level of its encoder but the first halves.
+    """
+    if vae is None:
+        return 1
+    widths = vae.config.get("encoder_block_out_channels") or vae.config["block_out_channels"]
+    return 2 ** (len(widths) - 1)
+
+
+def encode_photos(vae: Any, photos: torch.Tensor) -> torch.Tensor:
+    """
+    Latents of photos, shifted and scaled to about unit variance, without randomness: the mode of the distribution where the
+    encoder gives one.
+
+    Args:
+        vae ([`AutoencoderKL`] or [`AutoencoderTiny`]): its config holds `shift_factor` and `scaling_factor`.
+        photos (`torch.Tensor` of shape `[batch_size, 3, height, width]`): in [-1, 1].
+
+    Returns:
+        `torch.Tensor`: float32 `[batch_size, latent_channels, height / f, width / f]`.
+    """
+    encoded = vae.encode(photos.to(vae.dtype))
+    latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+    return (latents.float() - (vae.config.get("shift_factor") or 0.0)) * vae.config["scaling_factor"]
+
+
+def decode_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+    """
+    Photos `[batch_size, 3, height, width]`, float32 and not clipped, of what [`encode_photos`] returns; differentiable.
+    """
+    latents = latents / vae.config["scaling_factor"] + (vae.config.get("shift_factor") or 0.0)
+    return vae.decode(latents.to(vae.dtype)).sample.float()

@@ -1,0 +1,122 @@
+# Copyright 2026 The DiffSketching Pipeline Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Optimizers that torch does not have for convolutional networks."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+SMALLEST_MATRIX_SIDE = 8
+"""Weights with fewer rows or columns, of a layer that makes the three channels of a photo say, are no hidden matrices."""
+
+
+def orthogonalized(matrix: Tensor, steps: int = 5) -> Tensor:
+    """
+    About the orthogonal matrix nearest to `matrix` `[rows, columns]`: its singular values brought to around 1 by the quintic
+    Newton-Schulz iteration of Jordan et al., "Muon" (2024).
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrix / (matrix.norm() + 1e-7)
+    is_tall = x.shape[0] > x.shape[1]
+    x = x.T if is_tall else x
+    for _ in range(steps):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.T if is_tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """
+    Muon for the hidden matrices of a network, kernels of convolutions flattened to matrices, and AdamW for all else.
+
+    A matrix moves along its orthogonalized Nesterov momentum, scaled to the root mean square of AdamW's steps (0.2, Liu et
+    al., "Muon is Scalable for LLM Training", 2025), so that one learning rate serves both.
+
+    Args:
+        module: the network; its parameters that need gradients are trained.
+        lr: the learning rate.
+        momentum: decay of Muon's momentum.
+        betas, eps: AdamW's, for embeddings, biases, norms and small layers.
+        weight_decay: decoupled weight decay of all.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        lr: float = 1e-3,
+        momentum: float = 0.95,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ):
+        matrices, others = split_parameters(module)
+        groups: list[dict[str, Any]] = [
+            {"params": matrices, "is_matrix": True},
+            {"params": others, "is_matrix": False},
+        ]
+        defaults = {"lr": lr, "momentum": momentum, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__([group for group in groups if group["params"]], defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Moves every parameter that has a gradient."""
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                if group["is_matrix"]:
+                    update = self._muon_update(parameter, group)
+                else:
+                    update = self._adamw_update(parameter, group)
+                parameter.sub_(group["lr"] * update)
+        return loss
+
+    def _muon_update(self, parameter: nn.Parameter, group: dict[str, Any]) -> Tensor:
+        state, gradient = self.state[parameter], parameter.grad
+        momentum = state.setdefault("momentum_buffer", torch.zeros_like(parameter))
+        momentum.lerp_(gradient, 1 - group["momentum"])
+        matrix = torch.lerp(gradient, momentum, group["momentum"]).flatten(1)
+        update = orthogonalized(matrix) * (0.2 * max(matrix.shape) ** 0.5)
+        return update.reshape(parameter.shape)
+
+    def _adamw_update(self, parameter: nn.Parameter, group: dict[str, Any]) -> Tensor:
+        state, gradient = self.state[parameter], parameter.grad
+        if not state:
+            state["step"] = torch.zeros(())
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        state["step"] += 1
+        beta1, beta2 = group["betas"]
+        state["exp_avg"].lerp_(gradient, 1 - beta1)
+        state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        step = float(state["step"])
+        denominator = (state["exp_avg_sq"] / (1 - beta2**step)).sqrt_().add_(group["eps"])
+        return state["exp_avg"] / (1 - beta1**step) / denominator
+
+
+def split_parameters(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The hidden matrices of a network, which Muon is for, and its other parameters; those without gradients left out."""
+    kinds: Iterable[type] = (nn.Linear, nn.Conv2d)
+    weights = {id(m.weight) for m in module.modules() if isinstance(m, tuple(kinds))}
+    matrices, others = [], []
+    for parameter in module.parameters():
+        if not parameter.requires_grad:
+            continue
+        is_matrix = id(parameter) in weights and min(parameter.flatten(1).shape) >= SMALLEST_MATRIX_SIDE
+        (matrices if is_matrix else others).append(parameter)
+    return matrices, others
