@@ -75,7 +75,7 @@ class AutoencoderArguments(TrainingArguments):
     freeze_encoder: bool = argument(False, "train the decoder alone; needs `pretrained_model_name_or_path`")
 
     l1_weight: float = argument(1.0, "weight of the L1 distance")
-    perceptual_weight: float = argument(0.5, "weight of the distance in features of `perceptual_network`")
+    perceptual_weight: float = argument(0.1, "weight of the distance in features of `perceptual_network`")
     perceptual_network: str = argument(
         "none", "none, lpips:alex|vgg|squeeze, squeezenet:FILE, or the folder of an image model of transformers"
     )
