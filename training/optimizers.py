@@ -13,7 +13,6 @@
 # limitations under the License.
 """Optimizers that torch does not have for convolutional networks."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -76,27 +75,22 @@ class Muon(torch.optim.Optimizer):
         """Moves every parameter that has a gradient."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
+            compute_update = self._muon_update if group["is_matrix"] else self._adamw_update
             for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                if group["is_matrix"]:
-                    update = self._muon_update(parameter, group)
-                else:
-                    update = self._adamw_update(parameter, group)
-                parameter.sub_(group["lr"] * update)
+                if parameter.grad is not None:
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                    parameter.sub_(group["lr"] * compute_update(parameter, parameter.grad, group))
         return loss
 
-    def _muon_update(self, parameter: nn.Parameter, group: dict[str, Any]) -> Tensor:
-        state, gradient = self.state[parameter], parameter.grad
-        momentum = state.setdefault("momentum_buffer", torch.zeros_like(parameter))
+    def _muon_update(self, parameter: nn.Parameter, gradient: Tensor, group: dict[str, Any]) -> Tensor:
+        momentum = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
         momentum.lerp_(gradient, 1 - group["momentum"])
         matrix = torch.lerp(gradient, momentum, group["momentum"]).flatten(1)
         update = orthogonalized(matrix) * (0.2 * max(matrix.shape) ** 0.5)
         return update.reshape(parameter.shape)
 
-    def _adamw_update(self, parameter: nn.Parameter, group: dict[str, Any]) -> Tensor:
-        state, gradient = self.state[parameter], parameter.grad
+    def _adamw_update(self, parameter: nn.Parameter, gradient: Tensor, group: dict[str, Any]) -> Tensor:
+        state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros(())
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
@@ -111,9 +105,9 @@ class Muon(torch.optim.Optimizer):
 
 def split_parameters(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """The hidden matrices of a network, which Muon is for, and its other parameters; those without gradients left out."""
-    kinds: Iterable[type] = (nn.Linear, nn.Conv2d)
-    weights = {id(m.weight) for m in module.modules() if isinstance(m, tuple(kinds))}
-    matrices, others = [], []
+    weights = {id(m.weight) for m in module.modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for parameter in module.parameters():
         if not parameter.requires_grad:
             continue

@@ -24,9 +24,8 @@ None of them is saved with what is trained, and none of its family may judge the
 """
 
 import pickle
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -82,6 +81,7 @@ class SqueezeNetFeatures(nn.Module):
         ValueError: a layer is missing or has another shape.
     """
 
+    mean: Tensor
     fires = {
         2: (16, 64),
         3: (16, 64),
@@ -138,6 +138,9 @@ class TransformersFeatures(nn.Module):
     normalised as ImageNet's are.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, model: Any):
         super().__init__()
         self.model = model
@@ -163,7 +166,7 @@ def load_perceptual_network(name: str) -> SketchPerceptualLoss | None:
     if name == "none":
         return None
     if kind == "lpips" and value in ("alex", "vgg", "squeeze"):
-        loss = SketchPerceptualLoss.from_lpips(value)
+        loss = SketchPerceptualLoss.from_lpips(cast(Any, value))
     elif kind == "squeezenet" and value:
         loss = SketchPerceptualLoss(SqueezeNetFeatures(read_array_pickle(value)))
     elif Path(name).is_dir():
@@ -194,7 +197,6 @@ def _load_image_model(folder: str) -> Any:
 
 def perceptual_distance(loss: SketchPerceptualLoss, photos: Tensor, others: Tensor) -> Tensor:
     """Distance of each pair of photos `[batch_size, 3, height, width]` in [-1, 1], `[batch_size]`, in float32."""
-    maps: Callable[[Tensor], list[Tensor]] = loss.features
     with torch.no_grad():
-        target = maps(others)
-    return loss.distance([x.float() for x in maps(photos)], [x.float() for x in target])
+        target = [x.float() for x in loss.features(others)]
+    return loss.distance([x.float() for x in loss.features(photos)], target)

@@ -184,7 +184,7 @@ class TrainableAutoencoder(AutoencoderTiny):
         """The same weights as an `AutoencoderTiny`, as it is saved and shared."""
         plain = AutoencoderTiny.from_config(self.config)
         plain.load_state_dict(self.state_dict())
-        return plain.to(dtype=self.dtype).eval()
+        return (plain if plain.dtype == self.dtype else plain.to(dtype=self.dtype)).eval()
 
 
 def make_models(args: AutoencoderArguments) -> dict[str, nn.Module]:
@@ -344,8 +344,7 @@ def main(args: AutoencoderArguments) -> None:
         return
     vae = averaged.plain()
     if not args.freeze_encoder:
-        photos = PhotoDataset(root, "train", args.validation_resolution, train=False)
-        shift, scale = measure_latents(vae, photos)
+        shift, scale = measure_latents(vae, PhotoDataset(root, "train", args.validation_resolution, train=False))
         vae.register_to_config(shift_factor=shift, scaling_factor=scale)
     photos = torch.stack([held_out.sample(i)["pixel_values"] for i in range(len(held_out))])
     metrics = reconstruction_metrics(reconstruct(vae, photos), photos)

@@ -11,9 +11,12 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Trains the UNet of a DiffSketching pipeline: photos from noise, a drawing (4th input channel) and a class.
+"""Trains the UNet of a DiffSketching pipeline: photos from noise, a drawing (further input channels) and a class.
 
     accelerate launch training/train_unet.py training/configs/unet_garments64.yaml --train_data_dir garments
+
+With `--pretrained_vae_model_name_or_path` the UNet works on the latents of that autoencoder (train_autoencoder.py), which
+are encoded once and cached; the drawing keeps its full size, folded into channels.
 
 The drawings are contours made from the photos, so no drawing by a human is needed. Class, drawing and both together are
 withheld from part of the samples; sampling can then strengthen them by classifier-free guidance. The result, with
@@ -23,6 +26,7 @@ first and go on with `--resolution 64 --pretrained_model_name_or_path OUTPUT_DIR
 
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,8 +35,9 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from data import PhotoSketchDataset, check_free_hand
-from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DModel
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, DiffusionPipeline, UNet2DModel
 from diffusers.training_utils import compute_snr
+from latents import LatentDataset
 from torch import Tensor
 from trainer import (
     Sample,
@@ -41,6 +46,7 @@ from trainer import (
     add_noise_and_timestep,
     argument,
     class_balanced_weights,
+    clean_images,
     image_grid,
     keyed_generator,
     load_pretrained,
@@ -50,6 +56,8 @@ from trainer import (
 )
 
 from diffsketching_pipeline import DiffSketchingPipeline
+from diffsketching_pipeline.autoencoding import decode_latents, get_scale_factor
+from diffsketching_pipeline.denoising import join_unet_inputs
 
 
 @dataclass
@@ -68,6 +76,13 @@ class UNetTrainingArguments(TrainingArguments):
     layers_per_block: int = argument(1, "UNet2DModel's `layers_per_block`")
     attention_head_dim: int = argument(32, "channels of one attention head")
     norm_num_groups: int = argument(16, "UNet2DModel's `norm_num_groups`")
+    pretrained_vae_model_name_or_path: str | None = argument(
+        None, "train on the latents of this autoencoder: a folder of it, a pipeline folder or a Hub id"
+    )
+    crops_per_photo: int = argument(4, "crops of each photo whose latents are cached")
+    abstraction_plane: bool = argument(
+        False, "tell the UNet by one more channel how far its drawing may be off: `sketch_abstraction` of the pipeline"
+    )
     resnet_time_scale_shift: Literal["default", "scale_shift"] = argument("scale_shift", "how the timestep enters")
     dropout: float = argument(0.0, "dropout inside the residual blocks")
     gradient_checkpointing: bool = argument(False, "recompute activations in the backward pass to save memory")
@@ -77,9 +92,17 @@ class UNetTrainingArguments(TrainingArguments):
         "squaredcos_cap_v2", "noise schedule"
     )
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = argument("v_prediction", "what the UNet predicts")
+    timestep_spacing: Literal["leading", "trailing"] = argument(
+        "leading", "spacing of the sampling steps; trailing begins at the noisiest timestep, which few steps need"
+    )
     snr_gamma: float | None = argument(
         None, "gamma of Min-SNR weighting (Hang et al., 2023), usually 5; off when left out"
     )
+
+    model_guidance_scale: float = argument(
+        0.0, "w of model guidance (Tang et al., 2025): the guided prediction is learned, one pass samples it; 0 = off"
+    )
+    model_guidance_start_step: int = argument(0, "step from which that counts; before, there is nothing to guide by")
 
     proportion_empty_class_labels: float = argument(
         0.05, "share of samples whose class is withheld, beside those that lose both"
@@ -99,6 +122,10 @@ class UNetTrainingArguments(TrainingArguments):
     )
     free_hand_strength: float = argument(1.0, "largest strength of that")
 
+    publish_ema: str = argument(
+        "first",
+        "average that becomes the pipeline: first, best (by validation loss), or one of `further_ema_max_decays`",
+    )
     num_validation_samples: int = argument(64, "validation photos on which losses are measured")
     num_validation_images: int = argument(12, "validation drawings in the picture")
     ddpm_num_inference_steps: int = argument(25, "sampling steps for the picture")
@@ -114,12 +141,40 @@ def check_unet_arguments(args: UNetTrainingArguments) -> None:
     check_free_hand(args.free_hand_share, args.free_hand_strength)
     if args.snr_gamma is not None and args.snr_gamma <= 0:
         raise ValueError(f"`snr_gamma` must be positive, but got {args.snr_gamma}.")
-    factor = 2 ** (len(args.block_out_channels) - 1)
-    if args.resolution % factor:
-        raise ValueError(f"`resolution` must be a multiple of {factor} for this UNet, but got {args.resolution}.")
-    for name in ("num_validation_samples", "num_validation_images"):
+    for name in ("num_validation_samples", "num_validation_images", "crops_per_photo"):
         if getattr(args, name) < 1:
             raise ValueError(f"`{name}` must be at least 1, but got {getattr(args, name)}.")
+    for name in ("model_guidance_scale", "model_guidance_start_step"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"`{name}` must be at least 0, but got {getattr(args, name)}.")
+    known = ["first", "best", *(f"{decay:g}" for decay in args.further_ema_max_decays)]
+    if args.publish_ema not in known:
+        raise ValueError(f"`publish_ema` must be one of {known}, but got {args.publish_ema!r}.")
+
+
+def check_size(args: UNetTrainingArguments, scale_factor: int) -> None:
+    """Raises `ValueError` where the levels of the UNet, or the autoencoder below it, do not divide `resolution`."""
+    factor = 2 ** (len(args.block_out_channels) - 1) * scale_factor
+    if args.resolution % factor:
+        raise ValueError(f"`resolution` must be a multiple of {factor} for this UNet, but got {args.resolution}.")
+
+
+def load_vae(name_or_path: str) -> Any:
+    """
+    Loads the autoencoder in a folder or repository, of a pipeline or alone, by the class that its config names; frozen.
+
+    Raises:
+        ValueError: its config names no autoencoder that photos can be encoded with.
+    """
+    is_alone = os.path.isfile(os.path.join(name_or_path, "config.json"))
+    config = AutoencoderTiny.load_config(name_or_path, **({} if is_alone else {"subfolder": "vae"}))
+    classes = {"AutoencoderTiny": AutoencoderTiny, "AutoencoderKL": AutoencoderKL}
+    if config.get("_class_name") not in classes:
+        raise ValueError(
+            f"`pretrained_vae_model_name_or_path` must be one of {list(classes)}, but {name_or_path!r} is "
+            f"{config.get('_class_name')!r}."
+        )
+    return load_pretrained(classes[config["_class_name"]], name_or_path, "vae").eval().requires_grad_(False)
 
 
 def make_scheduler(args: UNetTrainingArguments) -> DDIMScheduler:
@@ -128,22 +183,30 @@ def make_scheduler(args: UNetTrainingArguments) -> DDIMScheduler:
         num_train_timesteps=args.ddpm_num_steps,
         beta_schedule=args.ddpm_beta_schedule,
         prediction_type=args.prediction_type,
-        timestep_spacing="leading",
+        timestep_spacing=args.timestep_spacing,
         steps_offset=0,
         set_alpha_to_one=True,
-        clip_sample=True,
+        # Latents have no bounds.
+        clip_sample=args.pretrained_vae_model_name_or_path is None,
     )
 
 
-def make_unet(args: UNetTrainingArguments, id2label: dict[int, str]) -> UNet2DModel:
-    """A new UNet, or the one of `pretrained_model_name_or_path` at this resolution; class n is "no class"."""
+def make_unet(args: UNetTrainingArguments, id2label: dict[int, str], vae: Any = None) -> UNet2DModel:
+    """
+    A new UNet, or the one of `pretrained_model_name_or_path` at this resolution; class n is "no class". With `vae` it
+    denoises that autoencoder's latents.
+    """
+    factor = get_scale_factor(vae)
+    check_size(args, factor)
+    channels = 3 if vae is None else vae.config.latent_channels
+    in_channels = channels + factor**2 + int(args.abstraction_plane)
     if args.pretrained_model_name_or_path is not None:
-        return load_unet(args, id2label)
+        return load_unet(args, id2label, in_channels, factor)
     torch.manual_seed(args.seed)
     return UNet2DModel(
-        sample_size=args.resolution,
-        in_channels=4,
-        out_channels=3,
+        sample_size=args.resolution // factor,
+        in_channels=in_channels,
+        out_channels=channels,
         block_out_channels=tuple(args.block_out_channels),
         down_block_types=tuple(args.down_block_types),
         up_block_types=tuple(args.up_block_types),
@@ -156,20 +219,22 @@ def make_unet(args: UNetTrainingArguments, id2label: dict[int, str]) -> UNet2DMo
     )
 
 
-def load_unet(args: UNetTrainingArguments, id2label: dict[int, str]) -> UNet2DModel:
+def load_unet(
+    args: UNetTrainingArguments, id2label: dict[int, str], in_channels: int = 4, scale_factor: int = 1
+) -> UNet2DModel:
     """
     Loads the UNet to go on from.
 
     Raises:
-        ValueError: it has no sketch channel or another number of classes, or its pipeline has other classes or another
+        ValueError: it has no sketch channel or other input channels than this run, another number of classes, or its pipeline has other classes or another
             noise schedule than this run.
     """
     path = str(args.pretrained_model_name_or_path)
     unet = load_pretrained(UNet2DModel, path, "unet")
-    if unet.config.in_channels != 4:
+    if unet.config.in_channels != in_channels:
         raise ValueError(
-            f"`pretrained_model_name_or_path` must have 4 input channels, but {path!r} has {unet.config.in_channels}: "
-            "add the sketch channel with `diffsketching_pipeline.expand_unet_for_sketch`."
+            f"`pretrained_model_name_or_path` must have {in_channels} input channels, but {path!r} has "
+            f"{unet.config.in_channels}: add those of the sketch with `diffsketching_pipeline.expand_unet_for_sketch`."
         )
     if unet.config.num_class_embeds != len(id2label) + 1:
         raise ValueError(
@@ -184,7 +249,7 @@ def load_unet(args: UNetTrainingArguments, id2label: dict[int, str]) -> UNet2DMo
         for name in ("prediction_type", "beta_schedule", "num_train_timesteps"):
             if pretrained[name] != make_scheduler(args).config[name]:
                 raise ValueError(f"`pretrained_model_name_or_path` {path!r} has the {name} {pretrained[name]!r}.")
-    unet.register_to_config(sample_size=args.resolution)
+    unet.register_to_config(sample_size=args.resolution // scale_factor)
     return unet
 
 
@@ -207,8 +272,39 @@ def drop_conditions(
     return sample
 
 
+@dataclass
+class ModelGuidance:
+    """
+    What model guidance adds to the target (Tang et al., "Diffusion Models without Classifier-free Guidance", 2025):
+    w (ε(x_t, s, y) - ε(x_t, ∅)) without gradients, for samples that have a class or a drawing. The network then predicts in
+    one pass what classifier-free guidance with w + 1 makes of two.
+
+    Args:
+        scale: w.
+        null_class: index of "no class".
+    """
+
+    scale: float
+    null_class: int
+
+    @torch.no_grad()
+    def __call__(
+        self, unet: Any, prediction: Tensor, noisy_images: Tensor, in_channels: int, batch: Mapping[str, Any]
+    ) -> Tensor:
+        """The change of the target, shaped as `prediction`, the conditional one; 0 where nothing is given."""
+        is_given = (batch["class_label"] != self.null_class) | (batch["sketch"] != 0).flatten(1).any(dim=1)
+        nulls = torch.full_like(batch["class_label"], self.null_class)
+        unconditional = unet(join_unet_inputs(noisy_images, in_channels), batch["timestep"], class_labels=nulls).sample
+        return self.scale * is_given.reshape(-1, 1, 1, 1) * (prediction.detach() - unconditional.float())
+
+
 def diffusion_loss(
-    unet: Any, scheduler: DDIMScheduler, batch: dict[str, Tensor], snr_gamma: float | None = None
+    unet: Any,
+    scheduler: DDIMScheduler,
+    batch: Mapping[str, Any],
+    snr_gamma: float | None = None,
+    in_channels: int | None = None,
+    model_guidance: ModelGuidance | None = None,
 ) -> Tensor:
     """
     Mean squared error of the UNet's prediction, per sample.
@@ -216,16 +312,20 @@ def diffusion_loss(
     Args:
         unet: called as a conditional `UNet2DModel`.
         scheduler: owns the noise schedule and says what is predicted.
-        batch: `pixel_values` and `noise` `[B, 3, R, R]`, `sketch` `[B, 1, R, R]`, `timestep` and `class_label` `[B]`.
+        batch: `pixel_values` `[B, 3, R, R]` or `latents` `[B, C, R / f, R / f]`, `noise` of that shape, `sketch`
+            `[B, 1, R, R]`, `timestep` and `class_label` `[B]`, and maybe `sketch_abstraction` `[B]`.
         snr_gamma: if given, the error of x_0 at each timestep is weighted by min(SNR, gamma), clamped as in "Efficient
             Diffusion Training via Min-SNR Weighting Strategy" (Hang et al., 2023), instead of the prediction's own.
+        in_channels: the UNet's, where a wrapper hides its config.
+        model_guidance: if given, the target is the guided prediction, see [`ModelGuidance`].
 
     Returns:
         `Tensor`: `[B]`.
     """
-    images, noise, timesteps = batch["pixel_values"], batch["noise"], batch["timestep"]
+    images, noise, timesteps = clean_images(batch), batch["noise"], batch["timestep"]
+    in_channels = unet.config.in_channels if in_channels is None else in_channels
     noisy_images = scheduler.add_noise(images, noise, timesteps)
-    inputs = torch.cat([noisy_images, batch["sketch"]], dim=1)
+    inputs = join_unet_inputs(noisy_images, in_channels, batch["sketch"], batch.get("sketch_abstraction", 0.0))
     prediction = unet(inputs, timesteps, class_labels=batch["class_label"]).sample.float()
     prediction_type = scheduler.config.prediction_type
     if prediction_type == "epsilon":
@@ -234,6 +334,8 @@ def diffusion_loss(
         target = scheduler.get_velocity(images, noise, timesteps)
     else:
         target = images
+    if model_guidance is not None:
+        target = target + model_guidance(unet, prediction, noisy_images, in_channels, batch)
     loss = F.mse_loss(prediction, target, reduction="none").mean(dim=(1, 2, 3))
     if snr_gamma is None:
         return loss
@@ -251,27 +353,32 @@ class UNetValidation:
     the drawing has three equal losses.
     """
 
-    def __init__(self, args: UNetTrainingArguments, dataset: PhotoSketchDataset, scheduler: DDIMScheduler):
-        self.args, self.scheduler = args, scheduler
+    def __init__(
+        self, args: UNetTrainingArguments, dataset: PhotoSketchDataset, scheduler: DDIMScheduler, vae: Any = None
+    ):
+        self.args, self.scheduler, self.vae = args, scheduler, vae
         self.id2label = dataset.id2label
         count = min(args.num_validation_samples, len(dataset))
         samples = [dataset.sample(i * len(dataset) // count) for i in range(count)]
         for i, sample in enumerate(samples):
-            noise = torch.randn(sample["pixel_values"].shape, generator=keyed_generator(args.seed, i))
+            noise = torch.randn(clean_images(sample).shape, generator=keyed_generator(args.seed, i))
             # Evenly spread timesteps in an order that has nothing to do with the order of the classes.
             timestep = int(args.ddpm_num_steps * ((i * 0.6180339887) % 1))
             sample |= {"noise": noise, "timestep": timestep}
         self.batch: dict[str, Tensor] = {
             name: torch.stack([torch.as_tensor(sample[name]) for sample in samples])
-            for name in ("pixel_values", "sketch", "class_label", "noise", "timestep")
+            for name in samples[0]
+            if name != "id"
         }
         drawn = [i for i in range(count) if (samples[i]["sketch"] < 0).any()]
         shown = min(args.num_validation_images, len(drawn))
         self.shown = [drawn[i * len(drawn) // shown] for i in range(shown)]
 
-    def loss(self, unet: Any, sketch: Tensor) -> float:
-        """Mean loss with these drawings `[N, 1, R, R]` in the place of the photos' own."""
+    @torch.no_grad()
+    def loss(self, unet: Any, sketch: Tensor | None = None) -> float:
+        """Mean loss, with these drawings `[N, 1, R, R]` instead of the photos' own if they are given."""
         losses = []
+        sketch = self.batch["sketch"] if sketch is None else sketch
         batch = self.batch | {"sketch": sketch}
         for first in range(0, len(sketch), self.args.train_batch_size):
             part = slice(first, first + self.args.train_batch_size)
@@ -280,8 +387,8 @@ class UNetValidation:
         return float(torch.cat(losses).mean())
 
     def picture(self, unet: Any) -> Tensor:
-        """Rows of drawings, photos and generated photos, `[3, H, W]` in [-1, 1]."""
-        pipeline = DiffSketchingPipeline(unet=unet, scheduler=self.scheduler, id2label=self.id2label)
+        """Rows of drawings, photos (of latents, what decoding them gives) and generated photos, `[3, H, W]` in [-1, 1]."""
+        pipeline = DiffSketchingPipeline(unet=unet, scheduler=self.scheduler, vae=self.vae, id2label=self.id2label)
         pipeline.set_progress_bar_config(disable=True)
         sketches = self.batch["sketch"][self.shown]
         images = pipeline(
@@ -293,7 +400,10 @@ class UNetValidation:
             generator=[torch.Generator().manual_seed(i) for i in range(len(self.shown))],
             output_type="pt",
         ).images
-        return image_grid([sketches, self.batch["pixel_values"][self.shown], images * 2 - 1], scale=2)
+        photos = clean_images(self.batch)[self.shown]
+        if self.vae is not None:
+            photos = torch.cat([decode_latents(self.vae, part.to(self.vae.device)).cpu() for part in photos.split(4)])
+        return image_grid([sketches, photos, images * 2 - 1], scale=1 if self.args.resolution > 128 else 2)
 
     def __call__(self, unet: Any) -> tuple[dict[str, float], dict[str, Tensor]]:
         """The losses and the picture of a UNet."""
@@ -306,28 +416,57 @@ class UNetValidation:
         return losses, {"sketch_photo_generated": self.picture(unet)} if self.shown else {}
 
 
+def make_dataset(args: UNetTrainingArguments, root: Path, split: str, vae: Any = None) -> PhotoSketchDataset:
+    """The photos of one split with drawings of them, as pixels or, with `vae`, as its latents."""
+    is_train = split == "train"
+    options: dict[str, Any] = {"train": is_train, "cache_dir": args.cache_dir}
+    if is_train:
+        options |= {"free_hand_share": args.free_hand_share, "free_hand_strength": args.free_hand_strength}
+    if vae is None:
+        return PhotoSketchDataset(root, split, args.resolution, args.seed, **options)
+    return LatentDataset(root, split, vae, args.resolution, args.seed, crops_per_photo=args.crops_per_photo, **options)
+
+
+def choose_average(args: UNetTrainingArguments, trainer: Trainer, validation: UNetValidation) -> Any:
+    """
+    A copy of the UNet with the average that `publish_ema` names, on the main process; the others get None. The validation
+    losses that `best` compares are printed.
+    """
+    if args.publish_ema == "first":
+        return trainer.ema_copy("unet")
+    if args.publish_ema != "best":
+        chosen = {f"{decay:g}": decay for decay in args.further_ema_max_decays}[args.publish_ema]
+        return trainer.ema_copy("unet", max_decay=chosen)
+    device, losses = trainer.accelerator.device, {}
+    for decay in (None, *args.further_ema_max_decays):
+        candidate = trainer.ema_copy("unet", torch.float32, max_decay=decay)
+        if candidate is None:
+            return None
+        losses[decay] = validation.loss(candidate.to(device))
+        print(f"average with decay up to {decay or args.ema_max_decay:g}: validation loss {losses[decay]:.5f}")
+    return trainer.ema_copy("unet", max_decay=min(losses, key=lambda decay: losses[decay]))
+
+
 def main(args: UNetTrainingArguments) -> None:
     """Trains as the arguments say; the pipeline lies in `output_dir/pipeline` afterwards."""
     check_unet_arguments(args)
     root = resolve_data_dir(args)
-    dataset = PhotoSketchDataset(
-        root,
-        "train",
-        args.resolution,
-        args.seed,
-        train=True,
-        cache_dir=args.cache_dir,
-        free_hand_share=args.free_hand_share,
-        free_hand_strength=args.free_hand_strength,
-    )
-    validation_dataset = PhotoSketchDataset(
-        root, "validation", args.resolution, args.seed, train=False, cache_dir=args.cache_dir
-    )
+    vae = None
+    if args.pretrained_vae_model_name_or_path is not None:
+        vae = load_vae(args.pretrained_vae_model_name_or_path)
+    check_size(args, get_scale_factor(vae))
+
+    # 1. Data
+    dataset = make_dataset(args, root, "train", vae)
+    validation_dataset = make_dataset(args, root, "validation", vae)
+
+    # 2. Model and loop
     scheduler = make_scheduler(args)
-    unet = make_unet(args, dataset.id2label)
+    unet = make_unet(args, dataset.id2label, vae)
+    in_channels = unet.config.in_channels
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-
+    null_class = len(dataset.id2label)
     trainer = Trainer(
         args,
         {"unet": unet},
@@ -335,22 +474,26 @@ def main(args: UNetTrainingArguments) -> None:
         transform=partial(
             drop_conditions,
             num_train_timesteps=args.ddpm_num_steps,
-            null_class=len(dataset.id2label),
+            null_class=null_class,
             proportion_empty_class_labels=args.proportion_empty_class_labels,
             proportion_empty_sketches=args.proportion_empty_sketches,
             proportion_empty_conditioning=args.proportion_empty_conditioning,
         ),
         sample_weights=class_balanced_weights(dataset.class_labels, args.class_balance_power),
     )
-    validation = UNetValidation(args, validation_dataset, scheduler)
+    validation = UNetValidation(args, validation_dataset, scheduler, vae)
+    guidance = ModelGuidance(args.model_guidance_scale, null_class) if args.model_guidance_scale > 0 else None
 
     def compute_loss(batch: dict[str, Any]) -> dict[str, Tensor]:
-        return {"loss": diffusion_loss(trainer.modules["unet"], scheduler, batch, args.snr_gamma).mean()}
+        active = guidance if trainer.global_step >= args.model_guidance_start_step else None
+        unet = trainer.modules["unet"]
+        return {"loss": diffusion_loss(unet, scheduler, batch, args.snr_gamma, in_channels, active).mean()}
 
+    # 3. Train, publish the averaged UNet
     trainer.train(compute_loss, lambda: validation(trainer.unwrap("unet")))
-    averaged = trainer.ema_copy("unet")
+    averaged = choose_average(args, trainer, validation)
     if averaged is not None:
-        pipeline = DiffSketchingPipeline(unet=averaged, scheduler=scheduler, id2label=dataset.id2label)
+        pipeline = DiffSketchingPipeline(unet=averaged, scheduler=scheduler, vae=vae, id2label=dataset.id2label)
         with write_folder(Path(args.output_dir) / "pipeline") as folder:
             pipeline.save_pretrained(folder)
         print(Path(args.output_dir) / "pipeline")

@@ -153,6 +153,9 @@ class TrainingArguments:
     ema_inv_gamma: float = argument(1.0, "the decay at step n is 1 - (1 + n / inv_gamma) ** -power")
     ema_power: float = argument(3 / 4, "see `ema_inv_gamma`")
     ema_max_decay: float = argument(0.9999, "upper bound of the decay")
+    further_ema_max_decays: list[float] = argument(
+        [], "further averages with these upper bounds, kept in each checkpoint to choose from afterwards"
+    )
 
     checkpointing_steps: int = argument(500, "steps between two checkpoints")
     checkpoints_total_limit: int | None = argument(None, "checkpoints to keep, the oldest are deleted first")
@@ -255,6 +258,15 @@ def check_arguments(args: TrainingArguments) -> None:
         value = getattr(args, name)
         if value is not None and not value > 0:
             raise ValueError(f"`{name}` must be positive, but got {value}.")
+    for name, decays in (
+        ("ema_max_decay", [args.ema_max_decay]),
+        ("further_ema_max_decays", args.further_ema_max_decays),
+    ):
+        for decay in decays:
+            if not 0 <= decay < 1:
+                raise ValueError(f"`{name}` must be in [0, 1), but got {decay}.")
+    if args.further_ema_max_decays and not args.use_ema:
+        raise ValueError("`further_ema_max_decays` needs `use_ema`, but got `use_ema` false.")
     if args.push_to_hub and not args.hub_model_id:
         raise ValueError("`push_to_hub` needs `hub_model_id`, the repository to upload to: user/name.")
 
@@ -307,9 +319,14 @@ def class_balanced_weights(labels: Sequence[int], power: float) -> np.ndarray:
     return counts[np.asarray(labels)] ** -float(power)
 
 
+def clean_images(sample: Mapping[str, Any]) -> Tensor:
+    """What is noised and denoised: the `latents` of a sample or batch where it has them, else its `pixel_values`."""
+    return sample["latents"] if "latents" in sample else sample["pixel_values"]
+
+
 def add_noise_and_timestep(sample: Sample, generator: torch.Generator, num_train_timesteps: int) -> Sample:
-    """Completes a sample by `noise` ~ N(0, I), shaped as its `pixel_values`, and a uniform `timestep`."""
-    noise = torch.randn(sample["pixel_values"].shape, generator=generator)
+    """Completes a sample by `noise` ~ N(0, I), shaped as its [`clean_images`], and a uniform `timestep`."""
+    noise = torch.randn(clean_images(sample).shape, generator=generator)
     timestep = int(torch.randint(num_train_timesteps, (), generator=generator))
     return sample | {"noise": noise, "timestep": timestep}
 
@@ -578,7 +595,10 @@ class Trainer:
             self.modules[name], self.optimizers[name] = self._prepare(module)
         self._trainable = {n: [p for p in m.parameters() if p.requires_grad] for n, m in self.modules.items()}
         averaged = modules if ema_modules is None else ema_modules
-        self.ema = {name: self._make_ema(name) for name in averaged} if args.use_ema else {}
+        self.ema = {name: self._make_ema(name, args.ema_max_decay) for name in averaged} if args.use_ema else {}
+        self.further_ema = {
+            decay: {name: self._make_ema(name, decay) for name in self.ema} for decay in args.further_ema_max_decays
+        }
 
         self.global_step = 0
         self.samples_seen = 0
@@ -661,10 +681,10 @@ class Trainer:
             eps=args.adam_epsilon,
         )
 
-    def _make_ema(self, name: str) -> EMAModel:
+    def _make_ema(self, name: str, max_decay: float) -> EMAModel:
         return EMAModel(
             self._averaged_parameters(name),
-            decay=self.args.ema_max_decay,
+            decay=max_decay,
             use_ema_warmup=True,
             inv_gamma=self.args.ema_inv_gamma,
             power=self.args.ema_power,
@@ -701,37 +721,49 @@ class Trainer:
         clone.load_state_dict(state)
         return clone
 
+    def _averages(self) -> list[tuple[str, dict[str, EMAModel]]]:
+        """Every kind of average with what its folder in a checkpoint ends in: `_ema`, and `_ema_<max decay>` of the others."""
+        return [("_ema", self.ema), *((f"_ema_{decay:g}", ema) for decay, ema in self.further_ema.items())]
+
     @contextmanager
-    def ema_weights(self) -> Iterator[None]:
-        """Within the block the modules hold their averaged weights."""
-        for name, ema in self.ema.items():
+    def ema_weights(self, max_decay: float | None = None) -> Iterator[None]:
+        """Within the block the modules hold their averaged weights, or those of one of `further_ema_max_decays`."""
+        averages = self.ema if max_decay is None else self.further_ema[max_decay]
+        for name, ema in averages.items():
             ema.store(self._averaged_parameters(name))
             ema.copy_to(self._averaged_parameters(name))
         try:
             yield
         finally:
-            for name, ema in self.ema.items():
+            for name, ema in averages.items():
                 ema.restore(self._averaged_parameters(name))
 
-    def ema_copy(self, name: str, dtype: torch.dtype | None = None) -> Any:
+    def ema_copy(self, name: str, dtype: torch.dtype | None = None, max_decay: float | None = None) -> Any:
         """
         A plain copy of a module with the averaged weights, on the CPU, in eval mode, in `save_dtype` or `dtype`; an adapter
-        is fused. The main process gets the copy, the others None. Of a sharded module it is the state when
-        its parts last came together, at the end of `train` or where a checkpoint is pushed, while all processes are there.
+        is fused. `max_decay` chooses one of `further_ema_max_decays`. The main process gets the copy, the others None. Of a
+        sharded module it is the state when its parts last came together, at the end of `train` or where a checkpoint is
+        pushed, while all processes are there; the further averages of one are in its checkpoints only.
+
+        Raises:
+            ValueError: `max_decay` is asked of a sharded module.
         """
+        if max_decay is not None and self.is_sharded:
+            raise ValueError("`max_decay` must be None for a sharded module: take the average from a checkpoint.")
+        averages = self.ema if max_decay is None else self.further_ema[max_decay]
         if not self.accelerator.is_main_process:
             return None
         module = self.unwrap(name)
         if self.is_sharded:
             clone = self._last_copies[name]
         elif has_lora(module):
-            with self.ema_weights():
+            with self.ema_weights(max_decay):
                 clone = fuse_lora(module).cpu()
         else:
             clone = _empty_clone(module)
             clone.load_state_dict(module.state_dict())
-            if name in self.ema:
-                self.ema[name].copy_to(clone.parameters())
+            if name in averages:
+                averages[name].copy_to(clone.parameters())
         dtype = dtype or getattr(torch, self.args.save_dtype)
         return clone.eval() if dtype == clone.dtype else clone.to(dtype=dtype).eval()
 
@@ -784,11 +816,12 @@ class Trainer:
             module = self.whole(name)
             if is_main:
                 _save_module(module, os.path.join(output_dir, name))
-        with self.ema_weights():
-            for name in self.ema:
-                module = self.whole(name)
-                if is_main:
-                    _save_module(module, os.path.join(output_dir, f"{name}_ema"))
+        for max_decay, (suffix, averages) in zip((None, *self.further_ema), self._averages(), strict=True):
+            with self.ema_weights(max_decay):
+                for name in averages:
+                    module = self.whole(name)
+                    if is_main:
+                        _save_module(module, os.path.join(output_dir, name + suffix))
         if not is_main:
             return
         state = {
@@ -803,14 +836,18 @@ class Trainer:
     def _load_modules(self, models: list[nn.Module], input_dir: str) -> None:
         models.clear()
         state = json.loads(Path(input_dir, "trainer_state.json").read_text())
-        for name, ema in self.ema.items():
-            folder = os.path.join(input_dir, f"{name}_ema")
-            if not os.path.isdir(folder):
-                raise ValueError(f"`use_ema` needs {name}_ema, which the checkpoint {input_dir} does not hold.")
-            self._load_module(name, folder)
-            for shadow, parameter in zip(ema.shadow_params, self._averaged_parameters(name), strict=True):
-                shadow.copy_(parameter.detach())
-            ema.optimization_step = state["ema_steps"][name]
+        for suffix, averages in self._averages():
+            for name, ema in averages.items():
+                folder = os.path.join(input_dir, name + suffix)
+                if not os.path.isdir(folder) and suffix != "_ema":
+                    logger.warning(f"{input_dir} holds no {name + suffix}: this average begins from {name}_ema.")
+                    folder = os.path.join(input_dir, f"{name}_ema")
+                if not os.path.isdir(folder):
+                    raise ValueError(f"`use_ema` needs {name}_ema, which the checkpoint {input_dir} does not hold.")
+                self._load_module(name, folder)
+                for shadow, parameter in zip(ema.shadow_params, self._averaged_parameters(name), strict=True):
+                    shadow.copy_(parameter.detach())
+                ema.optimization_step = state["ema_steps"][name]
         for name in self.modules:
             self._load_module(name, os.path.join(input_dir, name))
         self.global_step = self._last_checkpoint_step = state["global_step"]
@@ -988,8 +1025,9 @@ class Trainer:
                 for name, compute_loss in losses.items():
                     with self._only_trainable(name):
                         self._update(name, compute_loss, batch)
-        for name, ema in self.ema.items():
-            ema.step(self._averaged_parameters(name))
+        for _, averages in self._averages():
+            for name, ema in averages.items():
+                ema.step(self._averaged_parameters(name))
         self.global_step += 1
         self.samples_seen += self.samples_per_step
         self._metrics.setdefault("lr", []).append(learning_rate)

@@ -1,0 +1,158 @@
+# Copyright 2026 The DiffSketching Pipeline Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Photos as latents of an autoencoder, encoded once: what a UNet on latents is trained on.
+
+Encoding a photo takes longer than a training step on it. So several crops of each photo, each also mirrored, are encoded
+before training begins and kept in the cache, keyed by the photo's content and everything that the latents depend on: the
+encoder's weights, its scaling, the size and the number of crops. Another decoder for the same encoder finds them again.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from data import Box, PhotoSketchDataset, load_arrays, save_arrays
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from diffsketching_pipeline.autoencoding import encode_photos, get_scale_factor
+from diffsketching_pipeline.files import weights_sha256
+
+
+_LATENTS_VERSION = "latents-1"
+
+
+def encoder_sha256(vae: Any) -> str:
+    """The sha256 sum of all that latents depend on: the encoder's weights, `shift_factor` and `scaling_factor`."""
+    digest = hashlib.sha256(weights_sha256(vae.encoder).encode())
+    if getattr(vae, "quant_conv", None) is not None:
+        digest.update(weights_sha256(vae.quant_conv).encode())
+    digest.update(f"{vae.config.get('shift_factor') or 0.0!r}:{vae.config['scaling_factor']!r}".encode())
+    return digest.hexdigest()
+
+
+class LatentDataset(PhotoSketchDataset):
+    """
+    A [`PhotoSketchDataset`] whose samples hold latents in the place of pixels.
+
+    A training sample is one of `crops_per_photo` crops of its photo, mirrored or not, with a drawing that is made anew each
+    time; without `train` it is the middle of the photo.
+
+    Args:
+        root, split, resolution, seed, train, cache_dir, drawing_options: see [`PhotoSketchDataset`]; `resolution` is the
+            photos' side in pixels.
+        vae: the autoencoder, frozen; it is used on the device it is on, and not kept.
+        crops_per_photo (`int`): crops of each photo, for training.
+        encode_batch_size (`int`): crops encoded at once.
+
+    Raises:
+        ValueError: `resolution` is no multiple of the autoencoder's factor, or as [`PhotoSketchDataset`] does.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        split: str,
+        vae: Any,
+        resolution: int = 256,
+        seed: int = 0,
+        train: bool = True,
+        cache_dir: str | Path | None = None,
+        *,
+        crops_per_photo: int = 4,
+        encode_batch_size: int = 8,
+        **drawing_options: Any,
+    ):
+        factor = get_scale_factor(vae)
+        if resolution % factor:
+            raise ValueError(
+                f"`resolution` must be a multiple of the autoencoder's factor {factor}, but got {resolution}."
+            )
+        super().__init__(root, split, resolution, seed, train, cache_dir, **drawing_options)
+        self.crops_per_photo = crops_per_photo if train else 1
+        key = f"{_LATENTS_VERSION}:{encoder_sha256(vae)}:{resolution}:{self.crops_per_photo}:{train}"
+        self._latents_key = f"{key}:{self.zoom}:{self.color_jitter}"
+        self._latents: list[Path | dict[str, np.ndarray]] = []
+        interval = {"mininterval": 10.0, "leave": False}
+        for index in tqdm(range(len(self.files)), desc=f"Encoding {split} photos", unit="photo", **interval):
+            self._latents.append(self._latents_entry(index, vae, encode_batch_size))
+
+    def _latents_entry(self, index: int, vae: Any, batch_size: int) -> Path | dict[str, np.ndarray]:
+        content = hashlib.sha256(self._read(self.files[index])).digest()
+        name = hashlib.sha256(self._latents_key.encode() + content).hexdigest()[:40]
+        path = None if self.cache_dir is None else self.cache_dir / name[:2] / f"{name}.npz"
+        if path is not None and path.exists():
+            return path
+        arrays = self._encode(index, int.from_bytes(content[:8], "big"), vae, batch_size)
+        if path is None:
+            return arrays
+        save_arrays(path, arrays)
+        return path
+
+    @torch.no_grad()
+    def _encode(self, index: int, photo_key: int, vae: Any, batch_size: int) -> dict[str, np.ndarray]:
+        """`latents` float16 `[crops, 2, C, h, w]`, the second mirrored, and the `boxes` `[crops, 4]` they show."""
+        photo = self.photo(index)
+        boxes, pixels = [], []
+        for crop in range(self.crops_per_photo):
+            rng = np.random.default_rng([crop, photo_key])
+            box = self._crop_box(photo, rng)
+            boxes.append(box)
+            pixels.append(self._pixel_values(photo.image, box, rng))
+        views = torch.stack([view for crop in pixels for view in (crop, crop.flip(-1))])
+        parts = [encode_photos(vae, part.to(vae.device)).cpu().half() for part in views.split(batch_size)]
+        latents = torch.cat(parts)
+        return {
+            "latents": latents.reshape(self.crops_per_photo, 2, *latents.shape[1:]).numpy(),
+            "boxes": np.asarray(boxes, dtype=np.float64),
+        }
+
+    def latents(self, index: int, crop: int = 0, mirrored: bool = False) -> tuple[Tensor, Box]:
+        """Latents float32 `[C, h, w]` of one crop, and the box of the photo that it shows (before it is mirrored)."""
+        entry = self._latents[index]
+        arrays = load_arrays(entry, ("latents", "boxes")) if isinstance(entry, Path) else entry
+        if arrays is None:
+            raise ValueError(f"{entry} of the cache is damaged: delete it and start again, it is then made anew.")
+        left, top, right, bottom = arrays["boxes"][crop].tolist()
+        return torch.from_numpy(arrays["latents"][crop, int(mirrored)]).float(), (left, top, right, bottom)
+
+    def sample(self, index: int, epoch: int = 0) -> dict[str, Any]:
+        """
+        One sample.
+
+        Returns:
+            `dict`: `latents` float32 [C, R / f, R / f]; `sketch` float32 [1, R, R], -1 = stroke, +1 = paper;
+            `sketch_abstraction` float in [0, 1]; `class_label` int; `id` the file's stem.
+        """
+        rng = np.random.default_rng([self.seed, epoch, index])
+        crop = int(rng.integers(self.crops_per_photo)) if self.train else 0
+        mirrored = bool(self.train and rng.random() < 0.5)
+        latents, box = self.latents(index, crop, mirrored)
+        drawn, abstraction = self._sketch(self.drawings(index), index, box, rng)
+        sketch = torch.from_numpy(drawn)[None]
+        return {
+            "latents": latents,
+            "sketch": sketch.flip(-1) if mirrored else sketch,
+            "sketch_abstraction": abstraction,
+            "class_label": self.class_labels[index],
+            "id": self.ids[index],
+        }
+
+    def stack(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """Samples of epoch 0 as one batch, without their ids."""
+        samples = [self.sample(index) for index in indices]
+        return {n: torch.stack([torch.as_tensor(s[n]) for s in samples]) for n in samples[0] if n != "id"}
