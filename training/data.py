@@ -62,6 +62,7 @@ STRAIGHTENED_SHARE = 0.5
 """Share of the drawings by an unskilled hand that are made of few straight strokes."""
 
 _CACHE_VERSION = "contours-3"
+_DRAWING_ARRAYS = ("contours", "width")
 _LONGEST_SIDE = 4 * CONTOUR_SIZE
 
 Box = tuple[float, float, float, float]
@@ -448,30 +449,35 @@ def _pack(photo: CachedPhoto) -> dict[str, Any]:
     }
 
 
+def _unpack_contours(packed: Mapping[str, np.ndarray]) -> np.ndarray:
+    return np.unpackbits(packed["contours"], axis=-1, count=int(packed["width"])).view(bool)
+
+
 def _unpack(packed: Mapping[str, np.ndarray]) -> CachedPhoto:
-    contours = np.unpackbits(packed["contours"], axis=-1, count=int(packed["width"])).view(bool)
     left, top, right, bottom = packed["content_box"].tolist()
-    return CachedPhoto(packed["image"], contours, (left, top, right, bottom))
+    return CachedPhoto(packed["image"], _unpack_contours(packed), (left, top, right, bottom))
 
 
-def _save_cached(path: Path, photo: CachedPhoto) -> None:
-    """Writes aside and renames, so that a killed run or a second one at the same time never leaves half a file."""
+def save_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    """
+    Writes an `.npz` file aside and renames it, so that a killed run or a second one at the same time never leaves half of it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".tmp")
     try:
         with os.fdopen(descriptor, "wb") as file:
-            np.savez(file, **_pack(photo))
+            np.savez(file, **arrays)
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
 
 
-def _load_cached(path: Path) -> CachedPhoto | None:
-    """The cached photo, or None where the file is missing or damaged (it is then made again)."""
+def load_arrays(path: Path, names: Sequence[str]) -> dict[str, np.ndarray] | None:
+    """The arrays of these names and no others are read; None where the file is missing or damaged (it is then made again)."""
     try:
         with np.load(path, allow_pickle=False) as stored:
-            return _unpack(stored)
+            return {name: stored[name] for name in names}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
 
@@ -611,7 +617,7 @@ class PhotoSketchDataset(Dataset):
         key = hashlib.sha256(f"{_CACHE_VERSION}:{self.image_size}:{CONTOUR_SIZE}:".encode() + content).hexdigest()[:40]
         path = self.cache_dir / key[:2] / f"{key}.npz"
         if not path.exists():
-            _save_cached(path, self._make(content))
+            save_arrays(path, _pack(self._make(content)))
         return path
 
     def __len__(self) -> int:
@@ -627,11 +633,18 @@ class PhotoSketchDataset(Dataset):
         entry = self._cached[index]
         if not isinstance(entry, Path):
             return _unpack(entry)
-        photo = _load_cached(entry)
-        if photo is None:
+        packed = load_arrays(entry, ("image", *_DRAWING_ARRAYS, "content_box"))
+        if packed is None:
             photo = self._make(self._read(self.files[index]))
-            _save_cached(entry, photo)
-        return photo
+            save_arrays(entry, _pack(photo))
+            return photo
+        return _unpack(packed)
+
+    def drawings(self, index: int) -> np.ndarray:
+        """The contours of [`PhotoSketchDataset.photo`] alone, bool [N, H, W]: the photo itself is not read."""
+        entry = self._cached[index]
+        packed = load_arrays(entry, _DRAWING_ARRAYS) if isinstance(entry, Path) else entry
+        return self.photo(index).contours if packed is None else _unpack_contours(packed)
 
     def sample(self, index: int, epoch: int = 0) -> dict[str, Any]:
         """
