@@ -60,6 +60,11 @@ IMAGE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 """What PIL raises for a file that is damaged or no image."""
 STRAIGHTENED_SHARE = 0.5
 """Share of the drawings by an unskilled hand that are made of few straight strokes."""
+STRAIGHTENED_STRENGTH = 0.25
+"""
+The strength of `free_hand_distortion` that misses a contour by as much as `straightened_outline` does: 0.9 to 1.2 of 128
+pixels at the tolerances in use, as strengths of 0.22 to 0.26 do (mean distance both ways, N = 35 silhouettes of garments).
+"""
 
 _CACHE_VERSION = "contours-3"
 _DRAWING_ARRAYS = ("contours", "width")
@@ -378,6 +383,72 @@ def maybe_straightened(ink: np.ndarray, rng: np.random.Generator, share: float) 
     return ink if straightened is None else straightened
 
 
+def _pieces(ink: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """
+    Cuts a drawing into its 8-connected parts, and long parts across into strokes of a tenth to a half of the short side.
+
+    Returns:
+        `tuple`: the inked pixels [P, 2] as (row, column), the piece of each [P], and one pixel of each piece [N, 2].
+    """
+    labels, count = ndimage.label(ink, structure=np.ones((3, 3)))
+    pixels = np.argwhere(ink)
+    part = labels[ink]
+    length = rng.uniform(0.1, 0.5) * min(ink.shape) * 3  # in pixels of ink: lines are two or three wide
+    piece = np.empty(len(pixels), dtype=np.int64)
+    middles: list[np.ndarray] = []
+    for label in range(1, count + 1):
+        members = np.flatnonzero(part == label)
+        cuts = min(len(members), max(1, round(len(members) / length)))
+        seeds = pixels[rng.choice(members, cuts, replace=False)]
+        distances = ((pixels[members, None] - seeds[None]) ** 2).sum(-1)
+        piece[members] = len(middles) + distances.argmin(1)
+        middles += list(seeds)
+    return pixels, piece, np.array(middles)
+
+
+def delete_strokes(ink: np.ndarray, rng: np.random.Generator, share: float) -> np.ndarray:
+    """
+    Leaves a drawing half made: blank paper then means "not yet said" (Sarukkai et al., "Block and Detail", 2024).
+
+    Long lines are cut into strokes first, so that a half-drawn outline occurs. Which strokes are missing ranges from any
+    to those farthest from the one that was drawn first. What stays is where it was.
+
+    Args:
+        ink (`np.ndarray`): [H, W], True = stroke.
+        rng (`np.random.Generator`): the only source of randomness.
+        share (`float`): share of the strokes to delete, in [0, 1]; one always stays.
+
+    Returns:
+        `np.ndarray`: bool [H, W], a subset of `ink`; never empty unless `ink` is.
+
+    Raises:
+        ValueError: `share` is not in [0, 1].
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"`share` must be in [0, 1], but got {share}.")
+    ink = np.asarray(ink) > 0
+    if share == 0 or not ink.any():
+        return ink
+    pixels, piece, middles = _pieces(ink, rng)
+    sizes = np.bincount(piece, minlength=len(middles))
+    first = rng.choice(len(middles), p=sizes / sizes.sum())
+    distance = np.hypot(*(middles - middles[first]).T) / math.hypot(*ink.shape)
+    together = rng.random()
+    order = together * distance + (1 - together) * rng.random(len(middles))
+    order[first] = -1
+    kept = order.argsort()[: max(1, len(middles) - math.floor(share * len(middles)))]
+    page = np.zeros_like(ink)
+    page[tuple(pixels[np.isin(piece, kept)].T)] = True
+    return page
+
+
+def check_stroke_deletion(share: float = 0.0, largest: float = 0.9) -> None:
+    """Raises `ValueError` for a `stroke_deletion_share` or `max_stroke_deletion` outside [0, 1]."""
+    for name, value in (("stroke_deletion_share", share), ("max_stroke_deletion", largest)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"`{name}` must be in [0, 1], but got {value}.")
+
+
 def check_free_hand(share: float = 0.0, strength: float = 1.0) -> None:
     """Raises `ValueError` for a `free_hand_share` or `free_hand_strength` that cannot be."""
     if not 0 <= share <= 1:
@@ -431,12 +502,22 @@ def decode_photo(content: bytes) -> Image.Image:
         return ImageOps.exif_transpose(opened).convert("RGB")
 
 
+def photo_to_keep(image: Image.Image, image_size: int) -> np.ndarray:
+    """
+    The pixels [h, w, 3] that are kept of a photo: a short side of `image_size`, at most four times as long.
+
+    Above `CONTOUR_SIZE` pixels no photo is enlarged: that would cost disk and time, and add nothing.
+    """
+    if image_size > CONTOUR_SIZE:
+        image_size = min(image_size, min(image.size))
+    return np.asarray(resized_to_short_side(image, image_size, 4 * image_size))
+
+
 def prepare_photo(content: bytes, image_size: int) -> CachedPhoto:
-    """Decodes an image file to a short side of `image_size` pixels and draws it; `OSError` where it is damaged."""
+    """Decodes an image file, see `photo_to_keep`, and draws it; `OSError` where it is damaged."""
     image = decode_photo(content)
     contours, content_box = _find_contours(image)
-    small = resized_to_short_side(image, image_size, 4 * image_size)
-    return CachedPhoto(np.asarray(small), np.stack(contours), content_box)
+    return CachedPhoto(photo_to_keep(image, image_size), np.stack(contours), content_box)
 
 
 def _pack(photo: CachedPhoto) -> dict[str, Any]:
@@ -524,6 +605,8 @@ class PhotoSketchDataset(Dataset):
         free_hand_share (`float`): share of the drawings that are redrawn as an unskilled hand would, half of them
             straightened first, so that they are only roughly where the photo's contours are.
         free_hand_strength (`float`): largest strength of that, see `free_hand_distortion`.
+        stroke_deletion_share (`float`): share of the drawings that are half made, see `delete_strokes`.
+        max_stroke_deletion (`float`): largest share of the strokes that these lack.
         color_jitter (`float`): range of brightness and contrast changes; above 0.2 the hue changes, too.
         zoom (`float`): up to this share of both sides is cut away, as far as the object stays whole.
         keep (`Callable[[str], bool]`, *optional*): takes a file's stem, tells whether the photo is in the dataset.
@@ -547,6 +630,8 @@ class PhotoSketchDataset(Dataset):
         jitter: float = 1.0,
         free_hand_share: float = 0.0,
         free_hand_strength: float = 1.0,
+        stroke_deletion_share: float = 0.0,
+        max_stroke_deletion: float = 0.9,
         color_jitter: float = 0.1,
         zoom: float = 0.12,
         keep: Callable[[str], bool] | None = None,
@@ -557,7 +642,9 @@ class PhotoSketchDataset(Dataset):
             )
         self.resolution, self.seed, self.train = resolution, seed, train
         self.contours, self.line_gain, self.jitter = contours, line_gain, jitter
+        check_stroke_deletion(stroke_deletion_share, max_stroke_deletion)
         self.free_hand_share, self.free_hand_strength = free_hand_share, free_hand_strength
+        self.stroke_deletion_share, self.max_stroke_deletion = stroke_deletion_share, max_stroke_deletion
         self.color_jitter, self.zoom = color_jitter, zoom
         self.contour_probabilities = np.asarray(contour_probabilities, dtype=np.float64)
         self.contour_probabilities /= self.contour_probabilities.sum()
@@ -614,11 +701,17 @@ class PhotoSketchDataset(Dataset):
         content = self._read(file)
         if self.cache_dir is None:
             return _pack(self._make(content))
-        key = hashlib.sha256(f"{_CACHE_VERSION}:{self.image_size}:{CONTOUR_SIZE}:".encode() + content).hexdigest()[:40]
-        path = self.cache_dir / key[:2] / f"{key}.npz"
+        # A size that no photo is enlarged to has entries of its own: see `photo_to_keep`.
+        at_most = "at-most-" if self.image_size > CONTOUR_SIZE else ""
+        path = self._cache_path(f"{_CACHE_VERSION}:{at_most}{self.image_size}:{CONTOUR_SIZE}:", content)
         if not path.exists():
             save_arrays(path, _pack(self._make(content)))
         return path
+
+    def _cache_path(self, made_with: str, content: bytes) -> Path:
+        assert self.cache_dir is not None
+        key = hashlib.sha256(made_with.encode() + content).hexdigest()[:40]
+        return self.cache_dir / key[:2] / f"{key}.npz"
 
     def __len__(self) -> int:
         return len(self.files)
@@ -652,21 +745,25 @@ class PhotoSketchDataset(Dataset):
 
         Returns:
             `dict`: `pixel_values` float32 [3, R, R] in [-1, 1]; `sketch` float32 [1, R, R], -1 = stroke, +1 = paper;
-            `sketches` [N, 1, R, R] with `contours="all"`; `class_label` int; `id` the file's stem.
+            `sketches` [N, 1, R, R] with `contours="all"`; `sketch_abstraction` float32 scalar in [0, 1], how freely
+            `sketch` is drawn (0: it traces the photo); `class_label` int; `id` the file's stem.
         """
         photo = self.photo(index)
         rng = np.random.default_rng([self.seed, epoch, index])
         box = self._crop_box(photo, rng)
         flip = self.train and rng.random() < 0.5
         sample: dict[str, Any] = {"pixel_values": self._pixel_values(photo.image, box, rng)}
+        conditions = {}
         if self.contours != "none":
-            sample["sketch"] = torch.from_numpy(self._sketch(photo.contours, index, box, rng))[None]
+            sketch, abstraction = self._sketch(photo.contours, index, box, rng)
+            sample["sketch"] = torch.from_numpy(sketch)[None]
+            conditions["sketch_abstraction"] = torch.tensor(abstraction, dtype=torch.float32)
         if self.contours == "all":
             drawings = [contour_to_sketch(contour, self.resolution, box) for contour in photo.contours]
             sample["sketches"] = torch.from_numpy(np.stack(drawings))[:, None]
         if flip:
             sample = {name: value.flip(-1) for name, value in sample.items()}
-        return {**sample, "class_label": self.class_labels[index], "id": self.ids[index]}
+        return {**sample, **conditions, "class_label": self.class_labels[index], "id": self.ids[index]}
 
     def view(self, index: int) -> tuple[torch.Tensor, np.ndarray, Box]:
         """
@@ -724,15 +821,52 @@ class PhotoSketchDataset(Dataset):
             pixels = grey + (pixels - grey) * (1 + saturation) + torch.tensor(tint).float().view(3, 1, 1) / 2
         return pixels.clamp(-1, 1).contiguous()
 
-    def _sketch(self, contours: np.ndarray, index: int, box: Box, rng: np.random.Generator) -> np.ndarray:
+    def _sketch(
+        self, contours: np.ndarray, index: int, box: Box, rng: np.random.Generator
+    ) -> tuple[np.ndarray, float]:
+        """
+        A drawing of a photo, and how freely it is drawn.
+
+        Args:
+            contours (`np.ndarray`): all drawings of the photo, bool [N, H, W].
+            index (`int`): of the photo; it alone chooses the drawing without `train`.
+            box (`Box`): the part of the photo to draw.
+            rng (`np.random.Generator`): the only source of randomness.
+
+        Returns:
+            `tuple[np.ndarray, float]`: float32 [R, R], -1 = stroke, +1 = paper, and the abstraction in [0, 1]: 0 for what
+            traces the photo, jitter aside; else the strength of the free-hand distortion over `free_hand_strength`, the
+            largest. A straightened outline counts as a strength of at least `STRAIGHTENED_STRENGTH`. Deleted strokes
+            count nothing: what is drawn is where it should be.
+        """
         if not self.train:
-            return contour_to_sketch(contours[index % len(contours)], self.resolution, box, sum(self.line_gain) / 2)
+            return contour_to_sketch(
+                contours[index % len(contours)], self.resolution, box, sum(self.line_gain) / 2
+            ), 0.0
         contour = self._choose_contour(contours, rng)
         gain = rng.uniform(*self.line_gain)
         if self.free_hand_share > 0 and rng.random() < self.free_hand_share:
-            ink = maybe_straightened(half_size(contour), rng, STRAIGHTENED_SHARE)
-            drawn = free_hand_distortion(ink, rng, self.free_hand_strength * rng.random())
-            return contour_to_sketch(drawn, self.resolution, box, gain)
+            contour = half_size(contour)
+            ink = maybe_straightened(contour, rng, STRAIGHTENED_SHARE)
+            least = 0.0 if ink is contour else STRAIGHTENED_STRENGTH
+            ink = self._half_made(ink, box, rng)
+            strength = self.free_hand_strength * rng.random()
+            drawn = free_hand_distortion(ink, rng, strength)
+            largest = self.free_hand_strength or STRAIGHTENED_STRENGTH
+            return contour_to_sketch(drawn, self.resolution, box, gain), min(1.0, max(strength, least) / largest)
+        contour = self._half_made(contour, box, rng)
         if self.jitter == 0:
-            return contour_to_sketch(contour, self.resolution, box, gain)
-        return _render_jittered(contour, self.resolution, box, gain, self.jitter * self.resolution / 64, rng)
+            return contour_to_sketch(contour, self.resolution, box, gain), 0.0
+        jitter = self.jitter * self.resolution / 64
+        return _render_jittered(contour, self.resolution, box, gain, jitter, rng), 0.0
+
+    def _half_made(self, ink: np.ndarray, box: Box, rng: np.random.Generator) -> np.ndarray:
+        """Deletes strokes of a share of the drawings, within `box` only: something stays where it can be seen."""
+        if self.stroke_deletion_share == 0 or rng.random() >= self.stroke_deletion_share:
+            return ink
+        height, width = ink.shape
+        rows = slice(math.floor(box[1] * height), math.ceil(box[3] * height))
+        columns = slice(math.floor(box[0] * width), math.ceil(box[2] * width))
+        ink = ink.copy()
+        ink[rows, columns] = delete_strokes(ink[rows, columns], rng, self.max_stroke_deletion * rng.random())
+        return ink

@@ -42,6 +42,7 @@ from data import (
     PhotoSketchDataset,
     bounding_box,
     decode_photo,
+    photo_to_keep,
     resized_to_short_side,
 )
 from PIL import Image
@@ -358,8 +359,7 @@ class PairedPhotoDataset(PhotoSketchDataset):
             inks.append(drawn[0, 0].numpy() < 0)
         if not inks:
             raise ValueError("it has no drawing that can be read")
-        small = resized_to_short_side(image, self.image_size, 4 * self.image_size)
-        return CachedPhoto(np.asarray(small), np.stack(inks), bounding_box(np.any(inks, axis=0)))
+        return CachedPhoto(photo_to_keep(image, self.image_size), np.stack(inks), bounding_box(np.any(inks, axis=0)))
 
     def _choose_contour(self, contours: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         return contours[rng.integers(len(contours))]

@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+import io
 import logging
 import os
 
@@ -163,6 +164,23 @@ def test_dropped_parts_are_never_the_largest():
     assert 0.3 < np.mean(kept_small) < 0.8
 
 
+def test_deleted_strokes_are_a_share_of_what_was_drawn():
+    ink = two_part_drawing()
+    for seed in range(20):
+        assert np.array_equal(data.delete_strokes(ink, np.random.default_rng(seed), 0.0), ink)
+        half, most, but_one = (
+            data.delete_strokes(ink, np.random.default_rng(seed), share) for share in (0.5, 0.9, 1.0)
+        )
+        np.testing.assert_array_equal(half, data.delete_strokes(ink, np.random.default_rng(seed), 0.5))
+        assert not (half & ~ink).any() and not (most & ~half).any() and not (but_one & ~most).any()
+        assert but_one.any() and 0.1 < half.sum() / ink.sum() < 0.95
+        # The square is one connected part of which a stroke stays: it is cut.
+        assert but_one.sum() < 0.9 * ink.sum()
+    assert not data.delete_strokes(np.zeros((8, 8)), np.random.default_rng(0), 0.5).any()
+    with pytest.raises(ValueError, match="`share` must be in .*, but got 1.5"):
+        data.delete_strokes(ink, np.random.default_rng(0), 1.5)
+
+
 def test_distortion_refuses_what_is_no_drawing():
     with pytest.raises(ValueError, match="`sketch` must be a 2-D array"):
         free_hand_distortion(np.zeros((1, 8, 8)), np.random.default_rng(0))
@@ -237,6 +255,79 @@ def test_a_share_of_the_drawings_is_only_roughly_where_the_photo_is(shapes_dir, 
     # About half are within the jitter of 1.5 pixels; the others are off by some more, but of the same shape.
     assert 10 <= exact <= 30
     assert 2 < max(distances) < 16
+
+
+def assert_half_made(shapes_dir, cache_dir, **options):
+    """Compares drawings of which a half lack up to 0.9 of their strokes with the whole ones; returns the shares left."""
+    plain, half_made = (
+        PhotoSketchDataset(
+            shapes_dir,
+            resolution=64,
+            cache_dir=cache_dir,
+            contour_probabilities=(0, 0, 0, 0, 1),
+            stroke_deletion_share=share,
+            **options,
+        )
+        for share in (0.0, 0.5)
+    )
+    left = []
+    for draw in range(40):
+        one, other = (dataset.sample(draw % 16, draw) for dataset in (plain, half_made))
+        assert torch.equal(one["pixel_values"], other["pixel_values"])
+        assert other["sketch_abstraction"] == 0
+        left.append(float((1 - other["sketch"]).sum() / (1 - one["sketch"]).sum()))
+    return left
+
+
+def test_half_made_drawings_trace_the_photo_and_are_never_empty(shapes_dir, cache_dir):
+    left = assert_half_made(shapes_dir, cache_dir, jitter=0.0)
+    assert 0.02 < min(left) < 0.3 and max(left) == 1.0
+    assert 10 <= sum(share == 1.0 for share in left) <= 30
+    assert min(assert_half_made(shapes_dir, cache_dir)) > 0.02
+    with pytest.raises(ValueError, match="`max_stroke_deletion` must be in .*, but got 2"):
+        PhotoSketchDataset(shapes_dir, max_stroke_deletion=2)
+
+
+def test_abstraction_is_the_strength_in_use_over_the_largest(shapes_dir, cache_dir, monkeypatch):
+    strengths = []
+
+    def distort(ink, rng, strength):
+        strengths.append(strength)
+        return ink
+
+    monkeypatch.setattr(data, "free_hand_distortion", distort)
+    monkeypatch.setattr(data, "straightened_outline", lambda ink, tolerance: ink.copy())
+
+    def abstractions(straightened_share, **options):
+        monkeypatch.setattr(data, "STRAIGHTENED_SHARE", straightened_share)
+        strengths.clear()
+        dataset = PhotoSketchDataset(shapes_dir, resolution=32, cache_dir=cache_dir, **options)
+        samples = [dataset.sample(draw % 16, draw)["sketch_abstraction"] for draw in range(30)]
+        assert all(value.dtype == torch.float32 and value.shape == () for value in samples)
+        return np.array([float(value) for value in samples])
+
+    assert (abstractions(0.0) == 0).all() and not strengths
+    values = abstractions(0.0, free_hand_share=1.0, free_hand_strength=0.5)
+    np.testing.assert_allclose(values, np.array(strengths) / 0.5, rtol=1e-6)
+    assert values.min() < 0.2 and values.max() > 0.8
+    half_made = abstractions(0.0, free_hand_share=1.0, free_hand_strength=0.5, stroke_deletion_share=1.0)
+    np.testing.assert_allclose(half_made, np.array(strengths) / 0.5, rtol=1e-6)
+    values = abstractions(1.0, free_hand_share=1.0, free_hand_strength=0.5)
+    np.testing.assert_allclose(values, np.maximum(strengths, data.STRAIGHTENED_STRENGTH) / 0.5, rtol=1e-6)
+    assert (values == 0.5).sum() > 5
+    assert (abstractions(1.0, free_hand_share=1.0, free_hand_strength=0.0) == 1).all()
+    mixed = abstractions(0.0, free_hand_share=0.5)
+    assert (mixed == 0).sum() == 30 - len(strengths) and 5 < len(strengths) < 25
+
+
+def test_photos_are_not_enlarged_for_large_samples(tmp_path):
+    photo = rectangle_photo((150, 200), box=(30, 30, 99, 149))
+    content = io.BytesIO()
+    photo.save(content, "png")
+    assert data.prepare_photo(content.getvalue(), 512).image.shape == (200, 150, 3)
+    # Small sizes stay as they were, or all that was made at them would change.
+    assert data.prepare_photo(content.getvalue(), 256).image.shape == (341, 256, 3)
+    np.testing.assert_array_equal(data.photo_to_keep(photo, 512), np.asarray(photo))
 
 
 def test_crops_squash_by_at_most_four_to_three(tmp_path):
