@@ -19,7 +19,6 @@ encoder's weights, its scaling, the size and the number of crops. Another decode
 """
 
 import hashlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from diffsketching_pipeline.files import weights_sha256
 
 
 _LATENTS_VERSION = "latents-1"
+_LATENT_ARRAYS = ("latents", "boxes")
 
 
 def encoder_sha256(vae: Any) -> str:
@@ -56,7 +56,7 @@ class LatentDataset(PhotoSketchDataset):
         root, split, resolution, seed, train, cache_dir, drawing_options: see [`PhotoSketchDataset`]; `resolution` is the
             photos' side in pixels.
         vae: the autoencoder, frozen; it is used on the device it is on, and not kept.
-        crops_per_photo (`int`): crops of each photo, for training.
+        crops_per_photo (`int`): crops of each photo, for training; a cache with fewer is added to.
         encode_batch_size (`int`): crops encoded at once.
 
     Raises:
@@ -84,7 +84,7 @@ class LatentDataset(PhotoSketchDataset):
             )
         super().__init__(root, split, resolution, seed, train, cache_dir, **drawing_options)
         self.crops_per_photo = crops_per_photo if train else 1
-        key = f"{_LATENTS_VERSION}:{encoder_sha256(vae)}:{resolution}:{self.crops_per_photo}:{train}"
+        key = f"{_LATENTS_VERSION}:{encoder_sha256(vae)}:{resolution}:{train}"
         self._latents_key = f"{key}:{self.zoom}:{self.color_jitter}"
         self._latents: list[Path | dict[str, np.ndarray]] = []
         interval = {"mininterval": 10.0, "leave": False}
@@ -92,39 +92,40 @@ class LatentDataset(PhotoSketchDataset):
             self._latents.append(self._latents_entry(index, vae, encode_batch_size))
 
     def _latents_entry(self, index: int, vae: Any, batch_size: int) -> Path | dict[str, np.ndarray]:
-        content = hashlib.sha256(self._read(self.files[index])).digest()
-        name = hashlib.sha256(self._latents_key.encode() + content).hexdigest()[:40]
-        path = None if self.cache_dir is None else self.cache_dir / name[:2] / f"{name}.npz"
-        if path is not None and path.exists():
-            return path
-        arrays = self._encode(index, int.from_bytes(content[:8], "big"), vae, batch_size)
-        if path is None:
-            return arrays
-        save_arrays(path, arrays)
+        content = self._read(self.files[index])
+        photo_key = int.from_bytes(hashlib.sha256(content).digest()[:8], "big")
+        if self.cache_dir is None:
+            return self._encode(index, photo_key, range(self.crops_per_photo), vae, batch_size)
+        path = self._cache_path(f"{self._latents_key}:", content)
+        kept = load_arrays(path, _LATENT_ARRAYS) if path.exists() else None
+        count = 0 if kept is None else len(kept["boxes"])
+        if count < self.crops_per_photo:
+            # Those of a run that was content with fewer are kept.
+            made = self._encode(index, photo_key, range(count, self.crops_per_photo), vae, batch_size)
+            save_arrays(path, {n: np.concatenate([kept[n], made[n]]) if kept else made[n] for n in _LATENT_ARRAYS})
         return path
 
     @torch.no_grad()
-    def _encode(self, index: int, photo_key: int, vae: Any, batch_size: int) -> dict[str, np.ndarray]:
+    def _encode(self, index: int, photo_key: int, crops: range, vae: Any, batch_size: int) -> dict[str, np.ndarray]:
         """`latents` float16 `[crops, 2, C, h, w]`, the second mirrored, and the `boxes` `[crops, 4]` they show."""
         photo = self.photo(index)
         boxes, pixels = [], []
-        for crop in range(self.crops_per_photo):
+        for crop in crops:
             rng = np.random.default_rng([crop, photo_key])
-            box = self._crop_box(photo, rng)
-            boxes.append(box)
-            pixels.append(self._pixel_values(photo.image, box, rng))
+            boxes.append(self._crop_box(photo, rng))
+            pixels.append(self._pixel_values(photo.image, boxes[-1], rng))
         views = torch.stack([view for crop in pixels for view in (crop, crop.flip(-1))])
         parts = [encode_photos(vae, part.to(vae.device)).cpu().half() for part in views.split(batch_size)]
         latents = torch.cat(parts)
         return {
-            "latents": latents.reshape(self.crops_per_photo, 2, *latents.shape[1:]).numpy(),
+            "latents": latents.reshape(len(crops), 2, *latents.shape[1:]).numpy(),
             "boxes": np.asarray(boxes, dtype=np.float64),
         }
 
     def latents(self, index: int, crop: int = 0, mirrored: bool = False) -> tuple[Tensor, Box]:
         """Latents float32 `[C, h, w]` of one crop, and the box of the photo that it shows (before it is mirrored)."""
         entry = self._latents[index]
-        arrays = load_arrays(entry, ("latents", "boxes")) if isinstance(entry, Path) else entry
+        arrays = load_arrays(entry, _LATENT_ARRAYS) if isinstance(entry, Path) else entry
         if arrays is None:
             raise ValueError(f"{entry} of the cache is damaged: delete it and start again, it is then made anew.")
         left, top, right, bottom = arrays["boxes"][crop].tolist()
@@ -136,7 +137,7 @@ class LatentDataset(PhotoSketchDataset):
 
         Returns:
             `dict`: `latents` float32 [C, R / f, R / f]; `sketch` float32 [1, R, R], -1 = stroke, +1 = paper;
-            `sketch_abstraction` float in [0, 1]; `class_label` int; `id` the file's stem.
+            `sketch_abstraction` float32 scalar in [0, 1]; `class_label` int; `id` the file's stem.
         """
         rng = np.random.default_rng([self.seed, epoch, index])
         crop = int(rng.integers(self.crops_per_photo)) if self.train else 0
@@ -147,12 +148,7 @@ class LatentDataset(PhotoSketchDataset):
         return {
             "latents": latents,
             "sketch": sketch.flip(-1) if mirrored else sketch,
-            "sketch_abstraction": abstraction,
+            "sketch_abstraction": torch.tensor(abstraction, dtype=torch.float32),
             "class_label": self.class_labels[index],
             "id": self.ids[index],
         }
-
-    def stack(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """Samples of epoch 0 as one batch, without their ids."""
-        samples = [self.sample(index) for index in indices]
-        return {n: torch.stack([torch.as_tensor(s[n]) for s in samples]) for n in samples[0] if n != "id"}
