@@ -224,7 +224,7 @@ def contour_to_sketch(
     contour: np.ndarray, resolution: int, box: Box | None = None, line_gain: float = DEFAULT_LINE_GAIN
 ) -> np.ndarray:
     """
-    Renders a binary contour in the one sketch convention, by area so that no thin line is lost.
+    Renders a binary contour in the one sketch convention, by area so that no thin line is lost, smooth where it is enlarged.
 
     Args:
         contour (`np.ndarray`): [H, W], non-zero = stroke.
@@ -242,7 +242,10 @@ def contour_to_sketch(
     left, top, right, bottom = box if box is not None else (0.0, 0.0, 1.0, 1.0)
     page = Image.fromarray((contour > 0).astype(np.float32))
     pixel_box = (left * width, top * height, right * width, bottom * height)
-    coverage = np.asarray(page.resize((resolution, resolution), Image.Resampling.BOX, box=pixel_box))
+    # By area no thin line is lost where the page shrinks; where it grows, areas are blocks, and pens draw none.
+    shrinks = min((right - left) * width, (bottom - top) * height) >= resolution
+    resample = Image.Resampling.BOX if shrinks else Image.Resampling.BILINEAR
+    coverage = np.asarray(page.resize((resolution, resolution), resample, box=pixel_box))
     return 1 - 2 * np.clip(coverage * line_gain, 0, 1)
 
 

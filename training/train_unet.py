@@ -34,7 +34,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from data import PhotoSketchDataset, check_free_hand
+from data import PhotoSketchDataset, check_free_hand, check_stroke_deletion
 from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, DiffusionPipeline, UNet2DModel
 from diffusers.training_utils import compute_snr
 from latents import LatentDataset
@@ -121,6 +121,10 @@ class UNetTrainingArguments(TrainingArguments):
         "share of the drawings that are redrawn as an unskilled hand would: wrong proportions, gaps, straight lines",
     )
     free_hand_strength: float = argument(1.0, "largest strength of that")
+    stroke_deletion_share: float = argument(
+        0.0,
+        "share of the drawings that lack up to 90% of their strokes: a half-made drawing still means a whole photo",
+    )
 
     publish_ema: str = argument(
         "first",
@@ -139,6 +143,7 @@ def check_unet_arguments(args: UNetTrainingArguments) -> None:
         if not 0 <= getattr(args, name) <= 1:
             raise ValueError(f"`{name}` must be in [0, 1], but got {getattr(args, name)}.")
     check_free_hand(args.free_hand_share, args.free_hand_strength)
+    check_stroke_deletion(args.stroke_deletion_share)
     if args.snr_gamma is not None and args.snr_gamma <= 0:
         raise ValueError(f"`snr_gamma` must be positive, but got {args.snr_gamma}.")
     for name in ("num_validation_samples", "num_validation_images", "crops_per_photo"):
@@ -421,7 +426,8 @@ def make_dataset(args: UNetTrainingArguments, root: Path, split: str, vae: Any =
     is_train = split == "train"
     options: dict[str, Any] = {"train": is_train, "cache_dir": args.cache_dir}
     if is_train:
-        options |= {"free_hand_share": args.free_hand_share, "free_hand_strength": args.free_hand_strength}
+        names = ("free_hand_share", "free_hand_strength", "stroke_deletion_share")
+        options |= {name: getattr(args, name) for name in names}
     if vae is None:
         return PhotoSketchDataset(root, split, args.resolution, args.seed, **options)
     return LatentDataset(root, split, vae, args.resolution, args.seed, crops_per_photo=args.crops_per_photo, **options)
