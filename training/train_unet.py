@@ -146,6 +146,7 @@ def check_unet_arguments(args: UNetTrainingArguments) -> None:
     check_stroke_deletion(args.stroke_deletion_share)
     if args.snr_gamma is not None and args.snr_gamma <= 0:
         raise ValueError(f"`snr_gamma` must be positive, but got {args.snr_gamma}.")
+    check_size(args)
     for name in ("num_validation_samples", "num_validation_images", "crops_per_photo"):
         if getattr(args, name) < 1:
             raise ValueError(f"`{name}` must be at least 1, but got {getattr(args, name)}.")
@@ -157,7 +158,7 @@ def check_unet_arguments(args: UNetTrainingArguments) -> None:
         raise ValueError(f"`publish_ema` must be one of {known}, but got {args.publish_ema!r}.")
 
 
-def check_size(args: UNetTrainingArguments, scale_factor: int) -> None:
+def check_size(args: UNetTrainingArguments, scale_factor: int = 1) -> None:
     """Raises `ValueError` where the levels of the UNet, or the autoencoder below it, do not divide `resolution`."""
     factor = 2 ** (len(args.block_out_channels) - 1) * scale_factor
     if args.resolution % factor:
@@ -321,14 +322,15 @@ def diffusion_loss(
             `[B, 1, R, R]`, `timestep` and `class_label` `[B]`, and maybe `sketch_abstraction` `[B]`.
         snr_gamma: if given, the error of x_0 at each timestep is weighted by min(SNR, gamma), clamped as in "Efficient
             Diffusion Training via Min-SNR Weighting Strategy" (Hang et al., 2023), instead of the prediction's own.
-        in_channels: the UNet's, where a wrapper hides its config.
+        in_channels: the UNet's; c + f² if left out, without a plane for `sketch_abstraction`.
         model_guidance: if given, the target is the guided prediction, see [`ModelGuidance`].
 
     Returns:
         `Tensor`: `[B]`.
     """
     images, noise, timesteps = clean_images(batch), batch["noise"], batch["timestep"]
-    in_channels = unet.config.in_channels if in_channels is None else in_channels
+    if in_channels is None:
+        in_channels = images.shape[1] + (batch["sketch"].shape[-1] // images.shape[-1]) ** 2
     noisy_images = scheduler.add_noise(images, noise, timesteps)
     inputs = join_unet_inputs(noisy_images, in_channels, batch["sketch"], batch.get("sketch_abstraction", 0.0))
     prediction = unet(inputs, timesteps, class_labels=batch["class_label"]).sample.float()
@@ -388,7 +390,7 @@ class UNetValidation:
         for first in range(0, len(sketch), self.args.train_batch_size):
             part = slice(first, first + self.args.train_batch_size)
             batch_part = {name: value[part].to(unet.device) for name, value in batch.items()}
-            losses.append(diffusion_loss(unet, self.scheduler, batch_part))
+            losses.append(diffusion_loss(unet, self.scheduler, batch_part, in_channels=unet.config.in_channels))
         return float(torch.cat(losses).mean())
 
     def picture(self, unet: Any) -> Tensor:
