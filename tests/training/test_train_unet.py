@@ -13,6 +13,7 @@
 # limitations under the License.
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ import torch
 import train_unet
 import yaml
 from conftest import TRAINING
-from diffusers import UNet2DModel
+from diffusers import AutoencoderTiny, UNet2DModel
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -223,6 +224,9 @@ def test_pretrained_weights_that_do_not_fit_are_refused(tmp_path):
         ({"snr_gamma": 0.0}, "`snr_gamma` must be positive, but got 0.0"),
         ({"resolution": 15}, "`resolution` must be a multiple of 2 for this UNet, but got 15"),
         ({"num_validation_images": 0}, "`num_validation_images` must be at least 1, but got 0"),
+        ({"stroke_deletion_share": 2.0}, r"`stroke_deletion_share` must be in \[0, 1\], but got 2.0"),
+        ({"model_guidance_scale": -1.0}, "`model_guidance_scale` must be at least 0, but got -1.0"),
+        ({"publish_ema": "0.5"}, r"`publish_ema` must be one of \['first', 'best'\], but got '0.5'"),
     ],
 )
 def test_unusable_arguments_are_refused(kwargs, message):
@@ -298,6 +302,129 @@ def test_min_snr_loss_is_the_same_error_of_x0_whatever_is_predicted():
     error = ((guess - batch["pixel_values"]) ** 2).flatten(1).mean(1)
     for loss in losses.values():
         torch.testing.assert_close(loss, snr.clamp(max=5.0) * error, rtol=1e-2, atol=1e-4)
+
+
+def latent_batch(size=4):
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "latents": torch.randn(size, 4, 8, 8, generator=generator),
+        "noise": torch.randn(size, 4, 8, 8, generator=generator),
+        "sketch": (torch.rand(size, 1, 32, 32, generator=generator) > 0.2) * 2.0 - 1,
+        "sketch_abstraction": torch.tensor([0.0, 0.25, 0.5, 1.0])[:size],
+        "class_label": torch.arange(size) % 3,
+        "timestep": torch.tensor([0, 300, 600, 990])[:size],
+    }
+
+
+def test_loss_on_latents_folds_the_drawing_and_tells_how_far_it_may_be_off():
+    args = tiny_args()
+    scheduler, batch, seen = make_scheduler(args), latent_batch(), []
+
+    def unet(inputs, timestep, class_labels):
+        seen.append(inputs)
+        return dataclasses.make_dataclass("Output", ["sample"])(torch.zeros_like(inputs[:, :4]))
+
+    loss = diffusion_loss(unet, scheduler, batch, in_channels=4 + 16 + 1)
+    (inputs,) = seen
+    assert inputs.shape == (4, 21, 8, 8)
+    torch.testing.assert_close(inputs[:, :4], scheduler.add_noise(batch["latents"], batch["noise"], batch["timestep"]))
+    # Channel 4 * row + column of the folded drawing holds every fourth pixel from there on.
+    for row, column in ((0, 0), (1, 3), (3, 2)):
+        torch.testing.assert_close(inputs[:, 4 + 4 * row + column], batch["sketch"][:, 0, row::4, column::4])
+    torch.testing.assert_close(inputs[:, 20], batch["sketch_abstraction"].reshape(4, 1, 1).expand(4, 8, 8))
+    velocity = scheduler.get_velocity(batch["latents"], batch["noise"], batch["timestep"])
+    torch.testing.assert_close(loss, velocity.square().mean((1, 2, 3)))
+    batch["sketch"][2] = 0  # withheld: its abstraction goes, too
+    diffusion_loss(unet, scheduler, batch, in_channels=4 + 16 + 1)
+    assert (seen[1][2, 4:] == 0).all() and (seen[1][3, 20] == 1).all()
+    diffusion_loss(unet, scheduler, batch)
+    assert seen[2].shape[1] == 20
+
+
+def test_model_guidance_moves_the_target_away_from_the_unconditional_prediction():
+    args = tiny_args()
+    scheduler, batch = make_scheduler(args), fixed_batch(4)
+    batch["class_label"] = torch.tensor([0, 2, 2, 1])
+    batch["sketch"][2] = 0  # neither class nor drawing: nothing to guide by
+    weight = torch.nn.Parameter(torch.tensor(0.5))
+
+    def unet(inputs, timestep, class_labels):
+        prediction = weight * (inputs[:, :3] + inputs[:, 3:] + class_labels.reshape(-1, 1, 1, 1))
+        return dataclasses.make_dataclass("Output", ["sample"])(prediction)
+
+    guidance = train_unet.ModelGuidance(scale=1.5, null_class=2)
+    loss = diffusion_loss(unet, scheduler, batch, model_guidance=guidance)
+    noisy = scheduler.add_noise(batch["pixel_values"], batch["noise"], batch["timestep"])
+    labels = batch["class_label"].reshape(-1, 1, 1, 1)
+    conditional, unconditional = 0.5 * (noisy + batch["sketch"] + labels), 0.5 * (noisy + 2)
+    target = scheduler.get_velocity(batch["pixel_values"], batch["noise"], batch["timestep"])
+    guided = target + torch.tensor([1.5, 1.5, 0, 1.5]).reshape(-1, 1, 1, 1) * (conditional - unconditional)
+    torch.testing.assert_close(loss, (conditional - guided).square().mean((1, 2, 3)))
+    # The guided target is a constant to learn from, not a path for gradients.
+    loss.sum().backward()
+    expected = 2 * ((conditional - guided) * conditional / 0.5).mean((1, 2, 3)).sum()
+    torch.testing.assert_close(weight.grad, expected.detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_latent_checkpoint_samples_with_its_autoencoder(shapes_dir, cache_dir, tmp_path, capsys):
+    torch.manual_seed(0)
+    vae = AutoencoderTiny(
+        latent_channels=4,
+        encoder_block_out_channels=(8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8),
+        num_encoder_blocks=(0, 1, 1),
+        num_decoder_blocks=(1, 1, 0),
+    )
+    vae.save_pretrained(tmp_path / "vae")
+    options = {
+        "train_data_dir": str(shapes_dir),
+        "cache_dir": str(cache_dir),
+        "resolution": 32,
+        "pretrained_vae_model_name_or_path": str(tmp_path / "vae"),
+        "crops_per_photo": 2,
+        "abstraction_plane": True,
+        "timestep_spacing": "trailing",
+        "optimizer": "muon",
+        "stroke_deletion_share": 0.3,
+        "model_guidance_scale": 0.5,
+        "model_guidance_start_step": 2,
+        "further_ema_max_decays": [0.5],
+        "publish_ema": "best",
+    }
+    main(tiny_args(**options, max_train_steps=4, output_dir=str(tmp_path / "out")))
+    printed = capsys.readouterr().out
+    losses = {
+        float(decay): float(loss) for decay, loss in re.findall(r"up to ([\d.]+): validation loss ([\d.]+)", printed)
+    }
+    assert losses.keys() == {0.9999, 0.5}
+    best = min(losses, key=losses.get)
+    folder = "unet_ema" if best == 0.9999 else "unet_ema_0.5"
+    published, kept = (
+        weights(tmp_path / "out" / "pipeline" / "unet"),
+        weights(tmp_path / "out" / "checkpoint-4" / folder),
+    )
+    assert all(torch.equal(published[key], kept[key]) for key in kept)
+
+    pipeline = DiffSketchingPipeline.from_pretrained(tmp_path / "out" / "pipeline")
+    assert pipeline.unet.config.in_channels == 4 + 16 + 1 and pipeline.unet.config.sample_size == 8
+    assert pipeline.scheduler.config.timestep_spacing == "trailing" and not pipeline.scheduler.config.clip_sample
+    photo = pipeline(class_labels="disc", num_images_per_sketch=1, num_inference_steps=1).images[0]
+    assert photo.size == (32, 32)
+    # Rows of drawings, decoded photos and generated ones, two of each, twice their size.
+    (picture,) = (tmp_path / "out" / "samples").iterdir()
+    assert Image.open(picture).size == (2 * 66 + 2, 3 * 66 + 2)
+
+    # Later on it starts from a pipeline, with the autoencoder inside.
+    again = {"pretrained_vae_model_name_or_path": str(tmp_path / "out" / "pipeline")}
+    again |= {"pretrained_model_name_or_path": str(tmp_path / "out" / "pipeline")}
+    unet = make_unet(tiny_args(**options | again), ID2LABEL, train_unet.load_vae(str(tmp_path / "out" / "pipeline")))
+    assert all(torch.equal(value, published[key]) for key, value in unet.state_dict().items())
+
+
+def test_what_is_no_autoencoder_is_refused(tmp_path):
+    make_unet(tiny_args(), ID2LABEL).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="pretrained_vae_model_name_or_path.*'UNet2DModel'"):
+        train_unet.load_vae(str(tmp_path))
 
 
 def test_swapped_sketch_loss_tells_a_network_that_ignores_drawings(shapes_dir):

@@ -164,6 +164,9 @@ def test_unusable_configs_are_refused(tmp_path):
         (["--seed", "-1"], "`seed` must be at least 0, but got -1"),
         (["--learning_rate", "nan"], "`learning_rate` must be positive, but got nan"),
         (["--max_train_minutes", "0"], "`max_train_minutes` must be positive, but got 0.0"),
+        (["--ema_max_decay", "1"], r"`ema_max_decay` must be in \[0, 1\), but got 1.0"),
+        (["--further_ema_max_decays", "0.9", "-1"], r"`further_ema_max_decays` must be in \[0, 1\), but got -1.0"),
+        (["--further_ema_max_decays", "0.9", "--use_ema", "false"], "`further_ema_max_decays` needs `use_ema`"),
     ],
 )
 def test_values_out_of_range_are_refused(words, message):
@@ -314,6 +317,61 @@ def test_averaged_weights_follow_the_documented_decay(tmp_path):
         torch.testing.assert_close(value, averaged[name], rtol=0, atol=1e-6)
         assert not torch.allclose(value, live[name], atol=1e-4)
     assert trainer.ema_copy("net", torch.float16).dtype == torch.float16
+
+
+def test_further_averages_are_kept_with_their_own_decay(tmp_path):
+    options = {"ema_power": 2.0, "ema_max_decay": 0.5, "further_ema_max_decays": [0.25, 0.9]}
+    trainer = make_trainer(tmp_path / "run", **options)
+    expected = {decay: trainer.unwrap("net").out.weight.detach().clone() for decay in (0.5, 0.25, 0.9)}
+    losses = {"net": lambda batch: {"loss": F.mse_loss(trainer.modules["net"](batch["x"]), batch["target"])}}
+    batches = trainer.batches()
+    for step in range(4):
+        trainer.training_step(batches, losses)
+        for decay, average in expected.items():
+            # diffusers counts the first step as one without an average.
+            now = min(decay, 1 - (1 + step) ** -2.0)
+            average.mul_(now).add_(trainer.unwrap("net").out.weight.detach(), alpha=1 - now)
+    trainer.save_checkpoint()
+    for decay, folder in ((None, "net_ema"), (0.25, "net_ema_0.25"), (0.9, "net_ema_0.9")):
+        copied = trainer.ema_copy("net", max_decay=decay).out.weight
+        torch.testing.assert_close(copied, expected[decay or 0.5])
+        saved = load_file(tmp_path / "run" / "checkpoint-4" / folder / "diffusion_pytorch_model.safetensors")
+        assert torch.equal(saved["out.weight"], copied)
+    assert len({tuple(average.flatten().tolist()) for average in expected.values()}) == 3
+
+
+def test_further_averages_resume_exactly_and_a_new_one_begins_from_the_first(tmp_path, caplog):
+    options = {"checkpointing_steps": 4, "further_ema_max_decays": [0.25]}
+    train(make_trainer(tmp_path / "whole", **options))
+    train(make_trainer(tmp_path / "cut", **options, max_train_minutes=1e-9, max_train_steps=4))
+    shutil.rmtree(tmp_path / "cut")
+    shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / "cut" / "checkpoint-4")
+    train(make_trainer(tmp_path / "cut", **options, resume_from_checkpoint="latest"))
+    whole, cut = (
+        load_file(tmp_path / run / "checkpoint-8" / "net_ema_0.25" / "diffusion_pytorch_model.safetensors")
+        for run in ("whole", "cut")
+    )
+    assert all(torch.equal(whole[key], cut[key]) for key in whole)
+
+    shutil.rmtree(tmp_path / "cut" / "checkpoint-8")
+    options["further_ema_max_decays"] = [0.125]
+    trainer = make_trainer(tmp_path / "cut", **options, max_train_steps=4, resume_from_checkpoint="latest")
+    train(trainer)
+    assert "net_ema_0.125" in caplog.text
+    for ours, theirs in zip(
+        trainer.ema_copy("net", max_decay=0.125).parameters(), trainer.ema_copy("net").parameters(), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+
+
+def test_muon_is_chosen_by_its_name_and_resumes_exactly(tmp_path):
+    options = {"optimizer": "muon", "checkpointing_steps": 4}
+    trainer = make_trainer(tmp_path / "whole", **options)
+    assert [group["is_matrix"] for group in trainer.optimizers["net"].param_groups] == [False]  # 8 x 3 is too narrow
+    train(trainer)
+    shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / "cut" / "checkpoint-4")
+    train(make_trainer(tmp_path / "cut", **options, resume_from_checkpoint="latest"))
+    assert_same_checkpoint(tmp_path / "whole" / "checkpoint-8", tmp_path / "cut" / "checkpoint-8")
 
 
 def test_resumed_run_equals_uninterrupted_run(tmp_path):
