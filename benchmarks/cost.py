@@ -27,6 +27,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ from torchvision.models import vgg16
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from diffsketching_pipeline import NoisyImageClassifier, PhotoSketcher, expand_unet_for_sketch
+from diffsketching_pipeline.autoencoding import get_scale_factor
 from diffsketching_pipeline.convert_guided_diffusion import networks_of_preset
 
 
@@ -79,12 +81,20 @@ def on_meta(build: Callable[[], torch.nn.Module]) -> torch.nn.Module:
         return build()
 
 
-def costs_of(unet: UNet2DModel, classifier: NoisyImageClassifier | None) -> dict[str, NetworkCost]:
-    """Costs of the networks of the paper's stage at the size of `unet`: with Photo-Sketching, VGG-LPIPS, ResNet-50."""
+def costs_of(
+    unet: UNet2DModel, classifier: NoisyImageClassifier | None, scale_factor: int = 1
+) -> dict[str, NetworkCost]:
+    """
+    Costs of the networks of the paper's stage at the size of `unet`, times `scale_factor` for those that see photos: with
+    Photo-Sketching, VGG-LPIPS, ResNet-50.
+    """
     side = unet.config.sample_size
-    images = torch.zeros(1, 3, side, side, device="meta", dtype=torch.bfloat16, requires_grad=True)
+
+    def zeros(channels: int, side: int) -> torch.Tensor:
+        return torch.zeros(1, channels, side, side, device="meta", dtype=torch.bfloat16, requires_grad=True)
+
+    images, inputs = zeros(3, scale_factor * side), zeros(unet.config.in_channels, side)
     labels = None if unet.config.num_class_embeds is None else torch.zeros(1, device="meta", dtype=torch.long)
-    inputs = torch.cat([images, images[:, : unet.config.in_channels - 3]], dim=1)
     timestep = torch.zeros(1, device="meta")
     photos = torch.zeros(1, 3, 224, 224, device="meta", dtype=torch.bfloat16, requires_grad=True)
     networks = {
@@ -100,7 +110,8 @@ def costs_of(unet: UNet2DModel, classifier: NoisyImageClassifier | None) -> dict
         ),
     }
     if classifier is not None:
-        networks["classifier"] = measure("classifier", classifier, lambda net: net(images, timestep))
+        noisy = zeros(classifier.config.in_channels, side)
+        networks["classifier"] = measure("classifier", classifier, lambda net: net(noisy, timestep))
     return networks
 
 
@@ -161,13 +172,16 @@ def table(costs: dict[str, NetworkCost], args: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
-def load(args: argparse.Namespace) -> tuple[UNet2DModel, NoisyImageClassifier | None]:
+def load(args: argparse.Namespace) -> tuple[UNet2DModel, NoisyImageClassifier | None, int]:
+    """UNet, classifier, and the pixels per side of what the UNet denoises."""
     if args.preset is not None:
         unet, classifier = networks_of_preset(args.preset)
-        return expand_unet_for_sketch(unet), classifier
+        return expand_unet_for_sketch(unet), classifier, 1
     folder = Path(args.model)
     unet = on_meta(lambda: UNet2DModel.from_config(json.loads((folder / "unet" / "config.json").read_text())))
-    return unet, None
+    vae = folder / "vae" / "config.json"
+    scale_factor = get_scale_factor(SimpleNamespace(config=json.loads(vae.read_text())) if vae.is_file() else None)
+    return unet, None, scale_factor
 
 
 def main() -> None:

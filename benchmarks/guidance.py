@@ -231,7 +231,7 @@ def measure_overhead(pipe: DiffSketchingPipeline, args: argparse.Namespace) -> d
 
 def _supported(pipe: DiffSketchingPipeline, scales: dict[str, float]) -> bool:
     needed = {
-        "sketch_guidance_scale": pipe.unet.config.in_channels == 4,
+        "sketch_guidance_scale": pipe.takes_sketch,
         "classifier_guidance_scale": pipe.classifier is not None,
         "perceptual_guidance_scale": pipe.sketcher is not None and pipe.sketch_encoder is not None,
     }
@@ -241,10 +241,10 @@ def _supported(pipe: DiffSketchingPipeline, scales: dict[str, float]) -> bool:
 @torch.no_grad()
 def measure_batched_guidance(pipe: DiffSketchingPipeline, args: argparse.Namespace) -> float | None:
     """Time of one batched guided prediction over that of two separate passes; `None` without a sketch channel."""
-    if pipe.unet.config.in_channels != 4:
+    if not pipe.takes_sketch:
         return None
     device = pipe.unet.device
-    latents = torch.randn(args.num_images, 3, pipe.height, pipe.width, device=device)
+    latents = torch.randn(args.num_images, pipe.sample_channels, *pipe.sample_size, device=device)
     labels = torch.zeros(args.num_images, dtype=torch.long, device=device)
     sketch = make_sketch(pipe).to(device).expand(args.num_images, -1, -1, -1)
     timestep = torch.tensor(500, device=device)

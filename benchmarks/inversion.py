@@ -30,15 +30,15 @@ from diffsketching_pipeline import DiffSketchingPipeline, bundled_checkpoint
 from diffsketching_pipeline.image_processor import preprocess_photos
 
 
-def psnr(found: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-    """10 log10(range² / mean squared error) of each photo `[batch_size, 3, H, W]` in [-1, 1], in dB."""
-    return 10 * torch.log10(4 / (found - images).square().mean(dim=(1, 2, 3)))
+def psnr(found: torch.Tensor, images: torch.Tensor, peak: float = 2.0) -> torch.Tensor:
+    """10 log10(peak² / mean squared error) of each photo `[batch_size, channels, H, W]`, in dB; 2 is the range of [-1, 1]."""
+    return 10 * torch.log10(peak**2 / (found - images).square().mean(dim=(1, 2, 3)))
 
 
 def round_trip(
     pipe: DiffSketchingPipeline, images: torch.Tensor, labels: list[str | None], steps: int, iterations: int
 ) -> tuple[torch.Tensor, float]:
-    """PSNR of each photo, and the seconds of the inversion alone."""
+    """PSNR of each photo (of its latents, with four of their standard deviations as the peak), and the inversion's seconds."""
     start = time.perf_counter()
     noise = pipe.invert(images, labels, num_inference_steps=steps, num_fixed_point_iterations=iterations)
     seconds = time.perf_counter() - start
@@ -50,7 +50,9 @@ def round_trip(
         "eta": 0.0,
     }
     found = pipe(None, labels, 1, steps, latents=noise, clip_sample=False, output_type="latent", **off).images
-    return psnr(found.cpu(), images), seconds
+    given = pipe.encode_photos(images.to(found.device))
+    peak = 2.0 if pipe.vae is None else 4 * float(given.std())
+    return psnr(found, given, peak).cpu(), seconds
 
 
 def main() -> None:

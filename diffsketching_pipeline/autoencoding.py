@@ -13,9 +13,11 @@
 # limitations under the License.
 """Photos to the space that a UNet denoises, and back: the latents of an autoencoder."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 
 def get_scale_factor(vae: Any) -> int:
@@ -42,7 +44,17 @@ def encode_photos(vae: Any, photos: torch.Tensor) -> torch.Tensor:
 
     Returns:
         `torch.Tensor`: float32 `[batch_size, latent_channels, height / f, width / f]`.
+
+    Raises:
+        ValueError: if f does not divide the photos' sides.
     """
+    factor = get_scale_factor(vae)
+    if any(side % factor for side in photos.shape[-2:]):
+        height, width = photos.shape[-2:]
+        raise ValueError(
+            f"`photos` must have sides that are multiples of {factor}, the pixels per latent of `vae`, but got {width} x"
+            f" {height}."
+        )
     encoded = vae.encode(photos.to(vae.dtype))
     latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
     return (latents.float() - (vae.config.get("shift_factor") or 0.0)) * vae.config["scaling_factor"]
@@ -54,3 +66,22 @@ def decode_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     """
     latents = latents / vae.config["scaling_factor"] + (vae.config.get("shift_factor") or 0.0)
     return vae.decode(latents.to(vae.dtype)).sample.float()
+
+
+class AutoencoderCall(nn.Module):
+    """
+    `function(vae, images)` as a module, so that [`~guidance.float32_call`] finds the weights: an autoencoder's own forward
+    is the way there and back.
+
+    Args:
+        vae ([`AutoencoderKL`] or [`AutoencoderTiny`]): the only child.
+        function: [`encode_photos`] or [`decode_latents`].
+    """
+
+    def __init__(self, vae: Any, function: Callable[[Any, torch.Tensor], torch.Tensor]):
+        super().__init__()
+        self.vae = vae
+        self.function = function
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.function(self.vae, images)

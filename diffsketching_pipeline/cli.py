@@ -37,6 +37,7 @@ from diffsketching_pipeline.cli_utils import (
     OutputDir,
     Overwrite,
     PerceptualScale,
+    SketchAbstraction,
     SketchScale,
     Steps,
     UserError,
@@ -137,6 +138,7 @@ def generate(
     sketch_guidance_scale: SketchScale = None,
     classifier_guidance_scale: ClassifierScale = None,
     perceptual_guidance_scale: PerceptualScale = None,
+    sketch_abstraction: SketchAbstraction = None,
     eta: Eta = None,
     strength: Annotated[float, typer.Option(help="1.0 starts from noise, less from the noised drawing.")] = 1.0,
     negative_class_label: NegativeClass = None,
@@ -182,6 +184,7 @@ def generate(
         "sketch_guidance_scale": sketch_guidance_scale,
         "classifier_guidance_scale": classifier_guidance_scale,
         "perceptual_guidance_scale": perceptual_guidance_scale,
+        "sketch_abstraction": sketch_abstraction,
         "eta": eta,
         "strength": strength,
         "negative_class_labels": negative,
@@ -233,6 +236,8 @@ def info(
     from rich.console import Console
     from rich.table import Table
 
+    from diffsketching_pipeline.model_card import input_names
+
     pipe = load_pipeline(model, "cpu")
     console = Console()
     table = Table(title=model or "garments-64 (bundled)", title_justify="left")
@@ -243,9 +248,13 @@ def info(
         count = f"{sum(p.numel() for p in parameters()):,}" if parameters else ""
         table.add_row(name, "not in this checkpoint" if component is None else type(component).__name__, count)
     console.print(table)
-    prediction_type, channels = pipe.scheduler.config.prediction_type, pipe.unet.config.in_channels
-    kind = "photo + sketch" if channels == 4 else "photo only"
-    console.print(f"size: {pipe.height}x{pipe.width}   input: {kind}   predicts: {prediction_type}", highlight=False)
+    prediction_type = pipe.scheduler.config.prediction_type
+    inputs = input_names(pipe)
+    kind = " + ".join(inputs) if len(inputs) > 1 else f"{inputs[0]} only"
+    size = f"{pipe.height}x{pipe.width}"
+    if pipe.vae is not None:
+        size += f" (latents {pipe.sample_size[0]}x{pipe.sample_size[1]}, {pipe.sample_channels} channels)"
+    console.print(f"size: {size}   input: {kind}   predicts: {prediction_type}", highlight=False)
     console.print(f"classes ({pipe.num_classes}): {', '.join(pipe.id2label.values()) or 'integers'}", highlight=False)
     recommended = "   ".join(f"{key}={value}" for key, value in pipe.recommended.items()) or "none"
     console.print(f"recommended: {recommended}", highlight=False)

@@ -36,6 +36,7 @@ from diffsketching_pipeline.cli_utils import (
     OutputDir,
     Overwrite,
     PerceptualScale,
+    SketchAbstraction,
     SketchScale,
     Steps,
     UserError,
@@ -101,6 +102,7 @@ def edit(
     sketch_guidance_scale: SketchScale = None,
     classifier_guidance_scale: ClassifierScale = None,
     perceptual_guidance_scale: PerceptualScale = None,
+    sketch_abstraction: SketchAbstraction = None,
     eta: Eta = None,
     negative_class_label: NegativeClass = None,
     colour_hint: ColourHint = None,
@@ -143,6 +145,7 @@ def edit(
         "sketch_guidance_scale": sketch_guidance_scale,
         "classifier_guidance_scale": classifier_guidance_scale,
         "perceptual_guidance_scale": perceptual_guidance_scale,
+        "sketch_abstraction": sketch_abstraction,
         "eta": eta,
         "negative_class_labels": negative,
         "colour_hint": hint,
@@ -188,6 +191,7 @@ def interpolate(
     sketch_guidance_scale: SketchScale = None,
     classifier_guidance_scale: ClassifierScale = None,
     perceptual_guidance_scale: PerceptualScale = None,
+    sketch_abstraction: SketchAbstraction = None,
     eta: Eta = None,
     device: Device = "auto",
     dtype: Dtype = DtypeName.float32,
@@ -230,6 +234,7 @@ def interpolate(
         "sketch_guidance_scale": sketch_guidance_scale,
         "classifier_guidance_scale": classifier_guidance_scale,
         "perceptual_guidance_scale": perceptual_guidance_scale,
+        "sketch_abstraction": sketch_abstraction,
         "eta": eta,
     }
     with user_errors(), progress(num_frames, "frames") as advance:
@@ -271,6 +276,7 @@ def matrix(
     sketch_guidance_scale: SketchScale = None,
     classifier_guidance_scale: ClassifierScale = None,
     perceptual_guidance_scale: PerceptualScale = None,
+    sketch_abstraction: SketchAbstraction = None,
     eta: Eta = None,
     negative_class_label: NegativeClass = None,
     colour_hint: ColourHint = None,
@@ -307,6 +313,7 @@ def matrix(
         "sketch_guidance_scale": sketch_guidance_scale,
         "classifier_guidance_scale": classifier_guidance_scale,
         "perceptual_guidance_scale": perceptual_guidance_scale,
+        "sketch_abstraction": sketch_abstraction,
         "eta": eta,
         "negative_class_labels": negative,
         "colour_hint": hint,
@@ -376,10 +383,13 @@ def invert(
             with user_errors():
                 noise = pipe.invert(photo, label, num_inference_steps=steps, num_fixed_point_iterations=iterations)
                 out = pipe(None, label, 1, steps, latents=noise, clip_sample=False, output_type="latent")
-            part = preprocess_photos(photo, pipe.height, pipe.width)
-            psnr = float(10 * torch.log10(4 / (out.images.cpu() - part).square().mean()))
+            # As the network is given it: what the way through a `vae` loses is no loss of the inversion.
+            part = pipe.encode_photos(preprocess_photos(photo, pipe.height, pipe.width).to(noise.device))
+            part, returned = pipe.decode_photos(part), pipe.decode_photos(out.images)
+            psnr = float(10 * torch.log10(4 / (returned - part).square().mean()))
             content = save({"noise": noise.cpu().contiguous()})
-            given, back = (pipe.decode_latents(images, "pil")[0] for images in (part, out.images))
+            shown_pixels = torch.cat([part, returned]).clamp(-1, 1)
+            given, back = pipe.image_processor.postprocess(shown_pixels, output_type="pil")
             shown = pipe.decode_latents(noise / 3, "pil")[0]
             tiles = [(given, "photo"), (shown, "noise"), (back, f"back, {psnr:.1f} dB")]
             record = {"psnr_db": round(psnr, 2), **file_record("photo", photo), **class_record(label, out)}

@@ -59,6 +59,10 @@ ClassifierScale = Annotated[
 PerceptualScale = Annotated[
     Optional[float], typer.Option("--perceptual-guidance-scale", help="0.0 = off. [default: the model's]")
 ]
+SketchAbstraction = Annotated[
+    Optional[float],
+    typer.Option("--sketch-abstraction", help="0.0 = trace the drawing, 1.0 = what it means. [default: the model's]"),
+]
 Eta = Annotated[
     Optional[float], typer.Option("--eta", help="Fresh noise per step, 0 to 1; 0.0 = off. [default: the model's]")
 ]
@@ -292,6 +296,7 @@ def sampling_record(pipe: Any, settings: dict[str, Any]) -> dict[str, Any]:
         **settings,
         "num_inference_steps": pipe.resolve_num_inference_steps(settings.get("num_inference_steps")),
         **pipe.guidance_scales,
+        "sketch_abstraction": pipe.sketch_abstraction,
         "eta": pipe.eta,
         "scheduler": type(pipe.scheduler).__name__,
         "dtype": str(pipe.dtype).removeprefix("torch."),

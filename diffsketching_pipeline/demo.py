@@ -50,6 +50,7 @@ CALL_SETTINGS = (
     "sketch_guidance_scale",
     "classifier_guidance_scale",
     "perceptual_guidance_scale",
+    "sketch_abstraction",
     "guidance_start",
     "guidance_end",
     "strength",
@@ -208,7 +209,7 @@ class Studio:
         sketch, classifier, start, end = (float(np.interp(realism, _REALISM[:, 0], row)) for row in _REALISM.T[1:])
         settings = {"guidance_start": start, "guidance_end": end}
         scales = {**_DEFAULT_SCALES, **self.pipe.recommended}
-        if self.pipe.unet.config.in_channels == 4:
+        if self.pipe.takes_sketch:
             settings["sketch_guidance_scale"] = 1.0 + sketch * (scales["sketch_guidance_scale"] - 1.0)
         if self.pipe.classifier is not None:
             settings["classifier_guidance_scale"] = classifier * scales["classifier_guidance_scale"]
@@ -346,8 +347,7 @@ class Studio:
             seconds_left = (time.perf_counter() - began) / step * (num_steps - step)
             images = None
             if step_index % PREVIEW_STEPS == 0 and step < num_steps:
-                estimate = callback_kwargs["pred_original_sample"].clamp(-1, 1)
-                images = pipe.image_processor.postprocess(estimate, output_type="pil")
+                images = pipe.decode_latents(callback_kwargs["pred_original_sample"], "pil")
             updates.put(Progress(step, num_steps, seconds_left, images))
             return change_latents(step_index, callback_kwargs)
 

@@ -54,6 +54,9 @@ _SIGMA_OPTIONS = (
     "use_lu_lambdas",
 )
 _LEARNED_VARIANCE = ("learned", "learned_range")
+# Below this ᾱ_t (the last timestep of a cosine schedule) a change of ε moves x̂_0 by more than a thousand times itself,
+# so that the gradient of anything explodes there, and ε says next to nothing about x_0.
+_MIN_GUIDED_ALPHA_PROD = 1e-6
 
 
 @dataclass
@@ -68,7 +71,7 @@ class Conditioning:
         class_labels (`torch.LongTensor` of shape `[num_rows]`, *optional*):
             Class index of each row; `None` for a network without classes.
         sketch (`torch.Tensor` of shape `[num_rows, 1, height, width]`, *optional*):
-            Drawing of each row, -1 = stroke and +1 = paper; `None` for no drawing.
+            Drawing of each row in pixels, -1 = stroke and +1 = paper; `None` for no drawing.
         owner (`torch.LongTensor` of shape `[num_rows]`, *optional*):
             Index of the image that each row belongs to, in any order; every image owns at least one. `None` when row `i`
             belongs to image `i`.
@@ -77,8 +80,11 @@ class Conditioning:
             of "no class", so that it strengthens both, or of a class to move away from. `None` for a network without
             it: the class then stays.
         weights (`torch.Tensor` of shape `[num_rows, 1, 1, 1]` or `[num_rows, 1, height, width]`, *optional*):
-            Share of each row in its image's prediction, at each pixel maybe; those of an image sum to 1. `None` for equal
-            shares.
+            Share of each row in its image's prediction, at each place of x_t maybe; those of an image sum to 1. `None` for
+            equal shares.
+        sketch_abstraction (`torch.Tensor` of shape `[num_rows]`, *optional*):
+            How far each drawing may be off, in [0, 1]: 0 is to be traced, 1 to be understood. `None` for 0; a network
+            without a plane for it ignores it.
     """
 
     class_labels: torch.Tensor | None = None
@@ -86,6 +92,7 @@ class Conditioning:
     owner: torch.Tensor | None = None
     null_class_labels: torch.Tensor | None = None
     weights: torch.Tensor | None = None
+    sketch_abstraction: torch.Tensor | None = None
 
 
 class NoisePrediction(NamedTuple):
@@ -149,12 +156,13 @@ def predict_noise(
 
     Args:
         unet: called as `unet(sample, timestep, class_labels, return_dict=False)`; returns a tuple.
-        unet_config: `in_channels` (3, or 4 = photo + sketch) and `num_class_embeds` (`None`: class labels are for the
-            classifier only). 6 output channels are 3 and a learned variance.
+        unet_config: `in_channels` (see [`get_unet_inputs`]) and `num_class_embeds` (`None`: class labels are for the
+            classifier only). Twice as many output channels as x_t has are a prediction and a learned variance.
         scheduler: owns `alphas_cumprod` and `config.prediction_type`.
-        latents (`torch.Tensor` of shape `[batch_size, 3, height, width]`): x_t in float32.
+        latents (`torch.Tensor` of shape `[batch_size, channels, height, width]`): x_t in float32, in pixels (3 channels)
+            or in the latents of an autoencoder.
         timestep: one timestep, or one per image.
-        conditioning: class labels and drawings; drawings are ignored by a 3-channel network.
+        conditioning: class labels and drawings; drawings are ignored by a network that takes x_t alone.
         sketch_guidance_scale: w; 1.0 is plain conditional prediction and costs no second pass.
         clip_sample: whether x̂_0 is clamped to ± `clip_sample_range`.
 
@@ -194,15 +202,15 @@ def _guided_model_output(
     labels, owner, weights = conditioning.class_labels, conditioning.owner, conditioning.weights
     if unet_config["num_class_embeds"] is None:
         labels = None
-    takes_sketch = unet_config["in_channels"] != latents.shape[1]
-    sketch = conditioning.sketch if takes_sketch else None
+    in_channels = unet_config["in_channels"]
+    sketch = conditioning.sketch if in_channels != latents.shape[1] else None
     if sketch is None and owner is not None:
         labels, owner, weights = _merge_equal_rows(labels, owner, weights)
 
     rows = torch.arange(len(latents), device=latents.device) if owner is None else owner
     sample = latents if owner is None else latents[rows]
-    if takes_sketch:
-        sample = _with_sketch(sample, sketch)
+    abstraction = 0.0 if conditioning.sketch_abstraction is None else conditioning.sketch_abstraction
+    sample = join_unet_inputs(sample, in_channels, sketch, abstraction)
     if sketch is None or sketch_guidance_scale == 1.0:
         output = _call_unet(unet, sample, _pick(timestep, rows), labels)
         return _average_by_owner(output, owner, weights, latents)
@@ -212,7 +220,7 @@ def _guided_model_output(
     keeps_class = labels is not None and null_labels is None
     null_owner = owner if keeps_class else None
     null_rows = rows if keeps_class else torch.arange(len(latents), device=latents.device)
-    null = _with_sketch(latents[null_rows], None)
+    null = join_unet_inputs(latents[null_rows], in_channels)
     if labels is not None:
         labels = torch.cat([labels, labels if null_labels is None else null_labels])
     timestep = _pick(timestep, torch.cat([rows, null_rows]))
@@ -302,11 +310,6 @@ def join_unet_inputs(
     drawn = (sketch != 0).flatten(1).any(dim=1).reshape(-1, 1, 1, 1)
     plane = (abstraction * drawn).expand(len(sample), 1, *sample.shape[2:])
     return torch.cat([sample, folded, plane], dim=1)
-
-
-def _with_sketch(sample: torch.Tensor, sketch: torch.Tensor | None) -> torch.Tensor:
-    """x_t and the drawing, as a network with a channel for it takes them; 0 is no drawing."""
-    return torch.cat([sample, torch.zeros_like(sample[:, :1]) if sketch is None else sketch.to(sample)], dim=1)
 
 
 def _pick(values: Any, rows: torch.Tensor) -> Any:
@@ -445,7 +448,7 @@ def denoise(
     Args:
         scheduler: made by [`sampling_scheduler`].
         predict: `predict(latents, timestep, step_index)` returns the final (guided) [`NoisePrediction`].
-        latents (`torch.Tensor` of shape `[batch_size, 3, height, width]`): x at `timesteps[0]`.
+        latents (`torch.Tensor` of shape `[batch_size, channels, height, width]`): x at `timesteps[0]`.
         timesteps: the timesteps still to go, in descending order.
         step_kwargs: passed to the scheduler's `step`, or what makes them for each step; see [`scheduler_step_kwargs`].
         on_step_end: `on_step_end(step_index, timestep, latents, prediction)` after each step; returns the latents to go
@@ -496,6 +499,21 @@ def ddim_inverse_step(
     return alpha_prod.sqrt() * pred_original_sample + (1 - alpha_prod).sqrt() * noise_pred
 
 
+def _ddim_inverse_step_by_velocity(
+    scheduler: DDIMScheduler, prediction: NoisePrediction, timestep: torch.Tensor | int, latents: torch.Tensor
+) -> torch.Tensor:
+    """
+    [`ddim_inverse_step`] with v = sqrt(ᾱ) ε - sqrt(1-ᾱ) x̂_0 held fixed in the place of ε: a DDIM step is a rotation by an
+    angle δ, x_{t-1} = cos δ x_t - sin δ v.
+    """
+    alpha_prod, alpha_prod_prev = _step_alpha_prods(scheduler, timestep)
+    sqrt_alpha, sqrt_beta = alpha_prod.sqrt(), (1 - alpha_prod).sqrt()
+    velocity = sqrt_alpha * prediction.noise_pred - sqrt_beta * prediction.pred_original_sample
+    sine = sqrt_beta * alpha_prod_prev.sqrt() - sqrt_alpha * (1 - alpha_prod_prev).sqrt()
+    cosine = sqrt_alpha * alpha_prod_prev.sqrt() + sqrt_beta * (1 - alpha_prod_prev).sqrt()
+    return (latents + sine * velocity) / cosine
+
+
 def forward_step(
     scheduler: DDIMScheduler, noise: torch.Tensor, timestep: torch.Tensor | int, latents: torch.Tensor
 ) -> torch.Tensor:
@@ -531,12 +549,13 @@ def invert(
 
     The DDIM step that led to x_{t-1} used ε(x_t, t), which is not known before x_t is. Textbook inversion takes
     ε(x_{t-1}, t) instead, and is off by the step's curvature. x_t is the fixed point of x = g(x_{t-1}, ε(x, t)), with g
-    the inverse step; each iteration evaluates ε at the last guess of x_t.
+    the inverse step; each iteration evaluates ε at the last guess of x_t. Where x_t is pure noise (the last step of a cosine
+    schedule with trailing spacing) ε is x_t itself, whose iteration would stand still: there v is what is evaluated.
 
     Args:
         scheduler: a `DDIMScheduler` made by [`sampling_scheduler`].
         predict: as for [`denoise`]; it must not clip x̂_0, or what it clips is lost.
-        latents (`torch.Tensor` of shape `[batch_size, 3, height, width]`): x_0.
+        latents (`torch.Tensor` of shape `[batch_size, channels, height, width]`): x_0.
         timesteps: those of sampling, in descending order.
         num_fixed_point_iterations: evaluations of ε per step beyond the first; 0 is the textbook method.
         on_step_end: `on_step_end(step_index, timestep, latents)` after each step, from the last of sampling to the first.
@@ -546,8 +565,13 @@ def invert(
     """
     for step_index in reversed(range(len(timesteps))):
         timestep, guess = timesteps[step_index], latents
+        is_noise = float(scheduler.alphas_cumprod[int(timestep)]) < _MIN_GUIDED_ALPHA_PROD
         for _ in range(num_fixed_point_iterations + 1):
-            guess = ddim_inverse_step(scheduler, predict(guess, timestep, step_index).noise_pred, timestep, latents)
+            prediction = predict(guess, timestep, step_index)
+            if is_noise:
+                guess = _ddim_inverse_step_by_velocity(scheduler, prediction, timestep, latents)
+            else:
+                guess = ddim_inverse_step(scheduler, prediction.noise_pred, timestep, latents)
         latents = guess
         if on_step_end is not None:
             on_step_end(step_index, timestep, latents)

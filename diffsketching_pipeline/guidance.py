@@ -16,15 +16,17 @@
 A callback follows diffusers' `PipelineCallback` and composes with `MultiPipelineCallbacks`. It is called as
 `callback(pipeline, step_index, timestep, callback_kwargs)` with, among `callback_kwargs`,
 
-- `latents`: x_t, `[batch_size, 3, height, width]`, float32;
+- `latents`: x_t, `[batch_size, channels, height, width]`, float32, in the UNet's own space: pixels, or latents of `vae`;
 - `noise_pred`, `pred_original_sample`: the base prediction, the same for every callback; attached to `latents` if any
-  callback of the call has `through_unet`;
+  callback of the call has `through_unet`. `pipeline.float32_decoder()` makes photos of x̂_0;
 - `alpha_prod`: ᾱ_t, `[1, 1, 1, 1]`;
-- `class_labels` `[num_rows]` and `sketch` `[num_rows, 1, height, width]`, each `None` if there is none; `owner`
+- `class_labels` `[num_rows]` and `sketch` `[num_rows, 1, height, width]` in pixels, each `None` if there is none; `owner`
   `[num_rows]`, the image that each row belongs to (one has several for several drawings, or a mixture of classes), and
   `row_shares` `[num_rows]`, the share of each row in its image;
 - `noise_pred_delta`: what is added to `noise_pred` in the end. A callback adds its own term to it and returns
   `callback_kwargs`, so that the order of callbacks does not matter.
+
+At a step where x_t is pure noise (ᾱ_t < 1e-6) no callback is called.
 """
 
 import math
@@ -117,7 +119,7 @@ class GuidanceCallback(PipelineCallback):
         )
 
     def noise_delta(self, pipeline: Any, timestep: Any, callback_kwargs: dict[str, Any]) -> torch.Tensor:
-        """What this callback adds to ε, `[batch_size, 3, height, width]`."""
+        """What this callback adds to ε, of its shape."""
         raise NotImplementedError(f"{type(self).__name__} has to implement `noise_delta`.")
 
     def callback_fn(
@@ -164,7 +166,7 @@ def classifier_noise_delta(
 
     Args:
         classifier: p_φ, called as `classifier(sample, timestep, return_dict=False)`; returns a tuple of logits.
-        latents (`torch.Tensor` of shape `[batch_size, 3, height, width]`): x_t.
+        latents (`torch.Tensor` of shape `[batch_size, channels, height, width]`): x_t.
         timestep: t.
         class_labels (`torch.LongTensor` of shape `[num_rows]`): y.
         alpha_prod (`torch.Tensor`): ᾱ_t, shaped to broadcast against `latents`.
@@ -212,7 +214,8 @@ class SketchGuidanceCallback(GuidanceCallback):
     ε̂ = ε + w_p sqrt(1-ᾱ_t) ‖ε‖ ĝ, where ĝ is ∇_{x_t} L_p(P(clamp(x̂_0)), s) scaled to unit norm per image. With ε held
     fixed dx̂_0/dx_t is 1/sqrt(ᾱ_t), through the network it is not, so the raw sizes differ by orders of magnitude; after
     the normalisation `scale` is a fraction of the noise prediction and one value serves both. The clamp passes gradients
-    straight through, so that saturated pixels (white backgrounds) can still be drawn on.
+    straight through, so that saturated pixels (white backgrounds) can still be drawn on. With a `vae` x̂_0 is decoded, and
+    the gradient goes through its decoder.
 
     Args:
         scale (`float`): w_p; 0.05 to 0.3 is a useful range.
@@ -238,7 +241,7 @@ class SketchGuidanceCallback(GuidanceCallback):
         return self.config.scale * (1 - callback_kwargs["alpha_prod"]).sqrt() * size * direction
 
     def _perceptual_gradient(self, pipeline: Any, callback_kwargs: dict[str, Any]) -> torch.Tensor:
-        sketcher = pipeline.float32_call("sketcher")
+        sketcher, decode = pipeline.float32_call("sketcher"), pipeline.float32_decoder()
         feature_maps = pipeline.cached(
             ("float32", "feature_maps"),
             lambda: float32_call(SketchFeatureMaps(pipeline.sketch_encoder), callback_kwargs["latents"].device),
@@ -250,7 +253,8 @@ class SketchGuidanceCallback(GuidanceCallback):
             owner = callback_kwargs["owner"].clone()
             if not self.through_unet:
                 original = original.detach().clone().requires_grad_(True)
-            features = [x[owner] for x in perceptual_loss.features(sketcher(clamp_straight_through(original)))]
+            photos = clamp_straight_through(decode(original))
+            features = [x[owner] for x in perceptual_loss.features(sketcher(photos))]
             # Of several drawings of one image, the constraints are averaged as their predictions are.
             loss = (perceptual_loss.distance(features, target) * callback_kwargs["row_shares"].clone()).sum()
             if self.through_unet:
@@ -290,6 +294,10 @@ class ColourGuidanceCallback(GuidanceCallback):
     x̂_0 becomes x̂_0 + w m B(m (c - x̂_0)) / B(m) with B a Gaussian blur, m the mask and c the nearest of the candidate
     colours, which is ε̂ = ε - sqrt(ᾱ_t / (1-ᾱ_t)) times that change (compare ILVR, Choi et al., 2021).
 
+    With a `vae` that is done to the decoded photo D(x̂_0), and x̂_0 changes by E(recoloured) - E(D(x̂_0)): what the way
+    there and back loses cancels, and a scale of 1.0 means the same as in pixels. A gradient through the decoder would need
+    several steps to get as far.
+
     Args:
         colours ([`Colours`]): on the device that is sampled on.
         scale (`float`, defaults to 0.5): w; 1.0 replaces the low frequencies.
@@ -302,14 +310,23 @@ class ColourGuidanceCallback(GuidanceCallback):
 
     def noise_delta(self, pipeline: Any, timestep: Any, callback_kwargs: dict[str, Any]) -> torch.Tensor:
         original = callback_kwargs["pred_original_sample"].detach()
+        alpha_prod = callback_kwargs["alpha_prod"]
+        factor = -(alpha_prod / (1 - alpha_prod)).sqrt()
+        if pipeline.vae is None:
+            return self.config.scale * factor * self._pixel_change(original)
+        encode = pipeline.float32_encoder()
+        photos = pipeline.float32_decoder()(original).clamp(-1, 1)
+        recoloured = (photos + self.config.scale * self._pixel_change(photos)).clamp(-1, 1)
+        return factor * (encode(recoloured) - encode(photos))
+
+    def _pixel_change(self, original: torch.Tensor) -> torch.Tensor:
+        """What takes photos `[batch_size, 3, height, width]` all the way to the colours."""
         candidates, mask = self.colours
         # Of the candidates the nearest to the blurred colour, so that a fold or a print does not switch between them.
         distances = (blur(original)[:, None] - candidates).square().sum(dim=2)
         nearest = distances.argmin(dim=1)[:, None, None].expand(-1, -1, 3, -1, -1)
         target = candidates.expand(len(original), -1, -1, *original.shape[2:]).gather(1, nearest)[:, 0]
-        change = mask * blur(mask * (target - original)) / blur(mask).clamp_min(1e-3)
-        alpha_prod = callback_kwargs["alpha_prod"]
-        return -self.config.scale * (alpha_prod / (1 - alpha_prod)).sqrt() * change
+        return mask * blur(mask * (target - original)) / blur(mask).clamp_min(1e-3)
 
 
 def blur(images: torch.Tensor) -> torch.Tensor:

@@ -139,6 +139,13 @@ pipe = DiffusionPipeline.from_pretrained("{name}", custom_pipeline="{name}", tru
 """
 
 
+def input_names(pipe: Any) -> list[str]:
+    """What the UNet of a pipeline takes, in words."""
+    names = {"photo" if pipe.vae is None else "latents": True, "sketch": pipe.takes_sketch}
+    names["abstraction"] = pipe.takes_abstraction
+    return [name for name, is_taken in names.items() if is_taken]
+
+
 def make_card(pipe: Any, title: str, license: str | None) -> str:
     """A card with what can be read off the pipeline itself: components, sizes, classes, recommended settings."""
     matter = ["---", *([f"license: {license}"] if license else []), "library_name: diffusers"]
@@ -151,7 +158,8 @@ def make_card(pipe: Any, title: str, license: str | None) -> str:
             rows.append(f"| `{name}` | `{type(component).__name__}` | {count} |")
     classes = ", ".join(pipe.id2label.values()) if pipe.id2label else f"{pipe.num_classes}, by number"
     recommended = ", ".join(f"`{key}` {value}" for key, value in pipe.recommended.items()) or "none"
-    what = "photo and sketch" if pipe.unet.config.in_channels == 4 else "photo only"
+    inputs = input_names(pipe)
+    what = " and ".join(inputs) if len(inputs) > 1 else f"{inputs[0]} only"
     return "\n".join(
         [
             *matter,

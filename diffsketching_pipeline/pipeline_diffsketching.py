@@ -83,6 +83,8 @@ class DiffSketchingPipeline(DiffSketchingMixin, DiffusionPipeline):
         sketch_masks=None,
         colour_hint=None,
         colour_guidance_scale: float = 0.5,
+        sketch_abstraction: float | None = None,
+        image=None,
     ):
         r"""
         Photos of a drawing.
@@ -110,7 +112,8 @@ class DiffSketchingPipeline(DiffSketchingMixin, DiffusionPipeline):
                 [`SketchGuidanceCallback`].
             guidance_start, guidance_end (`float`, defaults to 0.0 and 1.0):
                 Fractions of the steps between which the three guidances are on; outside, the prediction is plainly
-                conditional.
+                conditional. Where x_t is pure noise (the first step of a cosine schedule with trailing spacing) nothing is
+                guided but by `sketch_guidance_scale`, because any gradient explodes there.
             guidance_callbacks ([`PipelineCallback`] or a list of them, *optional*):
                 Further guidance beside that of the scales; see `diffsketching_pipeline.guidance`.
             strength (`float`, defaults to 1.0):
@@ -121,14 +124,15 @@ class DiffSketchingPipeline(DiffSketchingMixin, DiffusionPipeline):
                 with another scheduler, which refuse values above 0.
             clip_sample (`bool`, *optional*):
                 Whether x̂_0 is clamped to [-1, 1] at each step; `None` is the scheduler's setting, `False` is for round
-                trips from inverted latents.
+                trips from inverted latents. With a `vae` it is never clamped, and `True` is an error.
             generator (`torch.Generator` or a list of them, *optional*):
                 One per image makes each image depend on its own alone; a single one is expanded to that by drawing a
                 child seed per image.
-            latents (`torch.Tensor` of shape `[len(sketches) * num_images_per_sketch, 3, height, width]`, *optional*):
-                x_T, or with `strength` below 1 the noise added to the drawing.
+            latents (`torch.Tensor` of shape `[len(sketches) * num_images_per_sketch, channels, height, width]`, *optional*):
+                x_T, or with `strength` below 1 the noise added to the drawing. It is in the UNet's own space: 3 channels
+                of the photos' size, or with a `vae` its latents; see `sample_channels` and `sample_size`.
             output_type (`str`, defaults to `"pil"`):
-                `"pil"`, `"np"`, `"pt"` or `"latent"` (x_0 unclipped).
+                `"pil"`, `"np"`, `"pt"` or `"latent"` (x_0 in the UNet's own space, unclipped and not decoded).
             return_dict (`bool`, defaults to `True`):
                 Whether to return a [`DiffSketchingPipelineOutput`] or a plain tuple of its three fields.
             callback_on_step_end (`Callable`, *optional*):
@@ -150,6 +154,11 @@ class DiffSketchingPipeline(DiffSketchingMixin, DiffusionPipeline):
             colour_guidance_scale (`float`, defaults to 0.5):
                 How strongly: 0.0 is off, 1.0 replaces the low frequencies, in the first 60% of the guided steps. See
                 [`ColourGuidanceCallback`].
+            sketch_abstraction (`float`, *optional*):
+                How far the drawing may be off, in [0, 1]: 0.0 traces it, 1.0 draws what is meant. `None` is the
+                checkpoint's recommendation, or 0.0. A UNet without a plane for it ignores it, which a warning says.
+            image (*optional*):
+                Another name of `sketch`, for servers that know no other.
 
         Examples:
             ```python
@@ -170,6 +179,10 @@ class DiffSketchingPipeline(DiffSketchingMixin, DiffusionPipeline):
                 be read or is empty, or a prediction that is not finite.
         """
         # 0. Check inputs
+        if image is not None:
+            if sketch is not None:
+                raise ValueError("`image` is another name of `sketch`: give one of them.")
+            sketch = image
         options = SamplingOptions(
             sketch_guidance_scale=sketch_guidance_scale,
             classifier_guidance_scale=classifier_guidance_scale,
@@ -186,6 +199,7 @@ class DiffSketchingPipeline(DiffSketchingMixin, DiffusionPipeline):
             negative_class_labels=negative_class_labels,
             colour_hint=colour_hint,
             colour_guidance_scale=colour_guidance_scale,
+            sketch_abstraction=sketch_abstraction,
         ).for_noise_of(latents)
         self.check_inputs(sketch, class_labels, num_images_per_sketch, strength, latents, sketch_masks, options)
         device = self._execution_device
@@ -209,23 +223,22 @@ class DiffSketchingPipeline(DiffSketchingMixin, DiffusionPipeline):
 
         # 3. Find the classes
         labels, probabilities = self.prepare_class_labels(class_labels, groups, num_rows)
-        conditions = self.prepare_conditions(groups, labels, negative_class_labels, masks)
+        abstraction = self.prepare_sketch_abstraction(sketch_abstraction, groups is not None)
+        conditions = self.prepare_conditions(groups, labels, negative_class_labels, masks, abstraction)
         conditioning = join_conditions(
             [[(condition, 1.0)] for condition in conditions for _ in range(num_images_per_sketch)]
         )
 
         # 4. Put guidance together
         guidance = self.prepare_guidance(options, groups is not None, None not in labels, colours)
-        self._check_guided_start(scheduler, timesteps, guidance)
         if groups is not None and strength == 1.0:
             self._warn_if_sketch_is_unused("sketch", guidance, ", or lower `strength`")
 
         # 5. Start from the noised drawing
         if groups is not None and strength < 1.0:
-            start = torch.stack([group.mean(dim=0) for group in groups]).repeat_interleave(
-                num_images_per_sketch, dim=0
-            )
-            latents = scheduler.add_noise(start.expand(-1, 3, -1, -1), latents, timesteps[:1])
+            start = torch.stack([group.mean(dim=0) for group in groups]).expand(-1, 3, -1, -1)
+            start = self.encode_photos(start).repeat_interleave(num_images_per_sketch, dim=0)
+            latents = scheduler.add_noise(start, latents, timesteps[:1])
 
         # 6. Denoise
         latents = self._denoise(scheduler, timesteps, latents, conditioning, guidance, options, step_kwargs)

@@ -193,8 +193,8 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
 
     def prepare_photo(self, region: EditedRegion) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        The part at the model's size, `[1, 3, height, width]` in [-1, 1], and where it may change, bool `[1, 1, height,
-        width]`: each pixel that the mask touches, for outside of the mask the photo is put back anyway.
+        The part at the model's size in pixels, `[1, 3, height, width]` in [-1, 1], and where it may change, bool `[1, 1,
+        height, width]`: each pixel that the mask touches, for outside of the mask the photo is put back anyway.
         """
         size = (self.width, self.height)
         part = region.photo.crop(region.box).resize(size, Image.Resampling.LANCZOS)
@@ -204,18 +204,27 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
         photo = preprocess_photos(part, self.height, self.width)
         return photo.to(self._execution_device), inside.to(self._execution_device)
 
-    def prepare_drawing(self, region: EditedRegion, latents: torch.Tensor, inside: torch.Tensor, sketch):
+    def prepare_latent_mask(self, inside: torch.Tensor) -> torch.Tensor:
+        """
+        Where x_t may change, bool `[1, 1, height, width]` in the UNet's own space, of the same in pixels: a latent may
+        wherever one of its pixels may.
+        """
+        if self.vae is None:
+            return inside
+        return F.max_pool2d(inside.float(), self.vae_scale_factor) > 0
+
+    def prepare_drawing(self, region: EditedRegion, photo: torch.Tensor, inside: torch.Tensor, sketch):
         """
         What the network is shown, `[1, 1, height, width]`: the strokes inside the mask, and around it (or without a drawing
         everywhere) the contours that `sketcher` finds in the photo. `None` where there is neither.
 
         Args:
-            latents: the part of the photo, `[1, 3, height, width]` in [-1, 1].
+            photo: the part of it, `[1, 3, height, width]` in [-1, 1].
             inside: `[1, 1, height, width]`, True where it may change.
         """
         contours = None
         if self.sketcher is not None:
-            contours = self.sketcher(latents.to(self.sketcher.dtype)).float()
+            contours = self.sketcher(photo.to(self.sketcher.dtype)).float()
         if sketch is None:
             return contours
         width, height = region.size
@@ -224,7 +233,7 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
         strokes = self.prepare_strokes(sketch, region.photo.size, page)
         left, top = round(region.box[0] * scale[0]), round(region.box[1] * scale[1])
         left, top = min(left, page[0] - self.width), min(top, page[1] - self.height)
-        strokes = strokes[..., top : top + self.height, left : left + self.width].to(latents.device)
+        strokes = strokes[..., top : top + self.height, left : left + self.width].to(photo.device)
         if not bool((strokes < 0)[inside].any()):
             raise ValueError("`sketch` has no line inside of what may change: draw there, or enlarge `mask_image`.")
         return strokes if contours is None else torch.where(inside, strokes, contours)
@@ -276,6 +285,7 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
         negative_class_labels=None,
         colour_hint=None,
         colour_guidance_scale: float = 0.5,
+        sketch_abstraction: float | None = None,
     ):
         r"""
         A photo in which a part follows a drawing.
@@ -314,7 +324,7 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
             num_fixed_point_iterations (`int`, defaults to 1):
                 Of the inversion; see [`~DiffSketchingPipeline.invert`].
             output_type (`str`, defaults to `"pil"`):
-                `"pil"`, `"np"` and `"pt"` are photos of the given size; `"latent"` is the part at the model's size.
+                `"pil"`, `"np"` and `"pt"` are photos of the given size; `"latent"` is the part in the UNet's own space.
 
         All other arguments are those of [`DiffSketchingPipeline.__call__`].
 
@@ -355,6 +365,7 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
             negative_class_labels=negative_class_labels,
             colour_hint=colour_hint,
             colour_guidance_scale=colour_guidance_scale,
+            sketch_abstraction=sketch_abstraction,
         )
         fractions = {"mask_padding": mask_padding, "crop_margin": crop_margin, "feather": feather}
         self.check_inputs(
@@ -384,11 +395,11 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
         drawing = self.prepare_drawing(region, photo, inside, sketch)
         groups = None if drawing is None else [drawing]
         labels, probabilities = self.prepare_class_labels(class_labels, groups, 1)
-        condition = self.prepare_conditions(groups, labels, negative_class_labels)[0]
+        abstraction = self.prepare_sketch_abstraction(sketch_abstraction, groups is not None)
+        condition = self.prepare_conditions(groups, labels, negative_class_labels, None, abstraction)[0]
         conditioning = join_conditions([[(condition, 1.0)]] * num_images_per_sketch)
         colours = self.prepare_part_colours(colour_hint, region, inside, groups, num_images_per_sketch)
         guidance = self.prepare_guidance(options, groups is not None, None not in labels, colours)
-        self._check_guided_start(scheduler, timesteps_to_walk, guidance)
         if sketch is not None:
             self._warn_if_sketch_is_unused("sketch", guidance)
 
@@ -397,12 +408,18 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
         surroundings = self.prepare_conditions(None, labels if needs_class else [None])[0]
         unguided = join_conditions([[(surroundings, 1.0)]])
         # At each timestep, noisiest first, and at last the photo.
-        known = [photo]
+        known = [self.encode_photos(photo)]
         self._invert(
-            scheduler, timesteps, photo, unguided, num_fixed_point_iterations, lambda latents: known.insert(0, latents)
+            scheduler,
+            timesteps,
+            known[0],
+            unguided,
+            num_fixed_point_iterations,
+            lambda latents: known.insert(0, latents),
         )
 
         # 4. Start from the inverted photo, or inside the mask from noise
+        inside = self.prepare_latent_mask(inside)
         self._eta = self._resolve_eta(eta, has_latents=False)
         step_kwargs = scheduler_step_kwargs(scheduler, self._eta, generators)
         latents = known[0].expand(num_images_per_sketch, -1, -1, -1)
@@ -427,10 +444,10 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
 
     def paste(self, region: EditedRegion, latents: torch.Tensor, feather: float, output_type: str) -> Any:
         """
-        The photo with each generated part `[batch_size, 3, height, width]` in its place, blended over `feather` of the
-        part's longer side inside the mask; bit for bit the photo outside of it.
+        The photo with each generated part, x_0 in the UNet's own space, in its place, blended over `feather` of the part's
+        longer side inside the mask; bit for bit the photo outside of it.
         """
-        parts = self.image_processor.postprocess(latents.clamp(-1, 1), output_type="pil")
+        parts = self.decode_latents(latents, "pil")
         share = np.clip(region.depth() / max(1.0, feather * max(region.size)), 0, 1)
         share = (share * share * (3 - 2 * share))[..., None]
         left, top, right, bottom = region.box

@@ -114,6 +114,7 @@ class DiffSketchingInterpolationPipeline(DiffSketchingMixin, DiffusionPipeline):
         callback_on_step_end: Callable[..., dict] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         negative_class_labels=None,
+        sketch_abstraction: float | None = None,
     ):
         r"""
         Frames from the first key over the others to the last.
@@ -139,8 +140,8 @@ class DiffSketchingInterpolationPipeline(DiffSketchingMixin, DiffusionPipeline):
             generator (`torch.Generator` or a list of them, *optional*):
                 A single one makes the noise of all keys, which then differ in their condition alone; a list has one per
                 key.
-            latents (`torch.Tensor` of shape `[num_keys, 3, height, width]`, *optional*):
-                x_T of each key.
+            latents (`torch.Tensor` of shape `[num_keys, channels, height, width]`, *optional*):
+                x_T of each key, in the UNet's own space.
 
         All other arguments are those of [`DiffSketchingPipeline.__call__`].
 
@@ -166,6 +167,7 @@ class DiffSketchingInterpolationPipeline(DiffSketchingMixin, DiffusionPipeline):
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             negative_class_labels=negative_class_labels,
+            sketch_abstraction=sketch_abstraction,
         ).for_noise_of(latents, images)
         self.check_inputs(sketches, images, class_labels, num_frames, num_fixed_point_iterations, latents, options)
         device = self._execution_device
@@ -182,11 +184,11 @@ class DiffSketchingInterpolationPipeline(DiffSketchingMixin, DiffusionPipeline):
         if isinstance(as_list(class_labels), list) and len(class_labels) == 1:
             class_labels = as_list(class_labels)[0]
         labels, probabilities = self.prepare_class_labels(class_labels, groups, num_keys)
-        keys = self.prepare_conditions(groups, labels, negative_class_labels)
+        abstraction = self.prepare_sketch_abstraction(sketch_abstraction, groups is not None)
+        keys = self.prepare_conditions(groups, labels, negative_class_labels, sketch_abstraction=abstraction)
 
         # 3. Put guidance together
         guidance = self.prepare_guidance(options, groups is not None, None not in labels)
-        self._check_guided_start(scheduler, scheduler.timesteps, guidance)
         if groups is not None:
             self._warn_if_sketch_is_unused("sketches", guidance)
 
@@ -195,7 +197,8 @@ class DiffSketchingInterpolationPipeline(DiffSketchingMixin, DiffusionPipeline):
         generators = self.prepare_generators(generator, num_generators, per="key")
         if photos is not None:
             conditioning = join_conditions([[(key, 1.0)] for key in keys])
-            latents = self._invert(scheduler, scheduler.timesteps, photos, conditioning, num_fixed_point_iterations)
+            latents = self.encode_photos(photos)
+            latents = self._invert(scheduler, scheduler.timesteps, latents, conditioning, num_fixed_point_iterations)
         self._eta = self._resolve_eta(eta, latents is not None)
         frames = frame_positions(num_keys, num_frames)
         if latents is not None:
@@ -222,7 +225,7 @@ class DiffSketchingInterpolationPipeline(DiffSketchingMixin, DiffusionPipeline):
     def prepare_frame_noise(
         self, generators: list[torch.Generator], frames: Sequence[tuple[int, float]]
     ) -> torch.Tensor:
-        """Fresh noise for each frame, `[num_frames, 3, height, width]`: that of one generator, or between those of the keys."""
+        """Fresh noise for each frame, `[num_frames, ...]` as x_t: that of one generator, or between those of the keys."""
         noise = self.prepare_latents(len(generators), generators)
         if len(generators) == 1:
             return noise.expand(len(frames), -1, -1, -1)

@@ -20,11 +20,12 @@ import numbers
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import numpy as np
 import torch
-from diffusers import UNet2DModel
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers import DDIMScheduler, PNDMScheduler, SchedulerMixin
@@ -33,11 +34,15 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image, ImageOps
 from transformers import ResNetForImageClassification
 
+from diffsketching_pipeline.autoencoding import AutoencoderCall, decode_latents, encode_photos, get_scale_factor
 from diffsketching_pipeline.denoising import (
+    _MIN_GUIDED_ALPHA_PROD,
     Conditioning,
     NoisePrediction,
+    UNetInputs,
     denoise,
     get_alpha_prod,
+    get_unet_inputs,
     invert,
     predict_noise,
     sampling_scheduler,
@@ -89,8 +94,8 @@ _DEFAULT_NUM_INFERENCE_STEPS = 50
 _COLOURED_SHARE = 0.6
 # A type checker takes the pipelines' methods from diffusers to be there; the class that is run has no base.
 _Base: Any = object
-# Below this ᾱ_t (the last timestep of a cosine schedule) a change of ε moves x̂_0 by more than a thousand times itself.
-_MIN_GUIDED_ALPHA_PROD = 1e-6
+# Settings beside the number of steps, η and the scales for which a checkpoint may recommend a value in [0, 1].
+_RECOMMENDED_SHARES = ("sketch_abstraction", "class_mixture")
 
 
 @dataclass
@@ -112,6 +117,7 @@ class SamplingOptions:
     negative_class_labels: Any = None
     colour_hint: Any = None
     colour_guidance_scale: float = 0.0
+    sketch_abstraction: float | None = None
 
     def __post_init__(self):
         if isinstance(self.callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
@@ -141,15 +147,17 @@ class Condition:
 
     Attributes:
         class_labels: `[num_rows]`, or `None` without classes.
-        sketch: `[num_rows, 1, height, width]`, or `None` without a drawing.
-        weights: `[num_rows, 1, 1, 1]` or `[num_rows, 1, height, width]`, summing to 1.
+        sketch: `[num_rows, 1, height, width]` in pixels, or `None` without a drawing.
+        weights: `[num_rows, 1, 1, 1]`, or of the size of x_t `[num_rows, 1, height, width]`; summing to 1.
         null_class_label: class where the drawing is withheld, or `None`.
+        sketch_abstraction: how far the drawings may be off, in [0, 1].
     """
 
     class_labels: torch.Tensor | None
     sketch: torch.Tensor | None
     weights: torch.Tensor
     null_class_label: int | None
+    sketch_abstraction: float = 0.0
 
 
 def join_conditions(conditions: Sequence[Sequence[tuple[Condition, float]]]) -> Conditioning:
@@ -172,12 +180,14 @@ def join_conditions(conditions: Sequence[Sequence[tuple[Condition, float]]]) -> 
     if any(weight.shape[-1] > 1 for weight in weights):
         size = max(weight.shape[-2:] for weight in weights)
         weights = [weight.expand(-1, -1, *size) for weight in weights]
+    abstraction = [condition.sketch_abstraction for _, condition, _ in parts for _ in range(len(condition.weights))]
     return Conditioning(
         class_labels=join("class_labels"),
         sketch=join("sketch"),
         owner=torch.tensor([image for image, c, _ in parts for _ in range(len(c.weights))], device=device),
         null_class_labels=None if None in null else torch.tensor(null, device=device),
         weights=torch.cat(weights),
+        sketch_abstraction=torch.tensor(abstraction, device=device) if any(abstraction) else None,
     )
 
 
@@ -187,13 +197,14 @@ class DiffSketchingMixin(_Base):
 
     Args:
         unet ([`UNet2DModel`]):
-            Predicts ε, v or x_0 from 3 channels (x_t) or 4 (x_t and the sketch); class-conditional or not, with learned
-            variance or not.
+            Predicts ε, v or x_0 from the c channels of x_t (3, or those of the latents of a `vae`), from c + f² (and the
+            sketch, folded by the f pixels per latent; f = 1 without a `vae`) or c + f² + 1 (and a plane for
+            `sketch_abstraction`); class-conditional or not, with learned variance or not. Its `sample_size` is that of x_t.
         scheduler ([`SchedulerMixin`]):
             A [`DDIMScheduler`], [`DDPMScheduler`], [`DPMSolverMultistepScheduler`], [`UniPCMultistepScheduler`] or
             [`PNDMScheduler`].
         classifier ([`NoisyImageClassifier`], *optional*):
-            p(y | x_t, t) for classifier guidance (eq. 4).
+            p(y | x_t, t) for classifier guidance (eq. 4), in the space of x_t.
         sketcher ([`PhotoSketcher`], *optional*):
             P, photo to sketch, for perceptual guidance (eq. 5).
         sketch_encoder ([`~transformers.ResNetForImageClassification`], *optional*):
@@ -204,12 +215,16 @@ class DiffSketchingMixin(_Base):
             Name of each class, keys 0 ... n-1. The UNet's class n, if it has one, is "no class". Without it classes are
             integers.
         recommended (`dict[str, float]`, *optional*):
-            This checkpoint's values of `num_inference_steps`, `eta`, `sketch_guidance_scale`, `classifier_guidance_scale`
-            and `perceptual_guidance_scale` for calls that leave them at `None`.
+            This checkpoint's values of `num_inference_steps`, `eta`, `sketch_guidance_scale`, `classifier_guidance_scale`,
+            `perceptual_guidance_scale` and `sketch_abstraction` for calls that leave them at `None`; and `class_mixture`:
+            where a class is guessed and the second best has at least this share of the best one's probability, both are
+            mixed in proportion.
+        vae ([`AutoencoderKL`] or [`AutoencoderTiny`], *optional*):
+            Photos to the latents that `unet` denoises, and back. Without it x_t is in pixels.
     """
 
-    model_cpu_offload_seq = "sketch_encoder->classifier->sketcher->image_encoder->unet"
-    _optional_components = ["classifier", "sketcher", "sketch_encoder", "image_encoder"]
+    model_cpu_offload_seq = "sketch_encoder->classifier->sketcher->image_encoder->unet->vae"
+    _optional_components = ["classifier", "sketcher", "sketch_encoder", "image_encoder", "vae"]
     _callback_tensor_inputs = ["latents", "noise_pred", "pred_original_sample"]
 
     def __init__(
@@ -222,6 +237,7 @@ class DiffSketchingMixin(_Base):
         image_encoder: Optional[ResNetForImageClassification] = None,
         id2label: Optional[dict] = None,
         recommended: Optional[dict] = None,
+        vae: Optional[Union[AutoencoderKL, AutoencoderTiny]] = None,
     ):
         super().__init__()
         self.register_modules(
@@ -231,6 +247,7 @@ class DiffSketchingMixin(_Base):
             sketcher=sketcher,
             sketch_encoder=sketch_encoder,
             image_encoder=image_encoder,
+            vae=vae,
         )
         self.register_to_config(id2label=id2label, recommended=recommended)
         # JSON turns the keys of a dict into strings.
@@ -238,13 +255,13 @@ class DiffSketchingMixin(_Base):
         self.recommended: dict[str, Any] = dict(recommended or {})
         self._check_components()
 
-        size = unet.config.sample_size
-        self.height, self.width = (size, size) if isinstance(size, int) else tuple(size)
+        self.height, self.width = (self.vae_scale_factor * side for side in self.sample_size)
         self.sketch_processor = SketchProcessor(resolution=max(self.height, self.width))
-        self.image_processor = VaeImageProcessor(vae_scale_factor=1)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self._call_cache: dict[Any, Any] = {}
         self._num_timesteps = 0
         self._eta = 0.0
+        self._sketch_abstraction = 0.0
         self._guidance_scales: dict[str, float] = {}
         self._interrupt = False
 
@@ -331,18 +348,11 @@ class DiffSketchingMixin(_Base):
 
     def _check_components(self) -> None:
         config = self.unet.config
-        if config.in_channels not in (3, 4):
-            raise ValueError(
-                "`unet` has to have 3 input channels (photo) or 4 (photo + sketch) but has"
-                f" `in_channels={config.in_channels}`."
-            )
-        if config.out_channels not in (3, 6):
-            raise ValueError(
-                "`unet` has to have 3 output channels, or 6 with learned variance, but has"
-                f" `out_channels={config.out_channels}`."
-            )
+        self._check_space()
         if config.sample_size is None:
-            raise ValueError("`unet` has to have a `sample_size`, the size of its images in pixels, but has None.")
+            raise ValueError("`unet` has to have a `sample_size`, the size of its images, but has None.")
+        if self.classifier is not None:
+            self._check_classifier_space()
         num_labels, num_embeds = len(self.id2label), config.num_class_embeds
         if sorted(self.id2label) != list(range(num_labels)):
             raise ValueError(f"`id2label` has to have the keys 0 ... n-1 but has {sorted(self.id2label)}.")
@@ -355,9 +365,73 @@ class DiffSketchingMixin(_Base):
             raise ValueError(
                 f"`classifier` knows {self.classifier.config.num_classes} classes but `id2label` has {num_labels}."
             )
-        unknown = set(self.recommended) - {"num_inference_steps", "eta", *_SCALES}
+        unknown = set(self.recommended) - {"num_inference_steps", "eta", *_SCALES, *_RECOMMENDED_SHARES}
         if unknown:
             raise ValueError(f"`recommended` has unknown keys {sorted(unknown)}.")
+        for name in _RECOMMENDED_SHARES:
+            share = self.recommended.get(name, 0.0)
+            if not is_number(share) or not 0.0 <= share <= 1.0:
+                raise ValueError(f"`recommended` must have a `{name}` in [0, 1], but got {share!r}.")
+
+    def _check_space(self) -> None:
+        """Refuses a `unet` whose channels are not those of the photos, or of the latents of `vae`."""
+        config, channels = self.unet.config, self.sample_channels
+        space = "photos: one that denoises latents needs its `vae`"
+        if self.vae is not None:
+            space = f"the latents of `vae`, with {channels} channels and {self.vae_scale_factor} pixels per latent"
+            if self.vae.config.in_channels != 3 or self.vae.config.out_channels != 3:
+                raise ValueError(
+                    f"`vae` must have 3 channels of photos on both sides, but got {self.vae.config.in_channels} and"
+                    f" {self.vae.config.out_channels}."
+                )
+        try:
+            get_unet_inputs(config.in_channels, channels, self.vae_scale_factor)
+        except ValueError as error:
+            raise ValueError(f"{error} Here x_t is in the space of {space}.") from error
+        if config.out_channels not in (channels, 2 * channels):
+            raise ValueError(
+                f"`unet` has to have {channels} output channels, or {2 * channels} with learned variance, but has"
+                f" `out_channels={config.out_channels}`. Here x_t is in the space of {space}."
+            )
+
+    def _check_classifier_space(self) -> None:
+        found = self.classifier.config
+        if (found.in_channels, found.sample_size, found.sample_size) != (self.sample_channels, *self.sample_size):
+            raise ValueError(
+                f"`classifier` must judge what `unet` denoises, {self.sample_channels} channels of"
+                f" {self.sample_size[1]} x {self.sample_size[0]}, but got `in_channels={found.in_channels}` and"
+                f" `sample_size={found.sample_size}`."
+            )
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """f, the pixels per latent along a side; 1 without a `vae`."""
+        return get_scale_factor(self.vae)
+
+    @property
+    def sample_channels(self) -> int:
+        """c, the channels of what the UNet denoises: 3, or those of the latents of `vae`."""
+        return 3 if self.vae is None else self.vae.config.latent_channels
+
+    @property
+    def sample_size(self) -> tuple[int, int]:
+        """Height and width of what the UNet denoises; `height` and `width` are those of photos and drawings in pixels."""
+        size = self.unet.config.sample_size
+        return (size, size) if isinstance(size, int) else tuple(size)
+
+    @property
+    def _unet_inputs(self) -> UNetInputs:
+        return get_unet_inputs(self.unet.config.in_channels, self.sample_channels, self.vae_scale_factor)
+
+    @property
+    def takes_sketch(self) -> bool:
+        """Whether the UNet is shown the drawing."""
+        return self._unet_inputs.sketch > 0
+
+    @property
+    def takes_abstraction(self) -> bool:
+        """Whether the UNet is told `sketch_abstraction`."""
+        return self._unet_inputs.abstraction > 0
 
     @property
     def num_classes(self) -> int:
@@ -390,6 +464,11 @@ class DiffSketchingMixin(_Base):
         return self._eta
 
     @property
+    def sketch_abstraction(self) -> float:
+        """The abstraction that the last call used, with what `None` stood for filled in."""
+        return self._sketch_abstraction
+
+    @property
     def interrupt(self) -> bool:
         """Set `pipe._interrupt = True` from `callback_on_step_end` to stop after the current step."""
         return self._interrupt
@@ -397,6 +476,26 @@ class DiffSketchingMixin(_Base):
     def float32_call(self, name: str) -> Callable[..., Any]:
         """The component `name` as a callable that computes in float32; kept until the end of the call."""
         return self.cached(("float32", name), lambda: float32_call(getattr(self, name), self._execution_device))
+
+    def float32_decoder(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """
+        Photos of what the UNet denoises, in float32 and differentiable, for what looks at x̂_0; kept until the end of the
+        call. The input itself without a `vae`.
+        """
+        return self._float32_coder("decoder", decode_latents)
+
+    def float32_encoder(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The way back of [`~DiffSketchingPipeline.float32_decoder`]."""
+        return self._float32_coder("encoder", encode_photos)
+
+    def _float32_coder(
+        self, name: str, function: Callable[..., torch.Tensor]
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        if self.vae is None:
+            return lambda images: images
+        return self.cached(
+            ("float32", name), lambda: float32_call(AutoencoderCall(self.vae, function), self._execution_device)
+        )
 
     def cached(self, key: Any, make: Callable[[], Any]) -> Any:
         """`make()`, kept under `key` until the end of the call: for what a callback would else recompute at each step."""
@@ -447,6 +546,12 @@ class DiffSketchingMixin(_Base):
             raise ValueError(f"`eta` has to be in [0, 1] or None but is {options.eta}.")
         if options.clip_sample not in (None, True, False):
             raise ValueError(f"`clip_sample` has to be None, True or False but is {options.clip_sample!r}.")
+        if options.clip_sample and self.vae is not None:
+            raise ValueError(
+                "`clip_sample` must be None or False with a `vae`, whose latents have no range to be clipped to, but got"
+                " True."
+            )
+        self._check_abstraction(options.sketch_abstraction, has_sketch)
         if options.output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"`output_type` has to be 'pil', 'np', 'pt' or 'latent' but is {options.output_type!r}.")
         if latents is not None and not torch.is_tensor(latents):
@@ -476,6 +581,16 @@ class DiffSketchingMixin(_Base):
         "noise_pred_delta",
     ]
 
+    def _check_abstraction(self, sketch_abstraction, has_sketch: bool) -> None:
+        if sketch_abstraction is None:
+            return
+        if not is_number(sketch_abstraction) or not 0.0 <= sketch_abstraction <= 1.0:
+            raise ValueError(f"`sketch_abstraction` must be in [0, 1] or None, but got {sketch_abstraction!r}.")
+        if sketch_abstraction > 0.0 and not has_sketch:
+            raise ValueError(
+                f"`sketch_abstraction={sketch_abstraction}` needs a drawing: give a `sketch`, or leave it at None."
+            )
+
     def _check_has_classes(self, class_labels) -> None:
         labels = as_list(class_labels)
         if isinstance(labels, list) and not labels:
@@ -500,9 +615,9 @@ class DiffSketchingMixin(_Base):
                     f" with `{_COMPONENT_CLASSES[component]}.from_pretrained` and pass `{component}=...` to"
                     f" `from_pretrained`, or leave `{name}` at {off}."
                 )
-        if name == "sketch_guidance_scale" and self.unet.config.in_channels != 4:
+        if name == "sketch_guidance_scale" and not self.takes_sketch:
             raise ValueError(
-                f"`{name}={scale}` needs a component `unet` with 4 input channels, and this one has"
+                f"`{name}={scale}` needs a component `unet` with {self._sketch_channels} input channels, and this one has"
                 f" {self.unet.config.in_channels}: see `expand_unet_for_sketch`, or leave `{name}` at {off}."
             )
         if name != "classifier_guidance_scale" and not has_sketch:
@@ -523,17 +638,17 @@ class DiffSketchingMixin(_Base):
         scale = options.sketch_guidance_scale
         if scale is None:
             scale = self.recommended.get("sketch_guidance_scale", 1.0)
-        if (
-            not has_sketch
-            or self.unet.config.num_class_embeds is None
-            or self.unet.config.in_channels != 4
-            or scale == 1
-        ):
+        if not has_sketch or self.unet.config.num_class_embeds is None or not self.takes_sketch or scale == 1:
             raise ValueError(
                 f"`negative_class_labels={options.negative_class_labels!r}` takes the place of the class where guidance"
                 " withholds the drawing: give a `sketch`, a `sketch_guidance_scale` above 1 and a `unet` with classes and"
-                " 4 input channels, or leave it at None."
+                f" {self._sketch_channels} input channels, or leave it at None."
             )
+
+    @property
+    def _sketch_channels(self) -> int:
+        """Input channels of a UNet that takes x_t and the drawing."""
+        return self.sample_channels + self.vae_scale_factor**2
 
     def _check_callback_components(self, callback, has_sketch: bool) -> None:
         if isinstance(callback, ClassifierGuidanceCallback):
@@ -557,7 +672,8 @@ class DiffSketchingMixin(_Base):
 
     def prepare_sketch_masks(self, masks, groups: list[torch.Tensor] | None) -> list[torch.Tensor] | None:
         """
-        Share of each drawing of a result at each pixel, `[K_i, 1, height, width]`, summing to 1; `None` for equal shares.
+        Share of each drawing of a result at each place of x_t, `[K_i, 1, height, width]` of the size that the UNet
+        denoises, summing to 1: that of a latent is the mean over its pixels. `None` for equal shares.
 
         Raises:
             ValueError: if there is not one mask per drawing, or one cannot be read.
@@ -578,7 +694,8 @@ class DiffSketchingMixin(_Base):
             fitted = [ImageOps.pad(image, (self.width, self.height), Image.Resampling.BOX) for image in images]
             weights = torch.from_numpy(np.stack([np.asarray(image) for image in fitted]))[:, None] / 255
             total = weights.sum(dim=0)
-            shares.append(torch.where(total > 0, weights / total.clamp_min(1e-6), 1 / len(weights)))
+            pixels = torch.where(total > 0, weights / total.clamp_min(1e-6), 1 / len(weights))
+            shares.append(pixels if self.vae is None else F.avg_pool2d(pixels, self.vae_scale_factor))
         return shares
 
     def prepare_colours(
@@ -644,7 +761,7 @@ class DiffSketchingMixin(_Base):
         for row, mixture in enumerate(shares):
             if mixture is None and groups is not None and self.sketch_encoder is not None:
                 probabilities[row] = self.predict_class_probabilities(groups[row])
-                shares[row] = {int(probabilities[row].argmax()): 1.0}
+                shares[row] = self._guess_class(probabilities[row])
             elif mixture is not None:
                 probabilities[row, list(mixture)] = torch.tensor(list(mixture.values()))
             elif self.unet.config.num_class_embeds is not None and self.null_class is None:
@@ -653,6 +770,15 @@ class DiffSketchingMixin(_Base):
                     " `sketch_encoder` the class cannot be predicted."
                 )
         return shares, probabilities
+
+    def _guess_class(self, probabilities: torch.Tensor) -> dict[int, float]:
+        """The best class of `[num_classes]`, or the two best where the checkpoint recommends to mix those that are near."""
+        best, *others = probabilities.argsort(descending=True, stable=True).tolist()
+        ratio = self.recommended.get("class_mixture")
+        if ratio is None or not others or probabilities[others[0]] < ratio * probabilities[best]:
+            return {int(probabilities.argmax()): 1.0}
+        pair = [best, others[0]]
+        return dict(zip(pair, (probabilities[pair] / probabilities[pair].sum()).tolist(), strict=True))
 
     def get_class_shares(self, label) -> dict[int, float]:
         """
@@ -703,6 +829,7 @@ class DiffSketchingMixin(_Base):
         labels: list[dict[int, float] | None],
         negative_class_labels=None,
         sketch_masks: list[torch.Tensor] | None = None,
+        sketch_abstraction: float = 0.0,
     ) -> list[Condition]:
         """
         What each result follows, from what [`~DiffSketchingPipeline.prepare_sketches`] and
@@ -710,7 +837,9 @@ class DiffSketchingMixin(_Base):
 
         Args:
             negative_class_labels: as for the call.
-            sketch_masks: share of each drawing of a result at each pixel, `[K_i, 1, height, width]`; equal if left out.
+            sketch_masks: share of each drawing of a result at each place of x_t, `[K_i, 1, height, width]`; equal if left
+                out.
+            sketch_abstraction: that of all drawings.
         """
         known = [{self.null_class: 1.0} if shares is None else shares for shares in labels]
         has_class = not any(None in shares for shares in known)
@@ -728,6 +857,7 @@ class DiffSketchingMixin(_Base):
                     None if drawings is None else drawings.repeat_interleave(len(shares), dim=0),
                     weights.repeat_interleave(len(shares), dim=0) * class_shares.repeat(count).reshape(-1, 1, 1, 1),
                     null[row],
+                    0.0 if drawings is None else sketch_abstraction,
                 )
             )
         return conditions
@@ -765,12 +895,13 @@ class DiffSketchingMixin(_Base):
 
     def prepare_latents(self, batch_size: int, generators: list[torch.Generator], latents=None) -> torch.Tensor:
         """
-        The noise that sampling starts from, float32 `[batch_size, 3, height, width]`.
+        The noise that sampling starts from, float32 `[batch_size, channels, height, width]` in the UNet's own space: of
+        `sample_channels` and `sample_size`.
 
         Raises:
             ValueError: if `latents` has another shape or is not finite.
         """
-        shape = (batch_size, 3, self.height, self.width)
+        shape = (batch_size, self.sample_channels, *self.sample_size)
         if latents is None:
             return randn_tensor(shape, generator=generators, device=self._execution_device, dtype=torch.float32)
         if latents.shape != shape:
@@ -807,6 +938,22 @@ class DiffSketchingMixin(_Base):
             return num_inference_steps
         return self.recommended.get("num_inference_steps", _DEFAULT_NUM_INFERENCE_STEPS)
 
+    def prepare_sketch_abstraction(self, sketch_abstraction: float | None, has_sketch: bool) -> float:
+        """
+        What was given, else what the checkpoint recommends; 0.0 without a drawing, or for a network that is not told, of
+        which a warning says so. It is [`~DiffSketchingPipeline.sketch_abstraction`] from here on.
+        """
+        usable = has_sketch and self.takes_abstraction
+        if sketch_abstraction and not usable:
+            logger.warning(
+                f"This call does not use `sketch_abstraction={sketch_abstraction}`: the `unet` has"
+                f" {self.unet.config.in_channels} input channels, and none of them is a plane for it."
+            )
+        if sketch_abstraction is None:
+            sketch_abstraction = self.recommended.get("sketch_abstraction", 0.0)
+        self._sketch_abstraction = float(sketch_abstraction) if usable else 0.0
+        return self._sketch_abstraction
+
     def _num_rows(self, class_labels, groups, latents, num_images_per_sketch: int) -> int:
         if groups is not None:
             return len(groups)
@@ -834,7 +981,7 @@ class DiffSketchingMixin(_Base):
         for name, (off, components) in _SCALES.items():
             usable = all(getattr(self, component) is not None for component in components)
             if name == "sketch_guidance_scale":
-                usable = self.unet.config.in_channels == 4
+                usable = self.takes_sketch
             usable = usable and (has_class if name == "classifier_guidance_scale" else has_sketch)
             given = scales[name]
             resolved[name] = (
@@ -875,25 +1022,14 @@ class DiffSketchingMixin(_Base):
                 )
         return MultiPipelineCallbacks(callbacks)
 
-    def _check_guided_start(self, scheduler, timesteps: torch.Tensor, guidance: MultiPipelineCallbacks) -> None:
-        alpha_prods = scheduler.alphas_cumprod[timesteps.to(scheduler.alphas_cumprod.device)]
-        # An edit walks each timestep several times.
-        pure_noise = int((alpha_prods < _MIN_GUIDED_ALPHA_PROD).sum())
-        if any(_active_callbacks(guidance, step_index, len(timesteps)) for step_index in range(pure_noise)):
-            raise ValueError(
-                f"`guidance_start` is too early: it guides at timestep {int(timesteps[0])}, where x_t is pure noise (ᾱ ="
-                f" {float(alpha_prods[0]):.1g}) and any gradient explodes: set `guidance_start="
-                f"{pure_noise / len(timesteps):.3g}`, or load the {type(scheduler).__name__} with"
-                " `timestep_spacing='leading'`."
-            )
-
     def _warn_if_sketch_is_unused(self, argument: str, guidance: MultiPipelineCallbacks, hint: str = "") -> None:
         uses_sketch = any(not isinstance(callback, ClassifierGuidanceCallback) for callback in guidance.callbacks)
-        if self.unet.config.in_channels == 4 or uses_sketch:
+        if self.takes_sketch or uses_sketch:
             return
         logger.warning(
-            f"This call does not use the `{argument}` for anything but its class: the `unet` has 3 input channels, and no"
-            f" guidance by the drawing is on. Set `perceptual_guidance_scale`{hint}."
+            f"This call does not use the `{argument}` for anything but its class: the `unet` has"
+            f" {self.unet.config.in_channels} input channels, and no guidance by the drawing is on. Set"
+            f" `perceptual_guidance_scale`{hint}."
         )
 
     def predict_guided_noise(
@@ -907,8 +1043,13 @@ class DiffSketchingMixin(_Base):
         sketch_guidance_scale: float,
         clip_sample: bool,
     ) -> NoisePrediction:
-        """The base prediction of one network pass, with what each active guidance callback adds to its ε."""
-        active = _active_callbacks(guidance, step_index, self.num_timesteps)
+        """
+        The base prediction of one network pass, with what each active guidance callback adds to its ε: none where x_t is
+        pure noise (ᾱ_t below `_MIN_GUIDED_ALPHA_PROD`).
+        """
+        alpha_prod = get_alpha_prod(scheduler, timestep, latents)
+        is_noise = bool((alpha_prod < _MIN_GUIDED_ALPHA_PROD).all())
+        active = [] if is_noise else _active_callbacks(guidance, step_index, self.num_timesteps)
         through_unet = any(getattr(callback, "through_unet", False) for callback in active)
 
         def predict(unet, latents, conditioning):
@@ -938,7 +1079,7 @@ class DiffSketchingMixin(_Base):
             "latents": latents,
             "noise_pred": base.noise_pred,
             "pred_original_sample": base.pred_original_sample,
-            "alpha_prod": get_alpha_prod(scheduler, timestep, latents),
+            "alpha_prod": alpha_prod,
             "class_labels": conditioning.class_labels,
             "sketch": conditioning.sketch,
             "owner": conditioning.owner,
@@ -974,7 +1115,8 @@ class DiffSketchingMixin(_Base):
         self._interrupt = False
         clip_sample = options.clip_sample
         if clip_sample is None:
-            clip_sample = bool(self.scheduler.config.get("clip_sample", False))
+            # The scheduler's setting is about pixels.
+            clip_sample = self.vae is None and bool(self.scheduler.config.get("clip_sample", False))
         sketch_scale = self._guidance_scales["sketch_guidance_scale"]
 
         with self.progress_bar(total=len(timesteps)) as progress_bar:
@@ -1012,11 +1154,31 @@ class DiffSketchingMixin(_Base):
             finally:
                 self._call_cache.clear()
 
+    @torch.no_grad()
+    def encode_photos(self, photos: torch.Tensor) -> torch.Tensor:
+        """
+        Photos `[batch_size, 3, height, width]` in [-1, 1] in the UNet's own space, without randomness: latents of `vae`, or
+        as they are. One at a time, so that none depends on its batch.
+        """
+        if self.vae is None:
+            return photos
+        return torch.cat([encode_photos(self.vae, photo) for photo in photos.split(1)])
+
+    @torch.no_grad()
+    def decode_photos(self, latents: torch.Tensor) -> torch.Tensor:
+        """
+        Photos `[batch_size, 3, height, width]` of what the UNet denoises, float32 and not clipped; one at a time, so that
+        none depends on its batch.
+        """
+        if self.vae is None:
+            return latents
+        return torch.cat([decode_latents(self.vae, latent) for latent in latents.split(1)])
+
     def decode_latents(self, latents: torch.Tensor, output_type: str) -> Any:
         """x_0 as `output_type` asks for it."""
         if output_type == "latent":
             return latents
-        return self.image_processor.postprocess(latents.clamp(-1, 1), output_type=output_type)
+        return self.image_processor.postprocess(self.decode_photos(latents).clamp(-1, 1), output_type=output_type)
 
     def _output(self, images, labels, probabilities, return_dict: bool):
         self.maybe_free_model_hooks()
@@ -1033,6 +1195,7 @@ class DiffSketchingMixin(_Base):
         sketch=None,
         num_inference_steps: int | None = None,
         num_fixed_point_iterations: int = 3,
+        sketch_abstraction: float | None = None,
     ) -> torch.Tensor:
         """
         The noise x_T from which sampling makes these photos, without guidance and without clipping.
@@ -1052,9 +1215,11 @@ class DiffSketchingMixin(_Base):
             num_fixed_point_iterations (`int`, defaults to 3):
                 Further network evaluations per step, which bring the way back closer to the photo as long as the network
                 is smooth between two steps: more steps help where more iterations do not. 0 is textbook DDIM inversion.
+            sketch_abstraction (`float`, *optional*):
+                That of `sketch`, as for the call.
 
         Returns:
-            `torch.Tensor`: x_T, float32 `[batch_size, 3, height, width]`.
+            `torch.Tensor`: x_T, float32 `[batch_size, channels, height, width]` in the UNet's own space.
 
         Raises:
             ValueError: for a scheduler other than `DDIMScheduler`, photos that cannot be read or are of another size, or
@@ -1062,18 +1227,23 @@ class DiffSketchingMixin(_Base):
         """
         self._check_invertible(num_fixed_point_iterations)
         self._check_has_classes(class_labels)
-        if sketch is not None and self.unet.config.in_channels != 4:
-            raise ValueError("`sketch` needs a `unet` with 4 input channels to be inverted with: leave it at None.")
+        self._check_abstraction(sketch_abstraction, sketch is not None)
+        if sketch is not None and not self.takes_sketch:
+            raise ValueError(
+                f"`sketch` needs a `unet` with {self._sketch_channels} input channels to be inverted with: leave it at None."
+            )
         num_inference_steps = self.resolve_num_inference_steps(num_inference_steps)
         scheduler = sampling_scheduler(self.scheduler, num_inference_steps, self._execution_device)
 
-        latents = preprocess_photos(images, self.height, self.width).to(self._execution_device)
+        photos = preprocess_photos(images, self.height, self.width).to(self._execution_device)
         groups = self.prepare_sketches(sketch)
-        if groups is not None and len(groups) != len(latents):
-            raise ValueError(f"`sketch` has to have one entry per photo, {len(latents)}, but has {len(groups)}.")
-        labels, _ = self.prepare_class_labels(class_labels, groups, len(latents))
-        conditions = self.prepare_conditions(groups, labels)
+        if groups is not None and len(groups) != len(photos):
+            raise ValueError(f"`sketch` has to have one entry per photo, {len(photos)}, but has {len(groups)}.")
+        labels, _ = self.prepare_class_labels(class_labels, groups, len(photos))
+        abstraction = self.prepare_sketch_abstraction(sketch_abstraction, groups is not None)
+        conditions = self.prepare_conditions(groups, labels, sketch_abstraction=abstraction)
         conditioning = join_conditions([[(condition, 1.0)] for condition in conditions])
+        latents = self.encode_photos(photos)
         latents = self._invert(scheduler, scheduler.timesteps, latents, conditioning, num_fixed_point_iterations)
         self.maybe_free_model_hooks()
         return latents

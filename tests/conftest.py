@@ -15,7 +15,16 @@ import os
 
 import pytest
 import torch
-from testing_utils import COMPONENTS, ID2LABEL, SIZE, make_scheduler, make_unet
+from testing_utils import (
+    COMPONENTS,
+    ID2LABEL,
+    LATENT_COMPONENTS,
+    LATENT_UNET,
+    PIXEL_SIZE,
+    SIZE,
+    make_scheduler,
+    make_unet,
+)
 
 from diffsketching_pipeline import DiffSketchingPipeline
 
@@ -53,6 +62,46 @@ def tiny_pipeline_factory():
         return pipe
 
     return make
+
+
+@pytest.fixture(scope="session")
+def latent_pipeline_factory():
+    """
+    As `tiny_pipeline_factory`, of 32x32 pixels in 8x8 latents of 4 channels, with trailing spacing; its UNet takes
+    drawings and their abstraction.
+    """
+
+    def make(components=tuple(LATENT_COMPONENTS), scheduler=None, id2label=ID2LABEL, recommended=None, **unet_options):
+        modules = {}
+        builders = {"unet": lambda: make_unet(**{**LATENT_UNET, **unet_options}), **LATENT_COMPONENTS}
+        with torch.random.fork_rng(devices=[]):
+            for seed, (name, build) in enumerate(builders.items()):
+                torch.manual_seed(seed)
+                if name in ("unet", "vae") or name in components:
+                    modules[name] = build().eval()
+        scheduler = scheduler or make_scheduler(prediction_type="v_prediction", timestep_spacing="trailing")
+        pipe = DiffSketchingPipeline(scheduler=scheduler, id2label=id2label, recommended=recommended, **modules)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return make
+
+
+@pytest.fixture
+def latent_pipeline(latent_pipeline_factory):
+    """v-prediction on latents, with every optional component."""
+    return latent_pipeline_factory()
+
+
+@pytest.fixture
+def large_sketches():
+    """Three drawings at the size of the latent pipeline, `[3, 1, 32, 32]`."""
+    sketches = torch.ones(3, 1, PIXEL_SIZE, PIXEL_SIZE)
+    sketches[0, :, 8:24, 10] = -1
+    sketches[1, :, 16, 4:28] = -1
+    sketches[2, :, 6:26, [6, 24]] = -1
+    sketches[2, :, [6, 24], 6:25] = -1
+    return sketches
 
 
 @pytest.fixture

@@ -591,7 +591,7 @@ def test_a_scheduler_in_sigma_space_is_refused(cls, tiny_pipeline, sketches):
 
 
 @pytest.mark.parametrize("cls", [DDIMScheduler, DPMSolverMultistepScheduler])
-def test_guidance_by_gradient_does_not_start_in_pure_noise(cls, tiny_pipeline, sketches, generators):
+def test_guidance_by_gradient_leaves_out_pure_noise(cls, tiny_pipeline, sketches, generators):
     config = {**tiny_pipeline.scheduler.config, "timestep_spacing": "trailing"}
     tiny_pipeline.scheduler = cls.from_config(config)
 
@@ -606,9 +606,7 @@ def test_guidance_by_gradient_does_not_start_in_pure_noise(cls, tiny_pipeline, s
         return max(latents)
 
     for scales in ({"perceptual_guidance_scale": 0.1}, {"classifier_guidance_scale": 1.0}):
-        with pytest.raises(ValueError, match=r"guides at timestep 999, .* set `guidance_start=0.1`"):
-            largest(**scales)
-        assert largest(**scales, guidance_start=0.1) < 10
+        assert largest(**scales) == largest(**scales, guidance_start=0.1) < 10
     assert largest(sketch_guidance_scale=2.0) < 10
 
 
@@ -767,8 +765,8 @@ def test_a_pipeline_fits_the_conventions_of_diffusers(tiny_pipeline):
     assert set(DiffSketchingPipeline._optional_components) == optional - {"id2label", "recommended"}
     for name in DiffSketchingPipeline._optional_components:
         assert type(None) in get_args(parameters[name].annotation)
-    assert set(DiffSketchingPipeline.model_cpu_offload_seq.split("->")) == {"unet", *COMPONENTS}
-    assert set(tiny_pipeline.components) == {"unet", "scheduler", *COMPONENTS}
+    assert set(DiffSketchingPipeline.model_cpu_offload_seq.split("->")) == {"unet", "vae", *COMPONENTS}
+    assert set(tiny_pipeline.components) == {"unet", "scheduler", "vae", *COMPONENTS}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="offloading needs a GPU")
@@ -789,7 +787,7 @@ def test_model_cpu_offload(tiny_pipeline, sketches, generators):
 
 def test_components_that_do_not_fit_are_refused(tiny_pipeline_factory):
     for options, message in (
-        ({"in_channels": 5}, "`unet` has to have 3 input channels .* but has `in_channels=5`"),
+        ({"in_channels": 6}, "`unet` must have 3 input channels .* but got `in_channels=6`"),
         ({"out_channels": 4}, "`unet` has to have 3 output channels, .* but has `out_channels=4`"),
         ({"num_class_embeds": 7}, "`id2label` has 3 classes, so `unet.config.num_class_embeds` has to be 3 or"),
         ({"id2label": {1: "a", 2: "b"}}, r"`id2label` has to have the keys 0 ... n-1 but has \[1, 2\]"),

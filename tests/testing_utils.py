@@ -18,7 +18,7 @@ import subprocess
 import time
 
 import torch
-from diffusers import DDIMScheduler, UNet2DModel
+from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DModel
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from diffsketching_pipeline import NoisyImageClassifier, PhotoSketcher
@@ -30,9 +30,9 @@ BLOCKS = {"block_out_channels": (8, 16), "layers_per_block": 1, "attention_head_
 DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D")
 
 
-def make_unet(in_channels=4, out_channels=3, num_class_embeds=4):
+def make_unet(in_channels=4, out_channels=3, num_class_embeds=4, sample_size=SIZE):
     return UNet2DModel(
-        sample_size=SIZE,
+        sample_size=sample_size,
         in_channels=in_channels,
         out_channels=out_channels,
         down_block_types=DOWN_BLOCKS,
@@ -65,6 +65,29 @@ def make_scheduler(**options):
     return DDIMScheduler(**options)
 
 
+LATENT_SIZE, LATENT_CHANNELS, FACTOR = 8, 4, 4
+PIXEL_SIZE = FACTOR * LATENT_SIZE
+VAE_SCALE, VAE_SHIFT = 1.5, 0.1
+
+
+def make_vae(factor=FACTOR, latent_channels=LATENT_CHANNELS, width=8):
+    """An `AutoencoderTiny` that was never trained, whose photos and latents have a deviation that is not tiny."""
+    levels = factor.bit_length()
+    blocks = {f"num_{part}_blocks": (1,) * levels for part in ("encoder", "decoder")}
+    widths = {f"{part}_block_out_channels": (width,) * levels for part in ("encoder", "decoder")}
+    vae = AutoencoderTiny(
+        latent_channels=latent_channels, scaling_factor=VAE_SCALE, shift_factor=VAE_SHIFT, **blocks, **widths
+    )
+    for module in vae.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight)
+    with torch.no_grad():
+        # A photo is 2 x - 1 of what this layer makes: grey, give or take.
+        vae.decoder.layers[-1].weight.mul_(0.05)
+        vae.decoder.layers[-1].bias.fill_(0.5)
+    return vae
+
+
 COMPONENTS = {
     "classifier": lambda: NoisyImageClassifier(
         sample_size=SIZE, num_classes=len(ID2LABEL), down_block_types=DOWN_BLOCKS, **BLOCKS
@@ -72,6 +95,25 @@ COMPONENTS = {
     "sketcher": lambda: PhotoSketcher(ngf=4, n_blocks=1),
     "sketch_encoder": lambda: make_resnet(1),
     "image_encoder": lambda: make_resnet(3),
+}
+
+
+LATENT_COMPONENTS = {
+    **COMPONENTS,
+    "classifier": lambda: NoisyImageClassifier(
+        sample_size=LATENT_SIZE,
+        in_channels=LATENT_CHANNELS,
+        num_classes=len(ID2LABEL),
+        down_block_types=DOWN_BLOCKS,
+        **BLOCKS,
+    ),
+    "vae": make_vae,
+}
+# x_t, the drawing folded by the autoencoder's factor, and a plane for `sketch_abstraction`.
+LATENT_UNET = {
+    "sample_size": LATENT_SIZE,
+    "in_channels": LATENT_CHANNELS + FACTOR**2 + 1,
+    "out_channels": LATENT_CHANNELS,
 }
 
 

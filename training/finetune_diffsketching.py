@@ -226,9 +226,9 @@ def check_pipeline(pipeline: DiffSketchingPipeline, args: FinetuneArguments) -> 
                 f"{reason} needs the component `{name}`, which {args.pretrained_model_name_or_path!r} does not have: "
                 "train it and join it with assemble.py."
             )
-    if pipeline.unet.config.in_channels != 4:
+    if not pipeline.takes_sketch:
         raise ValueError(
-            f"the UNet must take the drawing as its 4th input channel, but {args.pretrained_model_name_or_path!r} has "
+            f"the UNet must take the drawing as its {pipeline.sample_channels + 1}th input channel, but {args.pretrained_model_name_or_path!r} has "
             f"{pipeline.unet.config.in_channels}: add it with `diffsketching_pipeline.expand_unet_for_sketch`."
         )
     if not isinstance(pipeline.scheduler, DDIMScheduler):

@@ -101,8 +101,8 @@ class System:
     def build(self, pipeline: DiffSketchingPipeline) -> DiffSketchingPipeline:
         """The pipeline that generates for this system; shares what it does not change with the given one."""
         unet, scheduler = pipeline.unet, pipeline.scheduler
-        if "sketch" in self.withhold and unet.config.in_channels == 4:
-            unet = without_sketch(unet)
+        if "sketch" in self.withhold and pipeline.takes_sketch:
+            unet = without_sketch(unet, pipeline.sample_channels)
         if "class" in self.withhold and unet.config.num_class_embeds is not None:
             if pipeline.null_class is None:
                 raise ValueError(f"{self._place} has `withhold` class, but the UNet has no 'no class'.")
@@ -152,7 +152,7 @@ class System:
     def uses_drawing(self, pipeline: DiffSketchingPipeline) -> bool:
         """Whether the drawing has any influence on the images."""
         guided = self.resolve(pipeline)["perceptual_guidance_scale"] != 0
-        told = pipeline.unet.config.in_channels == 4
+        told = pipeline.takes_sketch
         return told or guided or self.strength < 1 or self.uses_class(pipeline)
 
     def check(self, pipeline: DiffSketchingPipeline) -> None:
@@ -185,15 +185,15 @@ class System:
         )
 
 
-def without_sketch(unet: UNet2DModel) -> UNet2DModel:
+def without_sketch(unet: UNet2DModel, sample_channels: int = 3) -> UNet2DModel:
     """
-    A copy of a UNet of 4 channels (photo and sketch) that takes 3 and computes what the other does without a drawing.
+    A copy of a UNet that takes `sample_channels` (x_t) alone and computes what the other does without a drawing.
 
-    "No drawing" is 0 everywhere, so what the first convolution makes of that channel can be left out.
+    "No drawing" is 0 everywhere, so what the first convolution makes of its channels can be left out.
     """
-    narrow = UNet2DModel.from_config(unet.config, in_channels=3)
+    narrow = UNet2DModel.from_config(unet.config, in_channels=sample_channels)
     state = {name: tensor.detach().clone() for name, tensor in unet.state_dict().items()}
-    state["conv_in.weight"] = state["conv_in.weight"][:, :3].contiguous()
+    state["conv_in.weight"] = state["conv_in.weight"][:, :sample_channels].contiguous()
     narrow.load_state_dict(state)
     return narrow.to(unet.device, unet.dtype).train(unet.training)
 
