@@ -192,13 +192,18 @@ class NoisyImageClassifier(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_unet(
-        cls, unet: UNet2DModel, num_classes: int, class_label: int | None = None, dropout: float = 0.0
+        cls,
+        unet: UNet2DModel,
+        num_classes: int,
+        class_label: int | None = None,
+        dropout: float = 0.0,
+        in_channels: int = 3,
     ) -> "NoisyImageClassifier":
         """
         A classifier that starts as the downsampling half of a UNet and reads noisy images as the UNet does. New are the
         pooling, the normalisation before it and, where the UNet has none, that of the attention in the middle block.
 
-        Channels of `unet` beyond RGB (a sketch) are left out, which is the same as their being zero, "no sketch". Its
+        Channels of `unet` beyond those of x_t (a sketch) are left out, which is the same as their being zero, "no sketch". Its
         class embedding is a constant added to the timestep's.
 
         Args:
@@ -207,6 +212,7 @@ class NoisyImageClassifier(ModelMixin, ConfigMixin):
             class_label (`int`, *optional*):
                 The class the UNet is told, if it is told one; the index of "no class" for one trained with it.
             dropout (`float`, *optional*, defaults to 0.0): Dropout inside the residual blocks of the result.
+            in_channels (`int`, *optional*, defaults to 3): Channels of x_t: 3 for photos, or those of the latents.
 
         Returns:
             [`NoisyImageClassifier`] in float32, in training mode, on the CPU.
@@ -248,6 +254,7 @@ class NoisyImageClassifier(ModelMixin, ConfigMixin):
         same += " downsample_type act_fn attention_head_dim norm_num_groups norm_eps"
         classifier = cls(
             sample_size=size,
+            in_channels=in_channels,
             num_classes=num_classes,
             time_embedding_dim=unet.time_embedding.linear_2.out_features,
             resnet_time_scale_shift=config.resnet_time_scale_shift,

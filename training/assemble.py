@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from latents import encoder_sha256, load_vae
 from trainer import write_folder
 from transformers import HfArgumentParser, ResNetForImageClassification
 
@@ -50,9 +51,37 @@ class AssembleArguments:
     sketch_guidance_scale: float = field(default=1.0, metadata={"help": "recommended scale; 1.0 = off"})
     classifier_guidance_scale: float = field(default=0.0, metadata={"help": "recommended scale; 0.0 = off"})
     perceptual_guidance_scale: float = field(default=0.0, metadata={"help": "recommended scale; 0.0 = off"})
+    vae: str | None = field(
+        default=None,
+        metadata={"help": "autoencoder with a newer decoder than that in `unet`; its encoder is the same"},
+    )
+    sketch_abstraction: float | None = field(
+        default=None, metadata={"help": "recommended value in [0, 1], for a UNet that has a plane for it"}
+    )
+    class_mixture: float | None = field(
+        default=None,
+        metadata={
+            "help": "mix the two classes guessed where the second is at least this share as probable as the first"
+        },
+    )
     save_dtype: str = field(default="float16", metadata={"help": "float16, bfloat16 or float32"})
     max_shard_size: str = field(default="10GB", metadata={"help": "largest weight file, e.g. 15MB"})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "replace an existing folder"})
+
+
+def load_decoder(path: str, trained_on: Any) -> Any:
+    """
+    The autoencoder in a folder, whose decoder may differ from that of the one a UNet was trained on.
+
+    Raises:
+        ValueError: the UNet was not trained on latents, or on those of another encoder or scaling.
+    """
+    vae = load_vae(path)
+    if trained_on is None or encoder_sha256(vae) != encoder_sha256(trained_on):
+        raise ValueError(
+            f"`vae` {path!r} must have the encoder and scaling that the UNet was trained on, but has others."
+        )
+    return vae
 
 
 def assemble(args: AssembleArguments) -> DiffSketchingPipeline:
@@ -71,15 +100,19 @@ def assemble(args: AssembleArguments) -> DiffSketchingPipeline:
         labels = getattr(part.config, "id2label", None)
         if labels is not None and {int(key): value for key, value in labels.items()} != base.id2label:
             raise ValueError(f"`{name}` has the classes {labels}, but the UNet has {base.id2label}.")
-    recommended = {
+    recommended: dict[str, Any] = {
         "num_inference_steps": args.num_inference_steps,
         "eta": args.eta,
         "sketch_guidance_scale": args.sketch_guidance_scale,
         "classifier_guidance_scale": args.classifier_guidance_scale,
         "perceptual_guidance_scale": args.perceptual_guidance_scale,
     }
+    for name in ("sketch_abstraction", "class_mixture"):
+        if getattr(args, name) is not None:
+            recommended[name] = getattr(args, name)
+    vae = base.vae if args.vae is None else load_decoder(args.vae, base.vae)
     pipe = DiffSketchingPipeline(
-        unet=base.unet, scheduler=base.scheduler, **parts, id2label=base.id2label, recommended=recommended
+        unet=base.unet, scheduler=base.scheduler, vae=vae, **parts, id2label=base.id2label, recommended=recommended
     )
     return pipe.to(getattr(torch, args.save_dtype))
 

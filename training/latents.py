@@ -19,14 +19,17 @@ encoder's weights, its scaling, the size and the number of crops. Another decode
 """
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from data import Box, PhotoSketchDataset, load_arrays, save_arrays
+from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
 from tqdm.auto import tqdm
+from trainer import load_pretrained
 
 from diffsketching_pipeline.autoencoding import encode_photos, get_scale_factor
 from diffsketching_pipeline.files import weights_sha256
@@ -34,6 +37,24 @@ from diffsketching_pipeline.files import weights_sha256
 
 _LATENTS_VERSION = "latents-1"
 _LATENT_ARRAYS = ("latents", "boxes")
+
+
+def load_vae(name_or_path: str) -> Any:
+    """
+    Loads the autoencoder in a folder or repository, of a pipeline or alone, by the class that its config names; frozen.
+
+    Raises:
+        ValueError: its config names no autoencoder that photos can be encoded with.
+    """
+    is_alone = os.path.isfile(os.path.join(name_or_path, "config.json"))
+    config = AutoencoderTiny.load_config(name_or_path, **({} if is_alone else {"subfolder": "vae"}))
+    classes = {"AutoencoderTiny": AutoencoderTiny, "AutoencoderKL": AutoencoderKL}
+    if config.get("_class_name") not in classes:
+        raise ValueError(
+            f"`pretrained_vae_model_name_or_path` must be one of {list(classes)}, but {name_or_path!r} is "
+            f"{config.get('_class_name')!r}."
+        )
+    return load_pretrained(classes[config["_class_name"]], name_or_path, "vae").eval().requires_grad_(False)
 
 
 def encoder_sha256(vae: Any) -> str:
@@ -136,19 +157,18 @@ class LatentDataset(PhotoSketchDataset):
         One sample.
 
         Returns:
-            `dict`: `latents` float32 [C, R / f, R / f]; `sketch` float32 [1, R, R], -1 = stroke, +1 = paper;
-            `sketch_abstraction` float32 scalar in [0, 1]; `class_label` int; `id` the file's stem.
+            `dict`: `latents` float32 [C, R / f, R / f]; `sketch` float32 [1, R, R], -1 = stroke, +1 = paper, and
+            `sketch_abstraction` float32 scalar in [0, 1], both left out with `contours="none"`; `class_label` int; `id`
+            the file's stem.
         """
         rng = np.random.default_rng([self.seed, epoch, index])
         crop = int(rng.integers(self.crops_per_photo)) if self.train else 0
         mirrored = bool(self.train and rng.random() < 0.5)
         latents, box = self.latents(index, crop, mirrored)
-        drawn, abstraction = self._sketch(self.drawings(index), index, box, rng)
-        sketch = torch.from_numpy(drawn)[None]
-        return {
-            "latents": latents,
-            "sketch": sketch.flip(-1) if mirrored else sketch,
-            "sketch_abstraction": torch.tensor(abstraction, dtype=torch.float32),
-            "class_label": self.class_labels[index],
-            "id": self.ids[index],
-        }
+        sample: dict[str, Any] = {"latents": latents}
+        if self.contours != "none":
+            drawn, abstraction = self._sketch(self.drawings(index), index, box, rng)
+            sketch = torch.from_numpy(drawn)[None]
+            sample["sketch"] = sketch.flip(-1) if mirrored else sketch
+            sample["sketch_abstraction"] = torch.tensor(abstraction, dtype=torch.float32)
+        return {**sample, "class_label": self.class_labels[index], "id": self.ids[index]}

@@ -16,8 +16,8 @@
     accelerate launch training/train_classifier.py training/configs/classifier_garments64.yaml \
         --train_data_dir garments --scheduler_name_or_path diffsketching-unet/pipeline
 
-It sees photos noised by the schedule of the UNet it will guide, at every timestep, and is told the timestep. The
-result, with averaged weights, is the folder `output_dir/classifier` for `DiffSketchingPipeline(classifier=...)`.
+It sees photos (or, for a latent UNet, their latents: `--pretrained_vae_model_name_or_path`) noised by the schedule of the
+UNet it will guide, at every timestep, and is told the timestep. The result, with averaged weights, is the folder `output_dir/classifier` for `DiffSketchingPipeline(classifier=...)`.
 """
 
 import sys
@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from data import PhotoSketchDataset
 from diffusers import DDPMScheduler, UNet2DModel
+from latents import LatentDataset, load_vae
 from PIL import Image, ImageDraw
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
@@ -39,6 +40,7 @@ from trainer import (
     add_noise_and_timestep,
     argument,
     class_balanced_weights,
+    clean_images,
     image_grid,
     keyed_generator,
     load_pretrained,
@@ -48,6 +50,7 @@ from trainer import (
 )
 
 from diffsketching_pipeline import NoisyImageClassifier
+from diffsketching_pipeline.autoencoding import decode_latents, get_scale_factor
 
 
 NUM_QUARTERS = 4
@@ -69,6 +72,10 @@ class ClassifierTrainingArguments(TrainingArguments):
     norm_num_groups: int = argument(16, "NoisyImageClassifier's `norm_num_groups`")
     dropout: float = argument(0.1, "dropout inside the residual blocks")
 
+    pretrained_vae_model_name_or_path: str | None = argument(
+        None, "classify the latents of this autoencoder, for a UNet that denoises them"
+    )
+    crops_per_photo: int = argument(4, "crops of each photo whose latents are cached")
     unet_name_or_path: str | None = argument(
         None,
         "pipeline (folder or Hub id), or folder of a UNet2DModel, whose downsampling half the classifier starts as; the "
@@ -93,7 +100,7 @@ def check_classifier_arguments(args: ClassifierTrainingArguments) -> None:
     """Raises `ValueError` for a smoothing outside [0, 1), fewer than one validation photo, or two networks to start from."""
     if not 0 <= args.label_smoothing < 1:
         raise ValueError(f"`label_smoothing` must be in [0, 1), but got {args.label_smoothing}.")
-    for name in ("num_validation_samples", "num_validation_images"):
+    for name in ("num_validation_samples", "num_validation_images", "crops_per_photo"):
         if getattr(args, name) < 1:
             raise ValueError(f"`{name}` must be at least 1, but got {getattr(args, name)}.")
     if args.unet_name_or_path is not None and args.pretrained_model_name_or_path is not None:
@@ -110,30 +117,34 @@ def make_scheduler(args: ClassifierTrainingArguments) -> DDPMScheduler:
     return DDPMScheduler(num_train_timesteps=args.ddpm_num_steps, beta_schedule=args.ddpm_beta_schedule)
 
 
-def make_classifier(args: ClassifierTrainingArguments, id2label: dict[int, str]) -> NoisyImageClassifier:
+def make_classifier(
+    args: ClassifierTrainingArguments, id2label: dict[int, str], vae: Any = None
+) -> NoisyImageClassifier:
     """
     A new classifier, one that starts as half of the UNet of `unet_name_or_path`, or the one of
-    `pretrained_model_name_or_path`.
+    `pretrained_model_name_or_path`; of the latents of `vae` if it is given.
 
     Raises:
         ValueError: the pretrained network has another resolution or number of classes than the data.
     """
+    side, channels = args.resolution // get_scale_factor(vae), 3 if vae is None else vae.config.latent_channels
     if args.unet_name_or_path is not None:
         path = args.unet_name_or_path
         unet = load_pretrained(UNet2DModel, path, "unet")
         known = unet.config.num_class_embeds
-        if unet.config.sample_size != args.resolution or known not in (None, len(id2label) + 1):
+        if unet.config.sample_size != side or known not in (None, len(id2label) + 1):
             raise ValueError(
-                f"`unet_name_or_path` must have sample_size {args.resolution} and no classes or {len(id2label) + 1} (one "
+                f"`unet_name_or_path` must have sample_size {side} and no classes or {len(id2label) + 1} (one "
                 f"for none), but {path!r} has {unet.config.sample_size} and {known}."
             )
         torch.manual_seed(args.seed)
         null_class = None if known is None else len(id2label)
-        return NoisyImageClassifier.from_unet(unet, len(id2label), class_label=null_class, dropout=args.dropout)
+        return NoisyImageClassifier.from_unet(unet, len(id2label), null_class, args.dropout, channels)
     if args.pretrained_model_name_or_path is None:
         torch.manual_seed(args.seed)
         return NoisyImageClassifier(
-            sample_size=args.resolution,
+            sample_size=side,
+            in_channels=channels,
             num_classes=len(id2label),
             block_out_channels=tuple(args.block_out_channels),
             down_block_types=tuple(args.down_block_types),
@@ -143,7 +154,7 @@ def make_classifier(args: ClassifierTrainingArguments, id2label: dict[int, str])
             dropout=args.dropout,
         )
     classifier = load_pretrained(NoisyImageClassifier, args.pretrained_model_name_or_path, "classifier")
-    for name, expected in (("sample_size", args.resolution), ("num_classes", len(id2label))):
+    for name, expected in (("sample_size", side), ("in_channels", channels), ("num_classes", len(id2label))):
         if classifier.config[name] != expected:
             raise ValueError(
                 f"`pretrained_model_name_or_path` must have {name} {expected}, but "
@@ -159,12 +170,12 @@ def classify_noisy(classifier: Any, scheduler: DDPMScheduler, batch: dict[str, T
     Args:
         classifier: called as a [`NoisyImageClassifier`].
         scheduler: owns the noise schedule.
-        batch: `pixel_values` and `noise` `[B, 3, R, R]`, `timestep` `[B]`.
+        batch: `pixel_values` or `latents`, and `noise`, `[B, C, H, W]`, `timestep` `[B]`.
 
     Returns:
-        The logits `[B, num_classes]` and the noisy images `[B, 3, R, R]`.
+        The logits `[B, num_classes]` and the noisy images `[B, C, H, W]`.
     """
-    noisy_images = scheduler.add_noise(batch["pixel_values"], batch["noise"], batch["timestep"])
+    noisy_images = scheduler.add_noise(clean_images(batch), batch["noise"], batch["timestep"])
     return classifier(noisy_images, batch["timestep"]).logits.float(), noisy_images
 
 
@@ -189,12 +200,14 @@ class ClassifierValidation:
     picture: a row per quarter (the least noise first), captioned "predicted (true)".
     """
 
-    def __init__(self, args: ClassifierTrainingArguments, dataset: PhotoSketchDataset, scheduler: DDPMScheduler):
-        self.scheduler, self.batch_size = scheduler, args.train_batch_size
+    def __init__(
+        self, args: ClassifierTrainingArguments, dataset: PhotoSketchDataset, scheduler: DDPMScheduler, vae: Any = None
+    ):
+        self.scheduler, self.batch_size, self.vae = scheduler, args.train_batch_size, vae
         self.id2label = dataset.id2label
         count = min(args.num_validation_samples, len(dataset))
         samples = [dataset.sample(i * len(dataset) // count) for i in range(count)]
-        self.images = torch.stack([sample["pixel_values"] for sample in samples])
+        self.images = torch.stack([clean_images(sample) for sample in samples])
         self.labels = torch.tensor([sample["class_label"] for sample in samples])
         self.noise = torch.stack(
             [torch.randn(self.images.shape[1:], generator=keyed_generator(args.seed, i)) for i in range(count)]
@@ -209,7 +222,7 @@ class ClassifierValidation:
         return ((quarter + spread) * (steps / NUM_QUARTERS)).long()
 
     def logits(self, classifier: Any, quarter: int) -> tuple[Tensor, Tensor]:
-        """Logits `[N, num_classes]` and noisy images `[N, 3, R, R]` at one quarter, on the CPU."""
+        """Logits `[N, num_classes]` and noisy images `[N, C, H, W]` at one quarter, on the CPU."""
         results = []
         batch = {"pixel_values": self.images, "noise": self.noise, "timestep": self.timesteps(quarter)}
         for first in range(0, len(self.labels), self.batch_size):
@@ -231,7 +244,10 @@ class ClassifierValidation:
             captions = [
                 f"{self.id2label[int(predicted[i])]} ({self.id2label[int(self.labels[i])]})" for i in self.shown
             ]
-            rows.append(with_captions(noisy_images[self.shown], captions))
+            shown = noisy_images[self.shown]
+            if self.vae is not None:
+                shown = torch.cat([decode_latents(self.vae, latents[None]) for latents in shown])
+            rows.append(with_captions(shown, captions))
         return metrics, {"noisy_predicted": image_grid(rows)}
 
 
@@ -239,26 +255,25 @@ def main(args: ClassifierTrainingArguments) -> None:
     """Trains as the arguments say; the classifier lies in `output_dir/classifier` afterwards."""
     check_classifier_arguments(args)
     root = resolve_data_dir(args)
+    options: dict[str, Any] = {"contours": "none", "color_jitter": args.color_jitter}
+    dataset_class, vae = PhotoSketchDataset, None
+    if args.pretrained_vae_model_name_or_path is not None:
+        dataset_class, vae = LatentDataset, load_vae(args.pretrained_vae_model_name_or_path)
+        options |= {"vae": vae, "crops_per_photo": args.crops_per_photo}
     make_dataset = partial(
-        PhotoSketchDataset,
-        root,
-        resolution=args.resolution,
-        seed=args.seed,
-        cache_dir=args.cache_dir,
-        contours="none",
-        color_jitter=args.color_jitter,
+        dataset_class, root, resolution=args.resolution, seed=args.seed, cache_dir=args.cache_dir, **options
     )
     dataset = make_dataset(split="train", train=True)
     validation_dataset = make_dataset(split="validation", train=False)
     scheduler = make_scheduler(args)
     trainer = Trainer(
         args,
-        {"classifier": make_classifier(args, dataset.id2label)},
+        {"classifier": make_classifier(args, dataset.id2label, vae)},
         dataset,
         transform=partial(add_noise_and_timestep, num_train_timesteps=scheduler.config["num_train_timesteps"]),
         sample_weights=class_balanced_weights(dataset.class_labels, args.class_balance_power),
     )
-    validation = ClassifierValidation(args, validation_dataset, scheduler)
+    validation = ClassifierValidation(args, validation_dataset, scheduler, vae)
 
     def compute_loss(batch: dict[str, Any]) -> dict[str, Tensor]:
         logits, _ = classify_noisy(trainer.modules["classifier"], scheduler, batch)

@@ -35,9 +35,9 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from data import PhotoSketchDataset, check_free_hand, check_stroke_deletion
-from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, DiffusionPipeline, UNet2DModel
+from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DModel
 from diffusers.training_utils import compute_snr
-from latents import LatentDataset
+from latents import LatentDataset, load_vae
 from torch import Tensor
 from trainer import (
     Sample,
@@ -163,24 +163,6 @@ def check_size(args: UNetTrainingArguments, scale_factor: int = 1) -> None:
     factor = 2 ** (len(args.block_out_channels) - 1) * scale_factor
     if args.resolution % factor:
         raise ValueError(f"`resolution` must be a multiple of {factor} for this UNet, but got {args.resolution}.")
-
-
-def load_vae(name_or_path: str) -> Any:
-    """
-    Loads the autoencoder in a folder or repository, of a pipeline or alone, by the class that its config names; frozen.
-
-    Raises:
-        ValueError: its config names no autoencoder that photos can be encoded with.
-    """
-    is_alone = os.path.isfile(os.path.join(name_or_path, "config.json"))
-    config = AutoencoderTiny.load_config(name_or_path, **({} if is_alone else {"subfolder": "vae"}))
-    classes = {"AutoencoderTiny": AutoencoderTiny, "AutoencoderKL": AutoencoderKL}
-    if config.get("_class_name") not in classes:
-        raise ValueError(
-            f"`pretrained_vae_model_name_or_path` must be one of {list(classes)}, but {name_or_path!r} is "
-            f"{config.get('_class_name')!r}."
-        )
-    return load_pretrained(classes[config["_class_name"]], name_or_path, "vae").eval().requires_grad_(False)
 
 
 def make_scheduler(args: UNetTrainingArguments) -> DDIMScheduler:

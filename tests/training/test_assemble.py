@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+import copy
 import json
 
 import assemble
@@ -62,3 +63,23 @@ def test_an_existing_folder_and_other_classes_are_refused(parts, tmp_path):
     with pytest.raises(ValueError, match="`sketch_encoder` has the classes"):
         assemble.main(assemble.AssembleArguments(**parts, output_dir=str(tmp_path / "new")))
     assert not (tmp_path / "new").exists()
+
+
+def test_a_latent_pipeline_may_be_given_another_decoder_and_no_other_encoder(latent_pipeline_factory, tmp_path):
+    pipe = latent_pipeline_factory()
+    pipe.save_pretrained(tmp_path / "unet")
+    newer = copy.deepcopy(pipe.vae)
+    torch.nn.init.zeros_(next(newer.decoder.parameters()))
+    newer.save_pretrained(tmp_path / "newer")
+    options = {"unet": str(tmp_path / "unet"), "output_dir": str(tmp_path / "new"), "save_dtype": "float32"}
+    options |= {"sketch_abstraction": 0.25, "class_mixture": 0.5}
+    made = assemble.assemble(assemble.AssembleArguments(**options, vae=str(tmp_path / "newer")))
+    assert not next(made.vae.decoder.parameters()).any()
+    assert made.recommended["sketch_abstraction"] == 0.25 and made.recommended["class_mixture"] == 0.5
+    kept = assemble.assemble(assemble.AssembleArguments(**options))
+    assert torch.equal(next(kept.vae.decoder.parameters()), next(pipe.vae.decoder.parameters()))
+
+    torch.nn.init.zeros_(next(newer.encoder.parameters()))
+    newer.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="`vae` .*other.* must have the encoder"):
+        assemble.assemble(assemble.AssembleArguments(**options, vae=str(tmp_path / "other")))

@@ -19,7 +19,8 @@ import torch
 import yaml
 from conftest import TRAINING
 from data import PhotoSketchDataset
-from diffusers import DDIMScheduler, UNet2DModel
+from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DModel
+from latents import LatentDataset
 from PIL import Image
 from train_classifier import (
     ClassifierTrainingArguments,
@@ -178,3 +179,49 @@ def test_a_unet_of_other_data_is_refused(tmp_path, config, found):
 def test_two_networks_to_start_from_are_refused():
     with pytest.raises(ValueError, match="cannot both be given"):
         check_classifier_arguments(tiny_args(unet_name_or_path="a", pretrained_model_name_or_path="b"))
+
+
+def test_classifies_the_latents_of_an_autoencoder(shapes_dir, cache_dir, tmp_path):
+    torch.manual_seed(0)
+    vae = AutoencoderTiny(
+        latent_channels=4,
+        encoder_block_out_channels=(8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8),
+        num_encoder_blocks=(0, 1, 1),
+        num_decoder_blocks=(1, 1, 0),
+        scaling_factor=8.0,
+    )
+    vae.save_pretrained(tmp_path / "vae")
+    options = {"train_data_dir": str(shapes_dir), "cache_dir": str(cache_dir), "resolution": 32}
+    options |= {"pretrained_vae_model_name_or_path": str(tmp_path / "vae"), "crops_per_photo": 1}
+    main(tiny_args(**options, max_train_steps=60, output_dir=str(tmp_path / "out")))
+    classifier = NoisyImageClassifier.from_pretrained(tmp_path / "out" / "classifier")
+    assert classifier.config.in_channels == 4 and classifier.config.sample_size == 8
+    dataset = LatentDataset(shapes_dir, "validation", vae, 32, train=False, cache_dir=cache_dir, contours="none")
+    samples = [dataset.sample(i) for i in range(len(dataset))]
+    assert samples[0].keys() == {"latents", "class_label", "id"}
+    with torch.no_grad():
+        logits = classifier(torch.stack([sample["latents"] for sample in samples]), 0).logits
+    assert (logits.argmax(1) == torch.tensor([sample["class_label"] for sample in samples])).float().mean() >= 0.75
+    # A row per quarter of the schedule, of decoded photos 4 x 32 pixels wide.
+    (picture,) = (tmp_path / "out" / "samples").iterdir()
+    assert Image.open(picture).size == (3 * 130 + 2, 4 * 130 + 2)
+
+    # It may start as half of a UNet of the same latents, and no other.
+    unet = UNet2DModel(
+        sample_size=8,
+        in_channels=4 + 16,
+        out_channels=4,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=8,
+        norm_num_groups=4,
+        num_class_embeds=3,
+    )
+    unet.save_pretrained(tmp_path / "unet")
+    started = make_classifier(tiny_args(**options, unet_name_or_path=str(tmp_path / "unet")), ID2LABEL, vae)
+    assert started.config.in_channels == 4
+    assert torch.equal(started.conv_in.weight, unet.conv_in.weight[:, :4])
+    with pytest.raises(ValueError, match="must have sample_size 32"):
+        make_classifier(tiny_args(unet_name_or_path=str(tmp_path / "unet"), resolution=32), ID2LABEL)

@@ -24,6 +24,7 @@ import train_unet
 import yaml
 from conftest import TRAINING
 from diffusers import AutoencoderTiny, UNet2DModel
+from latents import load_vae
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -417,14 +418,14 @@ def test_a_latent_checkpoint_samples_with_its_autoencoder(shapes_dir, cache_dir,
     # Later on it starts from a pipeline, with the autoencoder inside.
     again = {"pretrained_vae_model_name_or_path": str(tmp_path / "out" / "pipeline")}
     again |= {"pretrained_model_name_or_path": str(tmp_path / "out" / "pipeline")}
-    unet = make_unet(tiny_args(**options | again), ID2LABEL, train_unet.load_vae(str(tmp_path / "out" / "pipeline")))
+    unet = make_unet(tiny_args(**options | again), ID2LABEL, load_vae(str(tmp_path / "out" / "pipeline")))
     assert all(torch.equal(value, published[key]) for key, value in unet.state_dict().items())
 
 
 def test_what_is_no_autoencoder_is_refused(tmp_path):
     make_unet(tiny_args(), ID2LABEL).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="pretrained_vae_model_name_or_path.*'UNet2DModel'"):
-        train_unet.load_vae(str(tmp_path))
+        load_vae(str(tmp_path))
 
 
 def test_swapped_sketch_loss_tells_a_network_that_ignores_drawings(shapes_dir):
