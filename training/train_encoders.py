@@ -100,7 +100,6 @@ class EncoderArguments(TrainingArguments):
         "crop photos around the object, which takes contours to find; else anywhere, of the middle when measuring, as "
         "`evaluate.py` does",
     )
-    zoom: float = argument(0.12, "up to this share of both sides of a training photo is cut away")
     label_smoothing: float = argument(0.1, "share of the target spread over all classes")
     mixup_alpha: float = argument(0.0, "Beta(alpha, alpha) of mixup (Zhang et al., 2018); 0 = off")
     random_erasing: float = argument(0.0, "probability of hiding a rectangle of a photo (Zhong et al., 2020)")
@@ -205,11 +204,11 @@ def erase_randomly(probability: float) -> Callable[[dict[str, Any], torch.Genera
 
 
 class PlainPhotoDataset(PhotoSketchDataset):
-    """The photos of a `PhotoSketchDataset` without contours: the object is taken to fill the photo."""
+    """The photos of a `PhotoSketchDataset` without contours: crops need only hold the photo's middle."""
 
     def _make(self, content: bytes) -> CachedPhoto:
         image = resized_to_short_side(decode_photo(content), self.image_size, 4 * self.image_size)
-        return CachedPhoto(np.asarray(image), np.zeros((1, 8, 8), dtype=bool), (0.0, 0.0, 1.0, 1.0))
+        return CachedPhoto(np.asarray(image), np.zeros((1, 8, 8), dtype=bool), (0.5, 0.5, 0.5, 0.5))
 
 
 def make_dataset(args: EncoderArguments, root: Path, split: str) -> PhotoSketchDataset | FreeHandDataset:
@@ -225,7 +224,6 @@ def make_dataset(args: EncoderArguments, root: Path, split: str) -> PhotoSketchD
         args.cache_dir if args.object_crops else None,
         contours="none",
         color_jitter=args.color_jitter,
-        zoom=args.zoom,
         keep=in_first_half if train and args.task == "evaluation" else None,
     )
     return (
@@ -397,8 +395,6 @@ def check_encoder_arguments(args: EncoderArguments) -> None:
     """Raise `ValueError` for an argument that cannot be, before anything is read."""
     if not 0 <= args.doodle_share <= 1:
         raise ValueError(f"`doodle_share` must be in [0, 1], but got {args.doodle_share}.")
-    if not 0 <= args.zoom < 1:
-        raise ValueError(f"`zoom` must be in [0, 1), but got {args.zoom}.")
     if args.start_resolution is not None and not 16 <= args.start_resolution <= args.resolution:
         raise ValueError(
             f"`start_resolution` must be from 16 to `resolution`, {args.resolution}, but got {args.start_resolution}."
