@@ -25,6 +25,10 @@ to use the model, the unconditional one and other baselines among them (see syst
 Every photo, real or generated, is cropped centrally to an aspect of at most 4:3, squashed to a square and resized by
 antialiased bicubic filtering ("squash4:3"), which is how the training data look to a model. The evaluation network must
 not have been used by any loss; `train_encoders.py --task evaluation` trains one.
+
+Several judges, `--evaluator garments-64 garments-128`, give their numbers in one table. Each sees every photo, whatever its
+size, at its own side; `--resolution 256` adds the distance of colors and textures at that side. A number names its judge, or
+its side where there is no network.
 """
 
 import hashlib
@@ -65,7 +69,7 @@ from image_sets import (
 )
 from metrics import CONTOUR_RESOLUTION, sample_like
 from PIL import Image
-from scoring import Scorer, Scores, check_perceptual_components, make_noise, perceptual_sketch_distances
+from scoring import Scorer, Scores, add_judge, check_perceptual_components, make_noise, perceptual_sketch_distances
 from systems import (
     SAMPLING_NAMES,
     Job,
@@ -101,15 +105,16 @@ class EvaluationArguments:
     sketches: str = required("drawings, `<class>/<sketch>.png`")
     reference: str = required("real photos to compare with, `<class>/<photo>.jpg`; the validation photos")
     train: str = required("the photos that the model was trained on, `<class>/<photo>.jpg`")
-    evaluator: str | None = argument(
+    evaluator: list[str] | None = argument(
         None,
-        "folder of an image classifier of transformers that learned on real photos only; without it, and with an "
-        "`extractor`, nothing is said of classes",
+        "folder of an image classifier of transformers that learned on real photos only, or of several, whose numbers then "
+        "stand side by side; without it, and with an `extractor`, nothing is said of classes",
     )
     extractor: str = argument(
         "evaluator",
         "whose features distances, precision, recall, diversity and memorisation compare: those of the `evaluator`; of "
-        "`inception`, the network of FID, where its weights are; or of a folder with an image model of transformers",
+        "`inception`, the network of FID, where its weights are; or of a folder with an image model of transformers. Further "
+        "evaluators keep their own",
     )
     output_dir: str = argument("evaluation", "where numbers, tables and pictures are written")
     model: str | None = argument(None, "pipeline (folder or Hub id) to generate photos with")
@@ -144,8 +149,9 @@ class EvaluationArguments:
     seed: int = argument(0, "first seed: image n of drawing i of D has the seed `seed + n * D + i`")
     resolution: int | None = argument(
         None,
-        "side that all photos are resized to, the `evaluator`'s input; what its preprocessor says, or 64. Without an "
-        "`evaluator`, the `extractor`'s",
+        "side in pixels at which colors and textures are compared, in addition to that of each `evaluator`; also the input "
+        "of an `evaluator` whose preprocessor names no side of its own (64 by default). Without an `evaluator`, all photos' "
+        "side (by default the `extractor`'s)",
     )
     eval_batch_size: int = argument(32, "images per forward pass")
     num_bootstrap_samples: int = argument(1000, "resamples of the 95%% intervals; 0 = no intervals")
@@ -164,6 +170,10 @@ class EvaluationArguments:
         "the free-hand gap, is then part of the result",
     )
     cache_dir: str | None = argument(None, "where the decoded training photos and their features are kept")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.evaluator, str):
+            self.evaluator = [self.evaluator]
 
 
 def check_evaluation_arguments(args: EvaluationArguments) -> None:
@@ -186,9 +196,10 @@ def check_evaluation_arguments(args: EvaluationArguments) -> None:
         raise ValueError(f"`extractor` must be `evaluator`, `inception` or a folder, but got {args.extractor!r}.")
     if args.resolution is not None and args.resolution < 8:
         raise ValueError(f"`resolution` must be at least 8, but got {args.resolution}.")
-    for name in ("sketches", "reference", "train", "evaluator"):
-        if getattr(args, name) is not None and not Path(getattr(args, name)).is_dir():
-            raise ValueError(f"`{name}` must be a folder, but {getattr(args, name)!r} is none.")
+    named = [(name, getattr(args, name)) for name in ("sketches", "reference", "train")]
+    for name, folder in [*named, *(("evaluator", folder) for folder in args.evaluator or [])]:
+        if folder is not None and not Path(folder).is_dir():
+            raise ValueError(f"`{name}` must be a folder, but {folder!r} is none.")
 
 
 # ---- generating -----------------------------------------------------------------------------------------------------
@@ -253,7 +264,19 @@ def make_plans(
     return plans
 
 
-def load_model(args: EvaluationArguments, evaluator: Evaluator, drawings: list[Drawing]) -> DiffSketchingPipeline:
+def load_evaluators(args: EvaluationArguments, device: torch.device) -> list[Evaluator]:
+    """The judges; `ValueError` for the same network twice, which would say everything twice."""
+    evaluators = [Evaluator(next(iter(args.evaluator or []), None), args.resolution, device, args.extractor)]
+    evaluators += [Evaluator(folder, args.resolution, device) for folder in (args.evaluator or [])[1:]]
+    names = [evaluator.classifier.name for evaluator in evaluators if evaluator.classifier is not None]
+    if len(set(names)) < len(names):
+        raise ValueError(f"`evaluator` must name different networks, but got {', '.join(names)}.")
+    return evaluators
+
+
+def load_model(
+    args: EvaluationArguments, evaluators: list[Evaluator], drawings: list[Drawing]
+) -> DiffSketchingPipeline:
     """
     The pipeline to generate with.
 
@@ -272,7 +295,7 @@ def load_model(args: EvaluationArguments, evaluator: Evaluator, drawings: list[D
         # An extractor of transformers has lost its head.
         networks = {component, component.base_model} if isinstance(component, PreTrainedModel) else {component}
         weights = {weights_sha256(network) for network in networks}
-        for judge, judging in evaluator.fingerprints.items():
+        for judge, judging in (pair for evaluator in evaluators for pair in evaluator.fingerprints.items()):
             if judging in weights:
                 raise ValueError(f"`{judge}` is the `{name}` of `model`: judge it by a network that no loss has used.")
     if args.perceptual_sketch_distance:
@@ -338,9 +361,12 @@ def check_names(plans: list[Plan], folders: Iterable[str]) -> None:
 
 @dataclass
 class Inputs:
-    """Everything that the user gave, checked; `train` and `weights`, the pipeline's, on the main process only."""
+    """
+    Everything that the user gave, checked; `train` and `weights`, the pipeline's, on the main process only. Images are at
+    the side of the first of the judges.
+    """
 
-    evaluator: Evaluator
+    evaluators: list[Evaluator]
     drawings: list[Drawing]
     selected: list[Drawing]
     sketches: Tensor
@@ -351,6 +377,11 @@ class Inputs:
     pipeline: DiffSketchingPipeline | None = None
     weights: dict[str, str] = field(default_factory=dict)
     plans: list[Plan] = field(default_factory=list)
+
+    @property
+    def evaluator(self) -> Evaluator:
+        """The first of the judges, whose numbers go by their plain names."""
+        return self.evaluators[0]
 
     def given_sketches(self, name: str) -> Tensor:
         """The drawings that a system was given, `[len(drawings), 1, S, S]`."""
@@ -369,23 +400,25 @@ def prepare(args: EvaluationArguments, accelerator: Accelerator) -> Inputs:
     selected = select_drawings(drawings, args.split)
     matched = {name: match_images(folder, drawings, selected) for name, folder in folders.items()}
     reference_files, train_files = (list_class_folders(Path(getattr(args, n)), n) for n in ("reference", "train"))
-    evaluator = Evaluator(args.evaluator, args.resolution, accelerator.device, args.extractor)
+    evaluators = load_evaluators(args, accelerator.device)
+    evaluator = evaluators[0]
     on_contours = read_contour_metrics(args.contour_metrics, evaluator.settings) if args.contour_metrics else {}
     for name, labels in {
         "sketches": [drawing.label for drawing in drawings],
         "reference": [label for label, _ in reference_files],
         "train": [label for label, _ in train_files],
     }.items():
-        if evaluator.labels:
-            check_labels(labels, evaluator.labels, name)
+        for judge in evaluators:
+            if judge.labels:
+                check_labels(labels, judge.labels, name)
     if len(reference_files) < 2:
         raise ValueError("`reference` must hold at least 2 photos, but holds 1.")
     sketches = SketchProcessor(CONTOUR_RESOLUTION).preprocess([str(drawing.path) for drawing in drawings])
     systems = {name: read_system(name, images, evaluator.resolution) for name, images in matched.items()}
     reference = read_photos(reference_files, f"{Path(args.reference).name} photos", evaluator.resolution)
-    inputs = Inputs(evaluator, drawings, selected, sketches, systems, reference, on_contours)
+    inputs = Inputs(evaluators, drawings, selected, sketches, systems, reference, on_contours)
     if args.model is not None:
-        inputs.pipeline = load_model(args, evaluator, selected)
+        inputs.pipeline = load_model(args, evaluators, selected)
         inputs.plans = make_plans(args, inputs.pipeline, drawings, selected)
     check_names(inputs.plans, folders)
     if accelerator.is_main_process:
@@ -437,21 +470,34 @@ def describe_sampling(args: EvaluationArguments, plan: Plan) -> str:
 
 
 def score_all(args: EvaluationArguments, inputs: Inputs, train: ImageSet) -> dict[str, Scores]:
-    """The columns of the table: systems, then real photos as ceiling and noise as floor."""
-    evaluator, batch_size = inputs.evaluator, args.eval_batch_size
-    reference = evaluator.look_at(inputs.reference, batch_size)
+    """The columns of the table: systems, then real photos as ceiling and noise as floor, by every judge."""
+    scores = score_by(inputs.evaluator, args, inputs, train)
+    files = list(zip(train.labels, train.files, strict=True))
+    for evaluator in inputs.evaluators[1:]:
+        seen = read_training_photos(files, evaluator, args.eval_batch_size, args.cache_dir)
+        judged = score_by(evaluator, args, inputs, seen)
+        scores = {name: add_judge(scores[name], judged[name]) for name in scores}
+    return scores
+
+
+def score_by(evaluator: Evaluator, args: EvaluationArguments, inputs: Inputs, train: ImageSet) -> dict[str, Scores]:
+    """The columns by one judge, with photos at its side; what depends on no judge is measured with the first."""
+    is_first, batch_size = evaluator is inputs.evaluator, args.eval_batch_size
+    reference = evaluator.look_at(inputs.reference.at(evaluator.resolution), batch_size)
     strokes = (inputs.sketches[:, 0] < 0).numpy()
     settings = {name: getattr(args, name) for name in ("split", "num_bootstrap_samples", "lpips_net")}
+    settings["resolution"] = args.resolution if is_first else None
     scorer = Scorer(evaluator, inputs.drawings, strokes, inputs.selected, reference, train, **settings)
-    systems = list(inputs.systems.values())
+    systems = [images.at(evaluator.resolution) for images in inputs.systems.values()]
     reference.conditions = {"photos": reference.name}
     scorer.drawn_reference.conditions = {"photos": scorer.drawn_reference.name}
     noise = make_noise(systems[0])
     scores = {}
     for images in [*systems, noise]:
         images.conditions = {**scorer.drawn, **images.conditions}
-        scores[images.name] = scorer.score_system(evaluator.look_at(images, batch_size))
-        if args.perceptual_sketch_distance and inputs.pipeline is not None:
+        evaluator.look_at(images, batch_size)
+        scores[images.name] = scorer.score_system(images) if is_first else scorer.judge_system(images)
+        if is_first and args.perceptual_sketch_distance and inputs.pipeline is not None:
             distances = perceptual_sketch_distances(inputs.pipeline, images, inputs.drawings, batch_size)
             scores[images.name] |= scorer.perceptual_sketch_distance(images, distances)
 
@@ -474,6 +520,7 @@ def describe_run(args: EvaluationArguments, inputs: Inputs) -> dict[str, Any]:
     return {
         "arguments": asdict(args),
         "evaluator": inputs.evaluator.settings,
+        **({"more_evaluators": [judge.settings for judge in more]} if (more := inputs.evaluators[1:]) else {}),
         "drawings": [f"{drawing.label}/{drawing.name}" for drawing in inputs.selected],
         "recommended": inputs.pipeline.recommended if inputs.pipeline is not None else None,
         "systems": {plan.system.name: plan.system.resolve(plan.pipeline) for plan in inputs.plans},

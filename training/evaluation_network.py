@@ -266,8 +266,8 @@ class Evaluator:
 
     Args:
         folder (`str`, *optional*): that of a [`PhotoClassifier`]; without it nothing is said of classes.
-        resolution (`int`, *optional*): side in pixels that all photos are resized to, which is the classifier's input;
-            what its preprocessor says, or 64. Without a classifier, the extractor's.
+        resolution (`int`, *optional*): side in pixels that all photos are resized to, which is the input of a classifier
+            whose preprocessor names no side of its own; 64 by default. Without a classifier, the extractor's.
         device (`torch.device`): where it computes.
         extractor (`str`, defaults to `"evaluator"`): whose features: those of the classifier, of `"inception"`, or of the
             model in a folder.
@@ -289,8 +289,9 @@ class Evaluator:
         self.classifier = None if folder is None else PhotoClassifier(folder, device)
         self.labels = [] if self.classifier is None else self.classifier.labels
         self.extractor = load_extractor(extractor, device)
-        first = self.extractor if self.classifier is None else self.classifier.preprocessor
-        self.resolution = resolution or (first and first.size) or 64
+        own = None if self.classifier is None else self.classifier.preprocessor.size
+        others = None if self.extractor is None or self.classifier is not None else self.extractor.size
+        self.resolution = own or resolution or others or 64
         self.resize = f"squash4:3-bicubic-{self.resolution}px"
         self.conditions = {}
         if self.classifier is not None:

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from image_sets import Drawing, ImageSet, save_png
 from metrics import nearest
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from scoring import METRICS, Measurement, Scores
+from scoring import METRICS, Measurement, Scores, base_metric
 from torch import Tensor
 
 
@@ -131,10 +131,13 @@ def table_lines(scores: dict[str, Scores]) -> tuple[list[str], list[str]]:
     """A Markdown table of metrics by systems, and the full name of every number with the reason for a missing one."""
     lines = [f"| | {' | '.join(scores)} |", "| --- |" + " --- |" * len(scores)]
     names = []
-    for key, (title, better) in METRICS.items():
+    keys = dict.fromkeys(key for system in scores.values() for key in system)
+    # Those of one metric by several judges stand together.
+    for key in (key for metric in METRICS for key in keys if base_metric(key) == metric):
+        title, better = METRICS[base_metric(key)]
         cells = [system.get(key) for system in scores.values()]
-        if not any(cells):
-            continue
+        judge = next((cell.judge for cell in cells if cell is not None), None)
+        title += f" ({judge})" if judge is not None else ""
         arrow = "↑" if better == "higher" else "↓"
         lines.append(f"| {title} {arrow} | {' | '.join(format_measurement(cell) for cell in cells)} |")
         for name, cell in zip(scores, cells, strict=True):
@@ -163,7 +166,7 @@ def make_table(scores: dict[str, Scores], gaps: dict[str, Scores] | None = None)
 def scores_to_json(scores: dict[str, Scores]) -> dict[str, Any]:
     return {
         system: {
-            key: {"name": measurement.name, "better": METRICS[key][1], **asdict(measurement)}
+            key: {"name": measurement.name, "better": METRICS[base_metric(key)][1], **asdict(measurement)}
             for key, measurement in measurements.items()
         }
         for system, measurements in scores.items()

@@ -18,7 +18,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from scoring import METRICS, Measurement, Scores
+from scoring import METRICS, Measurement, Scores, base_metric
 
 
 COSTS = ("network_evaluations", "seconds_per_image", "peak_memory")
@@ -78,7 +78,9 @@ def free_hand_gap(human: Scores, contours: dict[str, dict[str, Any]]) -> Scores:
         if key in COSTS or theirs is None:
             continue
         conditions = {**ours.conditions, "contours": f"{theirs['n']} images"}
-        gap = Measurement(f"{METRICS[key][0]}, human drawings minus contours", None, ours.n, conditions=conditions)
+        gap = Measurement(
+            f"{METRICS[base_metric(key)][0]}, human drawings minus contours", None, ours.n, conditions=conditions
+        )
         if ours.value is None or theirs["value"] is None:
             where = "human drawings" if ours.value is None else "contours"
             gap.reason = f"none on {where}: {ours.reason if ours.value is None else theirs['reason']}"

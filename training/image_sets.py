@@ -92,6 +92,14 @@ class ImageSet:
         labels, files = [self.labels[i] for i in indices], [self.files[i] for i in indices if self.files]
         return replace(self, name=name, labels=labels, files=files, groups=self.groups[index.numpy()], **tensors)
 
+    def at(self, side: int) -> "ImageSet":
+        """The images read again from their files at `side` pixels, without what a network made of them."""
+        if side == self.pixels.shape[-1]:
+            return self
+        again = read_photos(list(zip(self.labels, self.files, strict=True)), self.name, side)
+        nothing = torch.empty(0)
+        return replace(self, pixels=again.pixels, probabilities=nothing, features=nothing, mirrored_features=nothing)
+
     def image(self, index: int) -> Image.Image:
         """The image as it was stored, upright."""
         if self.files:

@@ -54,10 +54,10 @@ from metrics import (
 from patches import (
     PATCH_SIZE,
     PATCHES_PER_IMAGE,
-    PYRAMID_LEVELS,
     patch_distance,
     patch_projections,
     patch_quantiles,
+    pyramid_levels,
 )
 from torch import Tensor, nn
 from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
@@ -121,12 +121,32 @@ class Measurement:
     reason: str | None = None
 
     @property
+    def judge(self) -> str | None:
+        """The network that the number is of, or the side of the pictures where there is none; None for neither."""
+        return self.conditions.get("extractor") or self.conditions.get("side")
+
+    @property
     def name(self) -> str:
         """The name to quote the number with."""
         return f"{self.title} [{'; '.join(f'{k}: {v}' for k, v in {**self.conditions, 'N': self.n}.items())}]"
 
 
 Scores = dict[str, Measurement]
+
+
+def base_metric(key: str) -> str:
+    """Return the entry of `METRICS` for a key: a second judge's numbers are `metric (judge)`, a second size's `metric (side)`."""
+    return key.partition(" (")[0]
+
+
+def add_judge(scores: Scores, others: Scores) -> Scores:
+    """Scores with those of another judge, each under a key that names it; what does not depend on the judge stays as it is."""
+    more = {
+        f"{base_metric(key)} ({measured.judge})": measured
+        for key, measured in others.items()
+        if measured.judge is not None and (key not in scores or scores[key].judge != measured.judge)
+    }
+    return {**scores, **more}
 
 
 class Scorer:
@@ -142,6 +162,7 @@ class Scorer:
         split: half of the drawings that `selected` is, for the names of the numbers.
         num_bootstrap_samples: resamples of the 95% intervals; 0 = no intervals.
         lpips_net: backbone of LPIPS.
+        resolution: side in pixels at which colors and textures are compared in addition to the evaluation network's.
     """
 
     def __init__(
@@ -156,6 +177,7 @@ class Scorer:
         split: str = "all",
         num_bootstrap_samples: int = 1000,
         lpips_net: Literal["alex", "vgg", "squeeze"] = "alex",
+        resolution: int | None = None,
     ):
         self.evaluator, self.strokes, self.train = evaluator, strokes, train
         self.num_bootstrap_samples, self.lpips_net = num_bootstrap_samples, lpips_net
@@ -165,11 +187,8 @@ class Scorer:
         self.reference = reference
         drawn = [i for i, label in enumerate(reference.labels) if label in self.mix]
         self.drawn_reference = reference.select(drawn, f"{reference.name} of drawn classes")
-        self.reference_patches = patch_quantiles(patch_projections(reference.pixels))
-        self.patch_conditions = {
-            "patches": f"{PATCHES_PER_IMAGE} of {PATCH_SIZE}x{PATCH_SIZE} on each of {PYRAMID_LEVELS} levels",
-            "resize": evaluator.resize,
-        }
+        sides = dict.fromkeys([evaluator.resolution, resolution or evaluator.resolution])
+        self.reference_patches = {side: patch_quantiles(self.patches(reference, side)) for side in sides}
         self.lpips, self.lpips_reason = load_lpips(lpips_net)
         self.near_copy_limit = None
         if drawn:
@@ -179,15 +198,17 @@ class Scorer:
 
     def score_system(self, images: ImageSet) -> Scores:
         """Every metric of images that were made from drawings."""
+        return {**self.judge_system(images), **self.retrieval(images), **self.cost(images)}
+
+    def judge_system(self, images: ImageSet) -> Scores:
+        """The metrics of such images that depend on the evaluation network, and some that come with them."""
         return {
             **self.class_agreement(images),
             **self.relative_agreement(images),
             **self.conditioning_class(images),
-            **self.retrieval(images),
             **self.realism(images),
             **self.diversity(images),
             **self.memorisation(images),
-            **self.cost(images),
         }
 
     def score_reference(self, photos: ImageSet) -> Scores:
@@ -215,8 +236,10 @@ class Scorer:
         interval: tuple[float, float] | None = None,
         reason: str | None = None,
     ) -> Scores:
-        conditions = {**images.conditions, **conditions}
-        return {key: Measurement(METRICS[key][0], value, len(images), interval, conditions, reason)}
+        conditions, title = {**images.conditions, **conditions}, METRICS[base_metric(key)][0]
+        if "side" in conditions:
+            title += f" ({conditions['side']})"
+        return {key: Measurement(title, value, len(images), interval, conditions, reason)}
 
     def measure_mean(
         self,
@@ -336,10 +359,30 @@ class Scorer:
                 )
             scores |= self.precision_and_recall(suffix, images, reference)
         # Patches tell no class from another.
-        described = (patch_projections(images.pixels), self.reference_patches)
-        return scores | self.set_distance(
-            "patch_distance", patch_distance, images, self.reference, described, self.patch_conditions
-        )
+        for side, reference_patches in self.reference_patches.items():
+            described = (self.patches(images, side), reference_patches)
+            key, conditions = self.patch_key(side), self.patch_conditions(side)
+            scores |= self.set_distance(key, patch_distance, images, self.reference, described, conditions)
+        return scores
+
+    def patches(self, images: ImageSet, side: int) -> Tensor:
+        """The [`patch_projections`] of the images at `side` pixels; noise of that side has no larger grain."""
+        if side != images.pixels.shape[-1]:
+            images = images.at(side) if images.files else make_noise(images, side=side)
+        return patch_projections(images.pixels, num_levels=pyramid_levels(side))
+
+    def patch_key(self, side: int) -> str:
+        """That of the distance at the evaluation network's side, or at another, which it names."""
+        return "patch_distance" if side == self.evaluator.resolution else f"patch_distance ({side} px)"
+
+    def patch_conditions(self, side: int) -> dict[str, str]:
+        """What a distance of patches at `side` pixels depends on."""
+        levels = f"each of {pyramid_levels(side)} levels"
+        return {
+            "side": f"{side} px",
+            "patches": f"{PATCHES_PER_IMAGE} of {PATCH_SIZE}x{PATCH_SIZE} on {levels}",
+            "resize": f"squash4:3-bicubic-{side}px",
+        }
 
     def too_few(self, images: ImageSet, reference: ImageSet) -> str | None:
         """Why two sets are not compared, if they are not."""
@@ -394,15 +437,15 @@ class Scorer:
             scores |= self.half_distance(
                 name + suffix, distance, photos, photos.features, self.evaluator.feature_conditions, more
             )
-        if photos is self.drawn_reference:
-            return scores
-        return scores | self.half_distance(
-            "patch_distance",
-            lambda first, second: patch_distance(first, patch_quantiles(second)),
-            photos,
-            patch_projections(photos.pixels),
-            self.patch_conditions,
-        )
+        for side in self.reference_patches if photos is not self.drawn_reference else ():
+            scores |= self.half_distance(
+                self.patch_key(side),
+                lambda first, second: patch_distance(first, patch_quantiles(second)),
+                photos,
+                self.patches(photos, side),
+                self.patch_conditions(side),
+            )
+        return scores
 
     def half_distance(
         self,
@@ -432,7 +475,8 @@ class Scorer:
         means = pairwise_means(images.features, images.groups)
         reason = None if means else "no drawing has two images"
         scores = self.group_means("pairwise_distance", means, images, conditions, reason)
-        conditions = {"pairs": "within a drawing", "backbone": self.lpips_net}
+        side = f"{self.evaluator.resolution} px"
+        conditions = {"pairs": "within a drawing", "backbone": self.lpips_net, "side": side}
         reason = reason or self.lpips_reason
         means = {} if reason else lpips_means(self.lpips, images, self.evaluator.device)
         scores |= self.group_means("pairwise_lpips", means, images, conditions, reason)
@@ -561,10 +605,11 @@ def lpips_means(lpips: Any, images: ImageSet, device: torch.device | str) -> dic
     return means
 
 
-def make_noise(images: ImageSet, seed: int = 0) -> ImageSet:
-    """Uniform noise in the place of a system's images: what every metric says about nothing."""
+def make_noise(images: ImageSet, seed: int = 0, side: int | None = None) -> ImageSet:
+    """Uniform noise instead of a system's images, of `side` pixels or theirs: what every metric says about nothing."""
     generator = torch.Generator().manual_seed(seed)
-    pixels = torch.randint(0, 256, images.pixels.shape, generator=generator, dtype=torch.uint8)
+    shape = images.pixels.shape if side is None else (len(images), 3, side, side)
+    pixels = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
     return ImageSet("noise", pixels, images.labels, images.groups, [])
 
 

@@ -267,7 +267,7 @@ def count_evaluations(networks: dict[str, nn.Module]) -> Iterator[Counter]:
     Counts the samples that each network is given inside the block, by name.
 
     A network is evaluated whenever its first convolution is: that also sees calls of a part of it, as the perceptual loss
-    makes of F_s.
+    makes of F_s. Of an autoencoder, encoder and decoder count each, because sampling calls the second alone.
     """
     counts: Counter = Counter()
 
@@ -279,8 +279,10 @@ def count_evaluations(networks: dict[str, nn.Module]) -> Iterator[Counter]:
 
     handles = []
     for name, network in networks.items():
-        first = next(module for module in network.modules() if isinstance(module, nn.Conv2d))
-        handles.append(first.register_forward_pre_hook(counter(name)))
+        parts = [network.encoder, network.decoder] if hasattr(network, "decode") else [network]
+        for part in parts:
+            first = next(module for module in part.modules() if isinstance(module, nn.Conv2d))
+            handles.append(first.register_forward_pre_hook(counter(name)))
     try:
         yield counts
     finally:

@@ -17,9 +17,9 @@
 
 `--task sketch`: F_s, a `ResNetForImageClassification` with one channel that names the class of a drawing. It learns on
 contours of photos, and on doodles of the classes that `doodles.py` knows, redrawn as an unskilled hand would. `--task
-image`: F_i, the same on photos. `--task evaluation`: a RegNet on photos, for `evaluate.py` and for no loss, trained on one
-half of the training photos (by the SHA-256 of their file names): no number may be computed by a network that a loss has
-used.
+image`: F_i, the same on photos. `--task evaluation`: a RegNet or MobileNetV2 on photos, for `evaluate.py` and for no loss,
+trained on one half of the training photos (by the SHA-256 of their file names): no number may be computed by a network that
+a loss has used. Its `preprocessor_config.json` says at which side it judges.
 
 The result is a folder in `output_dir` that `from_pretrained` loads: `sketch_encoder`, `image_encoder` or `evaluation`.
 """
@@ -39,11 +39,14 @@ import torch.nn.functional as F
 from data import (
     DEFAULT_LINE_GAIN,
     STRAIGHTENED_SHARE,
+    CachedPhoto,
     PhotoSketchDataset,
     contour_to_sketch,
+    decode_photo,
     free_hand_distortion,
     half_size,
     maybe_straightened,
+    resized_to_short_side,
 )
 from doodles import DOODLES, draw_doodle
 from torch import Tensor, nn
@@ -59,7 +62,14 @@ from trainer import (
     resolve_data_dir,
     write_folder,
 )
-from transformers import RegNetConfig, RegNetForImageClassification, ResNetConfig, ResNetForImageClassification
+from transformers import (
+    MobileNetV2Config,
+    MobileNetV2ForImageClassification,
+    RegNetConfig,
+    RegNetForImageClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -76,6 +86,20 @@ class EncoderArguments(TrainingArguments):
     hidden_sizes: list[int] = argument([48, 96, 192], "channels of the stages")
     depths: list[int] = argument([2, 2, 2], "blocks of the stages")
     groups_width: int = argument(16, "channels per group of the evaluation network's 3x3 convolutions")
+    evaluation_model: Literal["regnet", "mobilenet_v2"] = argument(
+        "regnet", "family of the evaluation network; no loss may use either"
+    )
+    depth_multiplier: float = argument(1.0, "width of a MobileNetV2; the four arguments above are those of the others")
+    start_resolution: int | None = argument(
+        None,
+        "side that photos are shrunk to at the first step; it grows to `resolution` over the first two thirds of the steps "
+        "(progressive resizing), which takes a fraction of the time",
+    )
+    object_crops: bool = argument(
+        True,
+        "crop photos around the object, which takes contours to find; else anywhere, of the middle when measuring, as "
+        "`evaluate.py` does",
+    )
     label_smoothing: float = argument(0.1, "share of the target spread over all classes")
     mixup_alpha: float = argument(0.0, "Beta(alpha, alpha) of mixup (Zhang et al., 2018); 0 = off")
     random_erasing: float = argument(0.0, "probability of hiding a rectangle of a photo (Zhong et al., 2020)")
@@ -179,15 +203,25 @@ def erase_randomly(probability: float) -> Callable[[dict[str, Any], torch.Genera
     return transform
 
 
+class PlainPhotoDataset(PhotoSketchDataset):
+    """The photos of a `PhotoSketchDataset` without contours: crops need only hold the photo's middle."""
+
+    def _make(self, content: bytes) -> CachedPhoto:
+        image = resized_to_short_side(decode_photo(content), self.image_size, 4 * self.image_size)
+        return CachedPhoto(np.asarray(image), np.zeros((1, 8, 8), dtype=bool), (0.5, 0.5, 0.5, 0.5))
+
+
 def make_dataset(args: EncoderArguments, root: Path, split: str) -> PhotoSketchDataset | FreeHandDataset:
     train = split == "train"
-    photos = PhotoSketchDataset(
+    dataset_class = PhotoSketchDataset if args.object_crops else PlainPhotoDataset
+    photos = dataset_class(
         root,
         split,
         args.resolution,
         args.seed,
         train,
-        args.cache_dir,
+        # A cached photo is one with contours.
+        args.cache_dir if args.object_crops else None,
         contours="none",
         color_jitter=args.color_jitter,
         keep=in_first_half if train and args.task == "evaluation" else None,
@@ -200,9 +234,17 @@ def make_dataset(args: EncoderArguments, root: Path, split: str) -> PhotoSketchD
 # ---- model ----------------------------------------------------------------------------------------------------------
 
 
+def model_class(args: EncoderArguments) -> Any:
+    """The class of transformers that is trained."""
+    if args.task != "evaluation":
+        return ResNetForImageClassification
+    return RegNetForImageClassification if args.evaluation_model == "regnet" else MobileNetV2ForImageClassification
+
+
 def make_model(args: EncoderArguments, id2label: dict[int, str]) -> nn.Module:
     """
-    A ResNet or, for evaluation, a RegNet with squeeze-and-excitation: another family, so that both fail differently.
+    A ResNet or, for evaluation, a RegNet with squeeze-and-excitation or a MobileNetV2: another family, so that both fail
+    differently.
 
     transformers' ResNet halves twice in its stem, and its configuration cannot lower that. So its first stage does not
     halve again: at 64 pixels the stem and the first stage are at 16x16, the others at 8x8 and 4x4.
@@ -214,20 +256,25 @@ def make_model(args: EncoderArguments, id2label: dict[int, str]) -> nn.Module:
         "embedding_size": args.embedding_size,
         "hidden_sizes": args.hidden_sizes,
         "depths": args.depths,
+    }
+    labels: dict[str, Any] = {
         "num_labels": len(id2label),
         "id2label": id2label,
         "label2id": {label: index for index, label in id2label.items()},
     }
     torch.manual_seed(args.seed)
     if args.pretrained_model_name_or_path is not None:
-        model_class = RegNetForImageClassification if args.task == "evaluation" else ResNetForImageClassification
-        model = load_pretrained(model_class, args.pretrained_model_name_or_path, COMPONENT_NAMES[args.task])
+        model = load_pretrained(model_class(args), args.pretrained_model_name_or_path, COMPONENT_NAMES[args.task])
         if model.config.id2label != id2label:
             raise ValueError(
                 "`pretrained_model_name_or_path` must hold a model of the classes in `train_data_dir`, "
                 f"{list(id2label.values())}, but it has {list(model.config.id2label.values())}."
             )
         return model
+    if args.task == "evaluation" and args.evaluation_model == "mobilenet_v2":
+        config = MobileNetV2Config(**labels, image_size=args.resolution, depth_multiplier=args.depth_multiplier)
+        return MobileNetV2ForImageClassification(config)
+    shape |= labels
     if args.task == "evaluation":
         return RegNetForImageClassification(RegNetConfig(**shape, layer_type="y", groups_width=args.groups_width))
     num_channels = 1 if args.task == "sketch" else 3
@@ -236,12 +283,26 @@ def make_model(args: EncoderArguments, id2label: dict[int, str]) -> nn.Module:
     )
 
 
+def side_at(step: int, args: EncoderArguments, max_train_steps: int) -> int:
+    """
+    Return the side of the photos at a step: from `start_resolution` to `resolution` over the first two thirds, in four equal
+    steps, because each new side costs its convolutions a new plan.
+    """
+    if args.start_resolution is None:
+        return args.resolution
+    stage = min(4, int(4 * 1.5 * step / max_train_steps))
+    return args.start_resolution + stage * (args.resolution - args.start_resolution) // 4
+
+
 def classification_loss(trainer: Trainer, args: EncoderArguments) -> Callable[[dict[str, Any]], dict[str, Tensor]]:
     """Cross-entropy with label smoothing and, if asked, mixup."""
     name = COMPONENT_NAMES[args.task]
 
     def compute_loss(batch: dict[str, Any]) -> dict[str, Tensor]:
         pixels, labels = batch["pixel_values"], batch["class_label"]
+        side = side_at(trainer.global_step, args, trainer.max_train_steps)
+        if side != pixels.shape[-1]:
+            pixels = F.interpolate(pixels, (side, side), mode="bilinear", antialias=True)
         share, other = 1.0, torch.arange(len(labels), device=labels.device)
         if args.mixup_alpha > 0:
             share = float(torch.distributions.Beta(args.mixup_alpha, args.mixup_alpha).sample())
@@ -314,6 +375,36 @@ def load_drawings(folder: Path, label2id: dict[str, int], resolution: int) -> di
     return {"tune": (sketches[is_tune], labels[is_tune]), "report": (sketches[~is_tune], labels[~is_tune])}
 
 
+def write_preprocessor(resolution: int, folder: Path) -> None:
+    """Write how transformers and `evaluate.py` prepare photos for the network: squashed to its side, in [-1, 1]."""
+    settings = {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": resolution, "width": resolution},
+        "resample": 3,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+    }
+    write_json(settings, folder / "preprocessor_config.json")
+
+
+def check_encoder_arguments(args: EncoderArguments) -> None:
+    """Raise `ValueError` for an argument that cannot be, before anything is read."""
+    if not 0 <= args.doodle_share <= 1:
+        raise ValueError(f"`doodle_share` must be in [0, 1], but got {args.doodle_share}.")
+    if args.start_resolution is not None and not 16 <= args.start_resolution <= args.resolution:
+        raise ValueError(
+            f"`start_resolution` must be from 16 to `resolution`, {args.resolution}, but got {args.start_resolution}."
+        )
+    if args.task == "sketch" and (args.start_resolution is not None or not args.object_crops):
+        raise ValueError(
+            "`start_resolution` and `object_crops` must be left alone for the `task` sketch, made of contours."
+        )
+
+
 def write_json(content: dict[str, Any], path: Path) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(content, indent=2) + "\n")
@@ -322,8 +413,7 @@ def write_json(content: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     args = parse_args(EncoderArguments, description=__doc__)
-    if not 0 <= args.doodle_share <= 1:
-        raise ValueError(f"`doodle_share` must be in [0, 1], but got {args.doodle_share}.")
+    check_encoder_arguments(args)
     root = resolve_data_dir(args)
     name = COMPONENT_NAMES[args.task]
 
@@ -367,6 +457,8 @@ def main() -> None:
         report[f"drawings_{half}"] = accuracies(predict(model, sketches), truth, photos.id2label)
     with write_folder(Path(args.output_dir) / name) as folder:
         model.to(getattr(torch, args.save_dtype)).save_pretrained(folder)
+        if args.task == "evaluation":
+            write_preprocessor(args.resolution, folder)
     write_json(report, Path(args.output_dir) / "metrics.json")
     print(json.dumps(report, indent=2))
     trainer.push(Path(args.output_dir) / name)

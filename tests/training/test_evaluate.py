@@ -24,6 +24,7 @@ import image_sets
 import lpips
 import metrics
 import numpy as np
+import patches
 import pytest
 import scoring
 import torch
@@ -344,6 +345,77 @@ def test_filled_outlines_retrieve_their_drawings_and_blank_images_none(arguments
     assert scores["empty"]["pairwise_distance"].reason == "no drawing has two images"
     assert "fewer than 32 images: 24 against 72" in scores["filled"]["frechet_distance"].reason
     assert "- filled: Fréchet distance [" in table and "none, fewer than 32 images" in table
+
+
+def sized_judge(source, folder, side, scale):
+    """A copy of a judge that takes photos of `side` pixels, with other weights."""
+    model = RegNetForImageClassification.from_pretrained(source)
+    with torch.no_grad():
+        model.classifier[-1].weight.mul_(scale)
+    model.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"size": {"height": side, "width": side}}))
+    return str(folder)
+
+
+def test_several_judges_each_at_its_own_side(arguments, drawings_dir, evaluator_dir, photos_dir, tmp_path):
+    filled = outlined_photos(drawings_dir, tmp_path / "filled", resolution=96)
+    for path in sorted(filled.glob("*/*_0.png")):
+        for n in (1, 2):
+            save(Image.open(path), path.with_name(path.name.replace("_0", f"_{n}")))
+    folders = [sized_judge(evaluator_dir, tmp_path / f"judge{n}", side, n) for n, side in ((1, 32), (-1, 48))]
+    both, second = (
+        main(arguments(images=[str(filled)], evaluator=evaluator, resolution=96, output_dir=str(tmp_path / name)))
+        for name, evaluator in (("both", folders), ("second", folders[1]))
+    )
+    names = [Evaluator(folder).classifier.name for folder in folders]
+
+    # 1. The first judge's numbers have plain names, the second's are what they are alone, under its name.
+    ours, alone = both["filled"], second["filled"]
+    for key in ("class_agreement", "frechet_distance", "recall", "pairwise_distance", "near_copy_share"):
+        other = ours[f"{key} ({names[1]})"]
+        assert (other.value, other.interval, other.name) == (alone[key].value, alone[key].interval, alone[key].name)
+        assert ours[key].conditions["extractor"] == names[0] and ours[key].conditions["resize"].endswith("-32px")
+        assert other.conditions["resize"].endswith("-48px")
+    assert f"class_agreement_reweighted ({names[1]})" in both["reference_photos"]
+    assert ours["class_agreement"].value == pytest.approx(1 - ours[f"class_agreement ({names[1]})"].value, abs=0.35)
+
+    # 2. Colors and textures are compared at both sides, and at the one that was asked for, of files of that side.
+    assert [key for key in ours if key.startswith("patch")] == [
+        "patch_distance",
+        "patch_distance (96 px)",
+        "patch_distance (48 px)",
+    ]
+    assert ours["patch_distance (48 px)"].value == alone["patch_distance"].value
+    assert ours["patch_distance (96 px)"].value == alone["patch_distance (96 px)"].value
+    files = image_sets.list_class_folders(photos_dir / "validation", "reference")
+    large = [
+        patches.patch_projections(image_sets.read_photos(chosen, "x", 96).pixels)
+        for chosen in (image_sets.list_class_folders(filled, "images"), files)
+    ]
+    expected = patches.patch_distance(large[0], patches.patch_quantiles(large[1]))
+    assert ours["patch_distance (96 px)"].value == pytest.approx(expected, rel=1e-6)
+    assert "(96 px) [" in ours["patch_distance (96 px)"].name
+    for column in ("reference_photos", "training_photos", "noise"):
+        assert both[column]["patch_distance (96 px)"].value is not None
+
+    # 3. What depends on no judge is there once, and every row and number names its own.
+    assert [key for key in ours if key.startswith(("retrieval", "contour", "nearest_training_pixel"))] == [
+        "nearest_training_pixel_distance",
+        "retrieval_at_1",
+        "retrieval_at_5",
+        "contour_distance",
+    ]
+    table = (tmp_path / "both" / "metrics.md").read_text()
+    rows = [line.split(" ↑")[0] for line in table.splitlines() if line.startswith("| class agreement (")]
+    assert rows == [f"| class agreement ({name})" for name in names]
+    assert "| distance of colours and textures (sliced Wasserstein) (96 px) ↓ |" in table
+    saved = load(tmp_path / "both" / "metrics.json")
+    assert saved["settings"]["evaluator"]["extractor"] == names[0]
+    assert [judge["extractor"] for judge in saved["settings"]["more_evaluators"]] == names[1:]
+    assert saved["systems"]["filled"][f"class_agreement ({names[1]})"]["better"] == "higher"
+    assert "more_evaluators" not in load(tmp_path / "second" / "metrics.json")["settings"]
+    with pytest.raises(ValueError, match=f"`evaluator` must name different networks, but got {names[0]}, {names[0]}"):
+        main(arguments(images=[str(filled)], evaluator=[folders[0]] * 2))
 
 
 def test_images_of_other_drawings_retrieve_near_chance(drawings_dir):

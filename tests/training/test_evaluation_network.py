@@ -13,6 +13,7 @@
 # limitations under the License.
 import json
 import pickle
+from pathlib import Path
 
 import evaluation_network
 import image_sets
@@ -68,6 +69,25 @@ def test_evaluator_follows_a_preprocessor(evaluator_dir, tmp_path):
     # Mean and mean + std must come out as 0 and 1, up to rounding to 8 bits.
     for one, other in zip(features, expected, strict=True):
         torch.testing.assert_close(one, other, atol=0.02, rtol=0.02)
+
+
+def test_a_size_of_its_own_is_an_evaluators_input_at_any_resolution(evaluator_dir, tmp_path):
+    for file in evaluator_dir.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": {"height": 48, "width": 48}}))
+    assert [Evaluator(str(folder), 96).resolution for folder in (tmp_path, evaluator_dir)] == [48, 96]
+    assert Evaluator(str(tmp_path), 96).conditions["resize"] == "squash4:3-bicubic-48px"
+
+
+@pytest.mark.parametrize("folder", sorted((Path(evaluation_network.__file__).parent / "evaluators").iterdir()))
+def test_published_judges_name_their_side(folder):
+    evaluator = Evaluator(str(folder), 256)
+    assert folder.name == f"garments-{evaluator.resolution}" and len(evaluator.labels) == 15
+    probabilities, features = evaluator(random_pixels(2, evaluator.resolution), 2)
+    assert probabilities.shape == (2, 15) and features.isfinite().all()
+    # No loss has used its family.
+    assert evaluator.classifier.model.config.model_type in ("regnet", "mobilenet_v2")
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 8 * 2**20
 
 
 def test_unusable_evaluators_are_errors(tmp_path):

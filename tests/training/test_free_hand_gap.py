@@ -135,3 +135,17 @@ def test_gap_is_in_the_report(arguments, model_dir, contours_dir, drawings_dir, 
             main(arguments(**common, contour_metrics=str(tmp_path / "other.json")))
     with pytest.raises(ValueError, match="`contour_metrics` must be a `metrics.json`"):
         main(arguments(**common, contour_metrics=str(drawings_dir)))
+
+
+def test_a_second_judge_has_a_gap_of_its_own():
+    human = {
+        key: Measurement("title", value, 40, (value - 0.1, value + 0.1), {"extractor": judge})
+        for key, value, judge in (("class_agreement", 0.5, "a"), ("class_agreement (b)", 0.7, "b"))
+    }
+    contours = {key: {"value": 0.4, "n": 10, "interval": None, "reason": None} for key in human}
+    gaps = free_hand_gap.free_hand_gap(human, contours)
+    assert {key: gap.value for key, gap in gaps.items()} == {
+        "class_agreement": pytest.approx(0.1),
+        "class_agreement (b)": pytest.approx(0.3),
+    }
+    assert gaps["class_agreement (b)"].name.startswith("class agreement, human drawings minus contours [extractor: b")

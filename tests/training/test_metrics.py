@@ -271,3 +271,47 @@ def test_patch_distance_is_the_wasserstein_distance_along_each_direction():
         ]
     )
     assert patches.patch_distance(first, patches.patch_quantiles(second)) == pytest.approx(expected, rel=0.03)
+
+
+def projections_by_convolution(pixels, num_levels):
+    """Every place along every direction, of which the random ones are taken: what is now computed of those alone."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (num_levels, 32, 3, 7, 7)
+    directions = F.normalize(torch.randn(shape, generator=generator).flatten(2), dim=2).reshape(shape)
+    level, projections = pixels.float() / 255, []
+    for index in range(num_levels):
+        band = level
+        if index < num_levels - 1:
+            smaller = F.interpolate(level, scale_factor=0.5, mode="bilinear", antialias=True)
+            band = level - F.interpolate(smaller, size=level.shape[-2:], mode="bilinear")
+            level = smaller
+        along = F.conv2d(band, directions[index]).flatten(2)
+        where = torch.randint(along.shape[-1], (len(pixels), 1, 32), generator=generator)
+        projections.append(along.gather(2, where.expand(-1, 32, -1)).transpose(1, 2))
+    return torch.stack(projections, dim=1)
+
+
+def test_patches_of_64_pixels_are_those_that_they_were():
+    # More than one batch of 64, on the three levels that all published numbers have.
+    pixels = photos_of([1.0, 0.5, 0], 70)
+    assert pixels.shape[-1] == 64 and patches.pyramid_levels(64) == patches.PYRAMID_LEVELS == 3
+    torch.testing.assert_close(
+        patches.patch_projections(pixels), projections_by_convolution(pixels, 3), atol=1e-5, rtol=0
+    )
+
+
+def test_larger_photos_have_more_levels_down_to_the_same_coarse_one():
+    levels = {side: patches.pyramid_levels(side) for side in (7, 16, 32, 64, 127, 128, 255, 256, 512)}
+    assert levels == {7: 1, 16: 2, 32: 3, 64: 3, 127: 3, 128: 4, 255: 4, 256: 5, 512: 6}
+    with pytest.raises(ValueError, match="`side` must be at least 7, but got 6"):
+        patches.pyramid_levels(6)
+    large = F.interpolate(photos_of([1.0, 0, 0], 9).float(), 256, mode="bilinear").byte()
+    projections = patches.patch_projections(large, num_levels=5)
+    assert projections.shape == (9, 5, 32, 32)
+    torch.testing.assert_close(projections, projections_by_convolution(large, 5), atol=1e-5, rtol=0)
+    # A shade that comes and goes once over the photo: too slow for a patch of 7 of 64 pixels, not for one of 7 of 16.
+    wave = 25 * torch.sin(torch.linspace(0, 2 * torch.pi, 256))
+    shaded = (large.float() + wave).clamp(0, 255).byte()
+    reference, found = (patches.patch_quantiles(patches.patch_projections(p, num_levels=5)) for p in (large, shaded))
+    apart = (found - reference).abs().mean(dim=(1, 2))
+    assert apart[4] > 10 * apart[:3].max() and apart[4] > 2 * apart[3]

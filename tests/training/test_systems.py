@@ -19,7 +19,7 @@ import pytest
 import systems
 import torch
 import yaml
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UNet2DModel
+from diffusers import AutoencoderTiny, DDIMScheduler, DPMSolverMultistepScheduler, UNet2DModel
 from evaluate import main
 from image_sets import open_image, read_drawings, squash
 from PIL import Image
@@ -356,3 +356,15 @@ def test_bad_systems_are_errors_before_any_work(changes, message, arguments, mod
     with pytest.raises(ValueError, match=message):
         main(arguments(**changes))
     assert not (tmp_path / "out").exists()
+
+
+def test_what_an_autoencoder_decodes_is_counted():
+    vae = AutoencoderTiny(
+        block_out_channels=(4,), encoder_block_out_channels=(4,), decoder_block_out_channels=(4,),
+        num_encoder_blocks=(1,), num_decoder_blocks=(1,), latent_channels=4,
+    )  # fmt: skip
+    with systems.count_evaluations({"vae": vae}) as counts, torch.no_grad():
+        vae.decode(torch.zeros(3, 4, 8, 8))
+        vae.decode(torch.zeros(1, 4, 8, 8))
+        vae.encode(torch.zeros(2, 3, 8, 8))
+    assert counts == {"vae": 6}

@@ -16,16 +16,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import image_sets
 import numpy as np
 import pytest
 import torch
 import train_encoders
 from data import PhotoSketchDataset, half_size
 from doodles import DOODLES
+from evaluation_network import Evaluator
 from PIL import Image, ImageDraw
 from torch import nn
 from train_encoders import EncoderArguments, FreeHandDataset, fit_to_page, in_first_half, make_model
-from transformers import RegNetForImageClassification, ResNetForImageClassification
+from transformers import (
+    MobileNetV2ForImageClassification,
+    RegNetForImageClassification,
+    ResNetForImageClassification,
+)
 
 
 SCRIPT = Path(train_encoders.__file__)
@@ -109,6 +115,80 @@ def test_evaluation_encoder_sees_one_half_of_the_training_photos(shapes_dir, cac
     ]
     assert 0 < len(ids) < 16
     assert len(train_encoders.make_dataset(args, shapes_dir, "validation")) == 8
+
+
+@pytest.mark.parametrize("family", ["regnet", "mobilenet_v2"])
+def test_evaluation_network_of_any_family_grows_to_its_side(shapes_dir, tmp_path, monkeypatch, family):
+    paths = {"train_data_dir": shapes_dir, "output_dir": tmp_path}
+    more = {"evaluation_model": family, "depth_multiplier": 0.1, "start_resolution": 16, "object_crops": "false"}
+    arguments = words(**TINY | {"max_train_steps": 6, "save_dtype": "float16"}, **paths, task="evaluation", **more)
+    monkeypatch.setattr(sys, "argv", ["train_encoders.py", *arguments])
+    sides = []
+    family_class = {"regnet": RegNetForImageClassification, "mobilenet_v2": MobileNetV2ForImageClassification}[family]
+
+    def note(model, inputs):
+        if isinstance(model, family_class) and model.training and torch.is_grad_enabled():
+            sides.append(inputs[0].shape[-1])
+
+    handle = nn.modules.module.register_module_forward_pre_hook(note)
+    train_encoders.main()
+    handle.remove()
+    assert sides == [16, 20, 24, 28, 32, 32]
+    # `evaluate.py` takes it at that side, and sees what was measured.
+    evaluator = Evaluator(str(tmp_path / "evaluation"), 200)
+    assert evaluator.resolution == 32 and evaluator.classifier.model.config.model_type == family
+    files = image_sets.list_class_folders(shapes_dir / "validation", "reference")
+    photos = image_sets.read_photos(files, "photos", 32)
+    truth = torch.tensor([evaluator.labels.index(label) for label in photos.labels])
+    right = (evaluator(photos.pixels, 8)[0].argmax(-1) == truth).float().mean().item()
+    assert json.loads((tmp_path / "metrics.json").read_text())["validation"]["accuracy"] == pytest.approx(right)
+
+
+def test_photos_without_contours_are_seen_as_evaluation_sees_them(shapes_dir, tmp_path):
+    rng = np.random.default_rng(0)
+    for split in ("train", "validation"):
+        path = tmp_path / split / "disc" / "wide.png"
+        path.parent.mkdir(parents=True)
+        Image.fromarray(rng.integers(0, 256, (64, 128, 3), dtype=np.uint8)).save(path)
+    args = EncoderArguments(task="evaluation", resolution=32, object_crops=False)
+    pixels = train_encoders.make_dataset(args, tmp_path, "validation").sample(0)["pixel_values"]
+    expected = np.asarray(image_sets.squash(Image.open(tmp_path / "validation/disc/wide.png"), 32))
+    np.testing.assert_allclose((pixels.permute(1, 2, 0).numpy() + 1) * 127.5, expected, atol=1)
+    train = train_encoders.PlainPhotoDataset(tmp_path, "train", 32)
+    boxes = np.array([train._crop_box(train.photo(0), np.random.default_rng(i)) for i in range(200)])
+    widths, heights = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    # Of 2:1, at most 4:3, and more than half of the height, around the middle.
+    assert widths.max() <= 2 / 3 + 1e-9 and heights.max() <= 1
+    assert 0.5 < heights.min() < 0.7 and 0.9 < heights.max() and 0.25 < widths.min() < 0.4 and 0.6 < widths.max()
+    assert (boxes[:, :2] <= 0.5).all() and (boxes[:, 2:] >= 0.5).all() and boxes.min() >= 0 and boxes.max() <= 1
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"start_resolution": 8}, "`start_resolution` must be from 16 to `resolution`, 64, but got 8"),
+        ({"start_resolution": 128}, "`start_resolution` must be from 16 to `resolution`, 64, but got 128"),
+        ({"task": "sketch", "object_crops": False}, "must be left alone for the `task` sketch"),
+    ],
+)
+def test_arguments_that_cannot_be_are_errors(changes, message):
+    args = EncoderArguments(**{"task": "evaluation"} | changes)
+    with pytest.raises(ValueError, match=message):
+        train_encoders.check_encoder_arguments(args)
+
+
+def test_published_judge_of_128_pixels_has_the_intended_shape():
+    from trainer import parse_args
+
+    args = parse_args(EncoderArguments, [str(CONFIGS / "evaluation_garments128.yaml")])
+    model = make_model(args, {i: str(i) for i in range(15)}).eval()
+    maps = model(torch.zeros(1, 3, 128, 128), output_hidden_states=True).hidden_states
+    assert [m.shape[-1] for m in maps] == [64, 32, 16, 8, 4] and sum(p.numel() for p in model.parameters()) < 4e6
+    sides = [train_encoders.side_at(step, args, 2000) for step in (0, 333, 334, 1333, 1334, 1999)]
+    assert sides == [64, 64, 80, 112, 128, 128]
+    # Other weights and another shape than the 64 px judge's: the two must not fail alike.
+    small = parse_args(EncoderArguments, [str(CONFIGS / "evaluation_garments64.yaml")])
+    assert args.seed != small.seed and args.hidden_sizes != small.hidden_sizes
 
 
 @pytest.mark.parametrize("name", ["sketch_encoder", "image_encoder", "evaluation"])
