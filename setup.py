@@ -15,6 +15,7 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "diffsketching_pipeline/_
 
 TRAIN = [
     "datasets>=3.0",
+    "h5py>=3.9",
     "lpips>=0.1.4",
     "matplotlib>=3.7",
     "peft>=0.15",

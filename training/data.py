@@ -48,8 +48,13 @@ logger = logging.getLogger(__name__)
 CONTOUR_SIZE = 256
 """Short side, in pixels, at which contours are found and kept."""
 
+MAX_CONTOUR_SIDE = 4 * CONTOUR_SIZE
+
 CONTOUR_NAMES = ("fine", "medium", "coarse", "object", "silhouette")
 """The drawings that `photo_to_contours` returns, in order."""
+
+HED_CONTOUR_NAMES = ("hed_fine", "hed_medium", "hed_strong", "hed_object")
+"""The drawings that `hed_contours.photo_to_hed_contours` returns, in order."""
 
 DEFAULT_LINE_GAIN = 1.8
 """Ink per covered area: 1.0 draws thin lines in grey, 2.6 in black; 1.8 is the middle of what training draws."""
@@ -68,7 +73,7 @@ pixels at the tolerances in use, as strengths of 0.22 to 0.26 do (mean distance 
 
 _CACHE_VERSION = "contours-3"
 _DRAWING_ARRAYS = ("contours", "width")
-_LONGEST_SIDE = 4 * CONTOUR_SIZE
+_HED_CACHE_VERSION = "hed-contours-1"
 
 Box = tuple[float, float, float, float]
 """left, top, right, bottom as fractions of the width and of the height, each in [0, 1]."""
@@ -91,7 +96,7 @@ def resized_to_short_side(image: Image.Image, short_side: int, longest_side: int
     return image.resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC)
 
 
-def _without_small_parts(edges: np.ndarray, min_size: int = 0, min_share: float = 0.0) -> np.ndarray:
+def without_small_parts(edges: np.ndarray, min_size: int = 0, min_share: float = 0.0) -> np.ndarray:
     """Keeps the 8-connected parts of at least `min_size` pixels and `min_share` of the largest part's pixels."""
     labels, count = ndimage.label(edges, structure=np.ones((3, 3)))
     if count == 0:
@@ -105,7 +110,7 @@ def _canny_edges(grey: np.ndarray, sigma: float) -> np.ndarray:
     """Canny edges whose thresholds fall until something is found: pale garments on pale sheets have weak edges."""
     for factor in (1.0, 0.5, 0.25):
         edges = canny(grey, sigma=sigma, low_threshold=0.1 * factor, high_threshold=0.2 * factor)
-        edges = _without_small_parts(edges, min_size=40)
+        edges = without_small_parts(edges, min_size=40)
         if edges.sum() > 500:
             break
     return edges
@@ -149,45 +154,45 @@ def object_mask(image: Image.Image, num_colors: int = 32, num_iterations: int = 
         probability = 1 / (1 + np.exp(-np.clip(1.5 * smooth_logit + prior_logit, -30, 30)))
     mask = ndimage.binary_opening(probability > 0.5, iterations=2)
     mask = ndimage.binary_closing(np.pad(mask, 4), iterations=3)[4:-4, 4:-4]
-    return ndimage.binary_fill_holes(_without_small_parts(mask, min_share=0.25))
+    return ndimage.binary_fill_holes(without_small_parts(mask, min_share=0.25))
 
 
-def _mask_outline(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def mask_outline(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """The outline, one pixel wide, of a mask smoothly enlarged to `size` (width, height); none at the photo's rim."""
     enlarged = Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.Resampling.BICUBIC)
     smooth = ndimage.gaussian_filter(np.asarray(enlarged, dtype=np.float32), 2.5) > 127
     return smooth & ~ndimage.binary_erosion(smooth, structure=np.ones((3, 3)), border_value=1)
 
 
-def _is_plausible(mask: np.ndarray, outline: np.ndarray, edges: np.ndarray) -> bool:
+def is_plausible_mask(mask: np.ndarray, outline: np.ndarray, edges: np.ndarray) -> bool:
     """Whether a mask has the size of an object and an outline that mostly runs along edges of the photo."""
     if not 0.05 < mask.mean() < 0.9 or not outline.any():
         return False
     return ndimage.binary_dilation(edges, disk(4))[outline].mean() > 0.6
 
 
-def _object_parts(edges: np.ndarray, mask: np.ndarray) -> np.ndarray:
+def keep_object_parts(edges: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Of `edges`, what belongs to the object: the floor and the wall behind it are not what a person draws."""
     size = (edges.shape[1], edges.shape[0])
     enlarged = Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.Resampling.BILINEAR)
     near_object = ndimage.binary_dilation(np.asarray(enlarged) > 127, disk(4))
-    return _without_small_parts(edges & near_object, min_size=25, min_share=0.2)
+    return without_small_parts(edges & near_object, min_size=25, min_share=0.2)
 
 
 def _find_contours(image: Image.Image) -> tuple[list[np.ndarray], Box]:
     image = image.convert("RGB")
-    scaled = resized_to_short_side(image, CONTOUR_SIZE, _LONGEST_SIDE)
+    scaled = resized_to_short_side(image, CONTOUR_SIZE, MAX_CONTOUR_SIDE)
     grey = np.asarray(scaled.convert("L"), dtype=np.float32) / 255
     low, high = np.percentile(grey, [2, 98])
     grey = np.clip((grey - low) / max(high - low, 0.1), 0, 1)
     fine, medium, coarse = (_canny_edges(grey, sigma) for sigma in (2.5, 3.5, 5.0))
 
     mask = object_mask(image)
-    silhouette = _mask_outline(mask, scaled.size)
-    if _is_plausible(mask, silhouette, fine | medium):
-        object_parts, content = _object_parts(medium, mask), mask
+    silhouette = mask_outline(mask, scaled.size)
+    if is_plausible_mask(mask, silhouette, fine | medium):
+        object_parts, content = keep_object_parts(medium, mask), mask
     else:
-        object_parts = silhouette = content = _without_small_parts(medium, min_share=0.25)
+        object_parts = silhouette = content = without_small_parts(medium, min_share=0.25)
     edges = [fine, medium, coarse, object_parts, silhouette]
     return [ndimage.binary_dilation(e, disk(1)) for e in edges], bounding_box(content)
 
@@ -215,6 +220,35 @@ def bounding_box(ink: np.ndarray) -> Box:
         return (0.0, 0.0, 1.0, 1.0)
     height, width = ink.shape
     return (columns[0] / width, rows[0] / height, (columns[-1] + 1) / width, (rows[-1] + 1) / height)
+
+
+def check_contour_source(source: str = "classical", hed_weights: str | Path | None = None) -> None:
+    """Raises `ValueError` for an unknown source of contours, or HED without the file of its weights."""
+    if source not in ("classical", "hed", "both"):
+        raise ValueError(f"`contours` must be 'classical', 'hed' or 'both', but got {source!r}.")
+    if source != "classical" and (hed_weights is None or not Path(hed_weights).is_file()):
+        raise ValueError(
+            f"`hed_weights` must be a file of HED weights for contours by {source!r}, but got {hed_weights}."
+        )
+
+
+def contour_distribution(classical: Sequence[float], source: str = "classical") -> np.ndarray:
+    """
+    How often each drawing of a photo is chosen.
+
+    Args:
+        classical (`Sequence[float]`): relative frequency of each of `CONTOUR_NAMES`.
+        source (`str`): "classical", "hed" (each of `HED_CONTOUR_NAMES` equally often) or "both" (half and half).
+
+    Returns:
+        `np.ndarray`: float64, sums to 1; the classical contours come first.
+    """
+    probabilities = np.asarray(classical, dtype=np.float64)
+    probabilities = probabilities / probabilities.sum()
+    if source == "classical":
+        return probabilities
+    hed = np.full(len(HED_CONTOUR_NAMES), 1 / len(HED_CONTOUR_NAMES))
+    return hed if source == "hed" else np.concatenate([probabilities, hed]) / 2
 
 
 # ---- from a binary contour to a sketch tensor -----------------------------------------------------------------------
@@ -367,7 +401,7 @@ def straightened_outline(contour: np.ndarray, tolerance: float) -> np.ndarray | 
         `np.ndarray`: bool [H, W]; None where no outline is closed around a twentieth of the page.
     """
     filled = ndimage.binary_fill_holes(contour)
-    filled = _without_small_parts(ndimage.binary_opening(filled, iterations=2), min_share=0.25)
+    filled = without_small_parts(ndimage.binary_opening(filled, iterations=2), min_share=0.25)
     if filled.mean() < 0.05:
         return None
     page = Image.new("1", (contour.shape[1], contour.shape[0]))
@@ -523,18 +557,21 @@ def prepare_photo(content: bytes, image_size: int) -> CachedPhoto:
     return CachedPhoto(photo_to_keep(image, image_size), np.stack(contours), content_box)
 
 
-def _pack(photo: CachedPhoto) -> dict[str, Any]:
-    """What is kept of a photo in memory or in a file: contours with eight pixels per byte."""
-    return {
-        "image": photo.image,
-        "contours": np.packbits(photo.contours, axis=-1),
-        "width": np.asarray(photo.contours.shape[-1]),
-        "content_box": np.asarray(photo.content_box, dtype=np.float64),
-    }
+def _pack_contours(contours: np.ndarray) -> dict[str, Any]:
+    return {"contours": np.packbits(contours, axis=-1), "width": np.asarray(contours.shape[-1])}
 
 
 def _unpack_contours(packed: Mapping[str, np.ndarray]) -> np.ndarray:
     return np.unpackbits(packed["contours"], axis=-1, count=int(packed["width"])).view(bool)
+
+
+def _pack(photo: CachedPhoto) -> dict[str, Any]:
+    """What is kept of a photo in memory or in a file: contours with eight pixels per byte."""
+    return {
+        "image": photo.image,
+        **_pack_contours(photo.contours),
+        "content_box": np.asarray(photo.content_box, dtype=np.float64),
+    }
 
 
 def _unpack(packed: Mapping[str, np.ndarray]) -> CachedPhoto:
@@ -588,7 +625,7 @@ class PhotoSketchDataset(Dataset):
 
     Every random choice of `sample(index, epoch)` comes from `np.random.default_rng([seed, epoch, index])`, so a
     resumed run and any number of workers or processes see the same samples. Without `train` nothing is random: the
-    photo's whole height or width (squashed by at most 4:3), contour `index % 5`, the middle line gain.
+    photo's whole height or width (squashed by at most 4:3), contour `index % N`, the middle line gain.
 
     Files that cannot be decoded are left out, counted and named once in a warning.
 
@@ -612,6 +649,9 @@ class PhotoSketchDataset(Dataset):
         max_stroke_deletion (`float`): largest share of the strokes that these lack.
         color_jitter (`float`): range of brightness and contrast changes; above 0.2 the hue changes, too.
         zoom (`float`): up to this share of both sides is cut away, as far as the object stays whole.
+        contour_source (`"classical"`, `"hed"` or `"both"`): who draws the contours. HED's are cached beside the
+            classical ones, by the photo's content and the hash of the weights, and take seconds a photo, once.
+        hed_weights (`str` or `Path`, *optional*): file for `hed_contours.HEDNetwork.from_file`.
         keep (`Callable[[str], bool]`, *optional*): takes a file's stem, tells whether the photo is in the dataset.
 
     Raises:
@@ -637,6 +677,8 @@ class PhotoSketchDataset(Dataset):
         max_stroke_deletion: float = 0.9,
         color_jitter: float = 0.1,
         zoom: float = 0.12,
+        contour_source: Literal["classical", "hed", "both"] = "classical",
+        hed_weights: str | Path | None = None,
         keep: Callable[[str], bool] | None = None,
     ):
         if len(contour_probabilities) != len(CONTOUR_NAMES):
@@ -649,8 +691,9 @@ class PhotoSketchDataset(Dataset):
         self.free_hand_share, self.free_hand_strength = free_hand_share, free_hand_strength
         self.stroke_deletion_share, self.max_stroke_deletion = stroke_deletion_share, max_stroke_deletion
         self.color_jitter, self.zoom = color_jitter, zoom
-        self.contour_probabilities = np.asarray(contour_probabilities, dtype=np.float64)
-        self.contour_probabilities /= self.contour_probabilities.sum()
+        check_contour_source(contour_source, hed_weights)
+        self.contour_source, self.hed_weights = contour_source, hed_weights
+        self.contour_probabilities = contour_distribution(contour_probabilities, contour_source)
         self.cache_dir = Path(cache_dir) if cache_dir is not None else None
         self.image_size = 2 * resolution
 
@@ -661,7 +704,14 @@ class PhotoSketchDataset(Dataset):
         self.files: list[Any] = []
         self.corrupt_files: list[Any] = []
         self._cached: list[Path | dict[str, np.ndarray]] = []
-        self._prepare(files, split)
+        self._hed_cached: list[Path | dict[str, np.ndarray]] = []
+        self._hed_network: Any = None
+        if contour_source == "classical":
+            self._prepare(files, split)
+        else:
+            self._load_hed()  # first: bad weights are told before any photo is drawn
+            self._prepare(files, split)
+            self._prepare_hed(split)
         self.class_labels = [self._class_label(file) for file in self.files]
         self.ids = [file.stem for file in self.files]
 
@@ -711,6 +761,45 @@ class PhotoSketchDataset(Dataset):
             save_arrays(path, _pack(self._make(content)))
         return path
 
+    def _load_hed(self) -> None:
+        from hed_contours import HEDNetwork, hash_weights  # it imports this module
+
+        assert self.hed_weights is not None
+        self._hed_network = HEDNetwork.from_file(self.hed_weights)
+        self._hed_hash = hash_weights(self.hed_weights)
+
+    def _prepare_hed(self, split: str) -> None:
+        interval = 0.5 if sys.stderr.isatty() else 10
+        names = tqdm(self.files, desc=f"HED draws {split} photos", unit="photo", mininterval=interval, leave=False)
+        self._hed_cached = [self._hed_entry(file) for file in names]
+        self._hed_network = None  # 59 MB that no sample needs
+
+    def _hed_entry(self, file: Any) -> Path | dict[str, np.ndarray]:
+        content = self._read(file)
+        if self.cache_dir is None:
+            return _pack_contours(self._make_hed(content))
+        path = self._cache_path(f"{_HED_CACHE_VERSION}:{self._hed_hash}:{CONTOUR_SIZE}:", content)
+        if not path.exists():
+            save_arrays(path, _pack_contours(self._make_hed(content)))
+        return path
+
+    def _make_hed(self, content: bytes) -> np.ndarray:
+        from hed_contours import photo_to_hed_contours
+
+        if self._hed_network is None:
+            self._load_hed()
+        return np.stack(photo_to_hed_contours(decode_photo(content), self._hed_network))
+
+    def _hed_contours(self, index: int) -> np.ndarray:
+        entry = self._hed_cached[index]
+        if not isinstance(entry, Path):
+            return _unpack_contours(entry)
+        packed = load_arrays(entry, _DRAWING_ARRAYS)
+        if packed is None:
+            packed = _pack_contours(self._make_hed(self._read(self.files[index])))
+            save_arrays(entry, packed)
+        return _unpack_contours(packed)
+
     def _cache_path(self, made_with: str, content: bytes) -> Path:
         assert self.cache_dir is not None
         key = hashlib.sha256(made_with.encode() + content).hexdigest()[:40]
@@ -726,6 +815,10 @@ class PhotoSketchDataset(Dataset):
 
     def photo(self, index: int) -> CachedPhoto:
         """The decoded photo, its contours and its content box, before any augmentation."""
+        photo = self._classical_photo(index)
+        return photo if self.contour_source == "classical" else photo._replace(contours=self.drawings(index))
+
+    def _classical_photo(self, index: int) -> CachedPhoto:
         entry = self._cached[index]
         if not isinstance(entry, Path):
             return _unpack(entry)
@@ -738,9 +831,14 @@ class PhotoSketchDataset(Dataset):
 
     def drawings(self, index: int) -> np.ndarray:
         """The contours of [`PhotoSketchDataset.photo`] alone, bool [N, H, W]: the photo itself is not read."""
+        if self.contour_source == "hed":
+            return self._hed_contours(index)
         entry = self._cached[index]
         packed = load_arrays(entry, _DRAWING_ARRAYS) if isinstance(entry, Path) else entry
-        return self.photo(index).contours if packed is None else _unpack_contours(packed)
+        classical = self._classical_photo(index).contours if packed is None else _unpack_contours(packed)
+        if self.contour_source == "classical":
+            return classical
+        return np.concatenate([classical, self._hed_contours(index)])
 
     def sample(self, index: int, epoch: int = 0) -> dict[str, Any]:
         """

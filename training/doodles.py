@@ -15,13 +15,15 @@
 
 A contour of a photo shows a cap lying on a table; a person who is asked for a hat draws a crown on a brim. So the sketch
 encoder learns from both: `train_encoders.py --task sketch` mixes contours with the doodles of the classes known here.
-Each doodle is a small program with random proportions; no human drawing was traced.
+Each doodle is a small program with random proportions and details; no human drawing was traced. The hand that draws it is
+careless: lines miss each other or run on, are drawn twice or left out, and an outline is often one line without anything inside.
 """
 
 from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, ImageDraw
+from scipy import ndimage
 
 
 Stroke = list[tuple[float, float]]
@@ -50,11 +52,11 @@ def _mirrored(half: Stroke) -> Stroke:
 
 
 def _top(
-    rng: np.random.Generator, sleeve: tuple[float, float], length: tuple[float, float] = (1.1, 2.3)
+    rng: np.random.Generator, sleeve: tuple[float, float], length: tuple[float, float] = (1.1, 3.2)
 ) -> list[Stroke]:
     """A garment with two sleeves, `sleeve` and `length` being ranges in half shoulder widths; neckline last."""
     neck, slope = rng.uniform(0.25, 0.5), rng.uniform(0.05, 0.35)
-    reach, angle = rng.uniform(*sleeve), np.radians(rng.uniform(15, 80))
+    reach, angle = rng.uniform(*sleeve), np.radians(rng.uniform(0, 82))
     along, cuff = np.array([np.cos(angle), np.sin(angle)]), rng.uniform(0.22, 0.5)
     tip = np.array([1.0, slope])
     outer = tip + reach * along
@@ -88,12 +90,65 @@ def _collar(rng: np.random.Generator, neck: float, depth: float) -> list[Stroke]
     return [right, [(-x, y) for x, y in right]]
 
 
+def _another_neckline(rng: np.random.Generator, strokes: list[Stroke], turtleneck: float = 0.0) -> list[Stroke]:
+    """Now and then the neckline is left open, has a border, is drawn as a straight line, or stands up."""
+    *others, neckline = strokes
+    neck = neckline[-1][0]
+    kind = rng.choice(
+        ["open", "border", "straight", "turtleneck", "same"], p=[0.1, 0.1, 0.1, turtleneck, 0.7 - turtleneck]
+    )
+    if kind == "open":
+        return others
+    if kind == "border":
+        return [*strokes, [(x * 1.2, y + 0.1 * (y > 0)) for x, y in neckline]]
+    if kind == "straight":
+        return [*others, [(-neck, 0.0), (neck, 0.0)]]
+    if kind == "turtleneck":
+        height = rng.uniform(0.12, 0.35)
+        return [*others, [(-neck, 0.0), (-neck, -height), (neck, -height), (neck, 0.0)]]
+    return strokes
+
+
+def _cuffs(rng: np.random.Generator, strokes: list[Stroke]) -> list[Stroke]:
+    """A line across each sleeve near its end, and one above the hem."""
+    (_, tip, outer, inner, armpit, hem), share = (np.array(strokes[0][i]) for i in range(6)), rng.uniform(0.08, 0.25)
+    across = [tuple(outer + share * (tip - outer)), tuple(inner + share * (armpit - inner))]
+    lines = [[(float(x), float(y)) for x, y in across]]
+    lines.append([(-x, y) for x, y in lines[0]])
+    if rng.random() < 0.5:
+        y = float(hem[1] - 0.12)
+        lines.append([(-float(hem[0]), y), (float(hem[0]), y)])
+    return lines
+
+
+def _print(rng: np.random.Generator, x: float, top: float, bottom: float) -> list[Stroke]:
+    """Something on the front: stripes, a number of dashes, a heart of lines, a pocket."""
+    kind = rng.integers(4)
+    if kind == 0:
+        return [[(-x, y), (x, y)] for y in np.linspace(top, bottom, int(rng.integers(2, 6)))]
+    if kind == 1:
+        ends = rng.uniform((-x, top), (x, bottom), (int(rng.integers(4, 12)), 2))
+        return [[(a, b), (a + rng.normal(0, 0.05), b + 0.12)] for a, b in ends.tolist()]
+    middle, size = (top + bottom) / 2, rng.uniform(0.1, 0.3)
+    if kind == 2:
+        return [_ellipse(0.0, middle, size, size)]
+    return [[(0.2, top), (0.2, top + size), (0.2 + size, top + size), (0.2 + size, top), (0.2, top)]]
+
+
+def _plain_top(rng: np.random.Generator, sleeve: tuple[float, float], turtleneck: float) -> list[Stroke]:
+    strokes = _top(rng, sleeve)
+    details = _cuffs(rng, strokes) if rng.random() < 0.15 else []
+    if rng.random() < 0.12:
+        details += _print(rng, 0.45, 0.7, 0.85 * _hem(strokes)[1])
+    return _another_neckline(rng, strokes, turtleneck) + details
+
+
 def _t_shirt(rng: np.random.Generator) -> list[Stroke]:
-    return _top(rng, (0.3, 0.75))
+    return _plain_top(rng, (0.25, 0.8), turtleneck=0.02)
 
 
 def _longsleeve(rng: np.random.Generator) -> list[Stroke]:
-    return _top(rng, (0.95, 1.8))
+    return _plain_top(rng, (0.9, 1.9), turtleneck=0.15)
 
 
 def _front_opening(rng: np.random.Generator, strokes: list[Stroke], pairs: float = 0.3) -> list[Stroke]:
@@ -198,16 +253,34 @@ def _dress(rng: np.random.Generator) -> list[Stroke]:
 def _legs(rng: np.random.Generator, length: tuple[float, float], rise: tuple[float, float]) -> list[Stroke]:
     """Two legs below a waist 2 wide; the crotch is a point or, as people often draw it, a bridge."""
     total, crotch = rng.uniform(*length), rng.uniform(*rise)
-    outer, gap = rng.uniform(0.9, 1.5), rng.choice([0.0, rng.uniform(0.05, 0.35)])
-    inner = rng.uniform(gap, 0.55)
+    outer, gap = rng.uniform(0.9, 1.5), rng.choice([0.0, rng.uniform(0.05, 0.45)])
+    inner = rng.uniform(max(gap, 0.06), 0.55)
     hem = rng.uniform(-0.08, 0.08)
     right = [(1.0, 0.0), (outer, total), (min(inner, outer - 0.3), total + hem), (gap, crotch)]
-    strokes = [_mirrored(right), [(-1.0, 0.0), (1.0, 0.0)]]
+    strokes = [_mirrored(right)]
+    if rng.random() < 0.93:
+        strokes.append([(-1.0, 0.0), (1.0, 0.0)])
     if rng.random() < 0.3:
         strokes.append([(-1.0, 0.2), (1.0, 0.2)])
     if rng.random() < 0.2:
         strokes.append([(0.0, 0.1), (0.0, crotch)])
-    return strokes
+    return strokes + _leg_details(rng, right)
+
+
+def _leg_details(rng: np.random.Generator, right: Stroke) -> list[Stroke]:
+    """Pockets, turned-up legs, creases or side stripes: at most one kind, on both legs."""
+    (waist, _), (outer, total), (inner, _), (_, crotch) = right
+    kind = rng.choice(["pockets", "cuffs", "creases", "button", "none"], p=[0.12, 0.08, 0.06, 0.08, 0.66])
+    if kind == "button":
+        return [_ellipse(0.0, 0.1, 0.05, 0.05)]
+    if kind == "pockets":
+        line = [(0.55 * waist, 0.12), (waist, 0.12 + 0.35 * crotch)]
+    elif kind == "cuffs":
+        y = rng.uniform(0.85, 0.93) * total
+        line = [(inner, y), (outer, y)]
+    else:
+        line = [(0.6 * waist, 0.3 * crotch), ((inner + outer) / 2, 0.95 * total)]
+    return [line, [(-x, y) for x, y in line]] if kind != "none" else []
 
 
 def _pants(rng: np.random.Generator) -> list[Stroke]:
@@ -234,8 +307,31 @@ def _skirt(rng: np.random.Generator) -> list[Stroke]:
 # ---- shoes and hats -------------------------------------------------------------------------------------------------
 
 
+def _tube_shoe(rng: np.random.Generator) -> list[Stroke]:
+    """A leg and a foot of about one thickness, a slipper where the leg is short."""
+    length, foot, leg = rng.uniform(1.6, 3.2), rng.uniform(0.35, 0.75), rng.uniform(0.4, 0.9)
+    shaft = rng.uniform(0.0, 1.3)
+    top = -foot - shaft
+    slope = rng.uniform(0.0, 0.35)
+    outline = [(0.0, top), (rng.uniform(-0.1, 0.15), 0.0), (length - 0.2, 0.0)]
+    outline += _ellipse(length - 0.2, -foot / 2, rng.uniform(0.15, 0.4), foot / 2, np.pi / 2, -np.pi / 2)
+    outline += [(leg + slope, -foot - rng.uniform(0.0, 0.12)), (leg, top + rng.uniform(-0.1, 0.1))]
+    strokes = [outline]
+    if rng.random() < 0.7:
+        strokes.append([outline[-1], outline[0]] if rng.random() < 0.6 else _ellipse(leg / 2, top, leg / 2, 0.12))
+    if rng.random() < 0.25:
+        strokes.append([(0.0, -0.12), (length - 0.1, -0.12)])
+    if rng.random() < 0.3:  # laces, crossed by the line that they tie
+        y, first = -0.6 * foot, leg * rng.uniform(0.9, 1.3)
+        strokes += [[(first + 0.2 * i, y - 0.12), (first + 0.2 * i, y + 0.12)] for i in range(int(rng.integers(2, 5)))]
+        strokes.append([(first - 0.15, y), (first + 0.8, y + rng.uniform(-0.05, 0.15))])
+    return strokes
+
+
 def _shoes(rng: np.random.Generator) -> list[Stroke]:
-    """One shoe from the side, or a boot."""
+    """One shoe from the side, a boot, or a tube with a corner as people draw a shoe in one line."""
+    if rng.random() < 0.3:
+        return _tube_shoe(rng)
     length, shaft = rng.uniform(2.0, 3.0), rng.uniform(0.5, 1.9) if rng.random() < 0.5 else rng.uniform(0.3, 0.7)
     toe, opening = rng.uniform(0.35, 0.7), rng.uniform(0.6, 1.0)
     top = -toe - shaft
@@ -260,7 +356,7 @@ def _shoes(rng: np.random.Generator) -> list[Stroke]:
 def _hat(rng: np.random.Generator) -> list[Stroke]:
     """A crown, round or flat, on a brim; or a cap with its visor to one side."""
     height, flat = rng.uniform(0.7, 1.7), rng.random() < 0.4
-    top, right = rng.uniform(0.75, 1.15), rng.uniform(0.6, 1.0)
+    top, right = rng.uniform(0.7, 1.25), rng.uniform(0.45, 1.0)
     if flat:
         crown = [(-right, 0.0), (-right * top, -height), (right * top, -height + rng.uniform(-0.1, 0.1)), (right, 0.0)]
     else:
@@ -282,6 +378,11 @@ def _hat(rng: np.random.Generator) -> list[Stroke]:
     else:
         brim = [[(-right, 0.0), (right, 0.0)]]
     strokes = [crown, *brim]
+    if rng.random() < 0.15:  # a button or a bobble on top
+        size = rng.uniform(0.06, 0.2)
+        strokes.append(_ellipse(0.0, -height - size, size, size))
+    if rng.random() < 0.15:  # the brim is bent up at its ends
+        strokes[1:] = [[(x, y - 0.35 * (abs(x) / wide) ** 2) for x, y in stroke] for stroke in strokes[1:]]
     if rng.random() < 0.3:
         strokes.append(_arc((-right, -0.2 * height), (0.0, -0.12 * height), (right, -0.2 * height)))
     return strokes
@@ -305,6 +406,33 @@ DOODLES: dict[str, Callable[[np.random.Generator], list[Stroke]]] = {
     "undershirt": _undershirt,
 }
 """The program of each class that has one: takes the source of randomness, returns strokes."""
+
+
+ONE_LINE = frozenset({"dress", "hat", "longsleeve", "pants", "shoes", "shorts", "skirt", "t-shirt", "undershirt"})
+"""Classes that the outline alone shows: people often draw these in one line, with nothing inside."""
+
+
+def _redrawn_ends(strokes: list[np.ndarray], rng: np.random.Generator) -> list[np.ndarray]:
+    """Strokes that run on beyond their ends, stop short of them, or leave a tail where the pen was lifted late."""
+    size = max(np.ptp(np.concatenate(strokes), axis=0).max(), 1e-6)
+    result = []
+    for stroke in strokes:
+        ends = stroke.copy()
+        for end, inner in ((0, 1), (-1, -2)):
+            step = stroke[end] - stroke[inner]
+            length = max(float(np.hypot(*step)), 1e-6)
+            by = rng.uniform(0.08, 0.25) * size if rng.random() < 0.04 else rng.normal(0, 0.02) * size
+            ends[end] = stroke[end] + step / length * max(by, -0.5 * length)
+        result.append(ends)
+    return result
+
+
+def _outlined(page: np.ndarray) -> np.ndarray:
+    """The outline of a drawing, as one line of two pixels; the drawing where it does not close."""
+    filled = ndimage.binary_fill_holes(page)
+    if filled.sum() < 2 * page.sum():
+        return page
+    return filled & ~ndimage.binary_erosion(filled, iterations=2)
 
 
 def _rounded(stroke: np.ndarray, rounds: int) -> np.ndarray:
@@ -334,11 +462,18 @@ def draw_doodle(class_name: str, rng: np.random.Generator, side: int = 128) -> n
     if class_name not in DOODLES:
         raise ValueError(f"`class_name` must be one of {', '.join(DOODLES)}, but is {class_name!r}.")
     strokes = [np.asarray(stroke, dtype=np.float64) for stroke in DOODLES[class_name](rng)]
+    if len(strokes) > 3 and rng.random() < 0.06:
+        strokes.pop(int(rng.integers(1, len(strokes))))
+    if rng.random() < 0.5:
+        strokes = _redrawn_ends(strokes, rng)
     # Both halves of a garment are meant to be alike; each point of each stroke misses its place on its own.
     wobble = rng.uniform(0.0, 0.06)
     strokes = [stroke + rng.normal(0, wobble, stroke.shape) for stroke in strokes]
     rounds = int(rng.integers(0, 3))
     strokes = [_rounded(stroke, rounds) for stroke in strokes]
+    if rng.random() < 0.1:  # every line drawn twice
+        again = rng.uniform(0.01, 0.05)
+        strokes += [stroke + rng.normal(0, again, 2) + rng.normal(0, again / 3, stroke.shape) for stroke in strokes]
     points = np.concatenate(strokes)
     low, size = points.min(axis=0), np.ptp(points, axis=0)
     scale = 0.9 * side / max(size.max(), 1e-6)
@@ -347,4 +482,6 @@ def draw_doodle(class_name: str, rng: np.random.Generator, side: int = 128) -> n
     for stroke in strokes:
         pixels = (stroke - low) * scale + offset
         ImageDraw.Draw(page).line([(float(x), float(y)) for x, y in pixels], fill=1, width=2)
+    if class_name in ONE_LINE and rng.random() < 0.3:
+        return _outlined(np.asarray(page))
     return np.asarray(page)

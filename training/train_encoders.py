@@ -41,8 +41,12 @@ from data import (
     STRAIGHTENED_SHARE,
     CachedPhoto,
     PhotoSketchDataset,
+    check_contour_source,
+    check_stroke_deletion,
+    contour_distribution,
     contour_to_sketch,
     decode_photo,
+    delete_strokes,
     free_hand_distortion,
     half_size,
     maybe_straightened,
@@ -109,6 +113,12 @@ class EncoderArguments(TrainingArguments):
     doodle_share: float = argument(
         0.4, "share of the training drawings of a class known to `doodles.py` that it makes, instead of from a photo"
     )
+    stroke_deletion_share: float = argument(0.0, "share of the training drawings that lack strokes")
+    max_stroke_deletion: float = argument(0.5, "largest share of the strokes that these lack")
+    contours: Literal["classical", "hed", "both"] = argument(
+        "classical", "who draws the contours of photos for the sketch encoder"
+    )
+    hed_weights: str | None = argument(None, "file of HED weights, see `hed_contours.py`")
     validation_drawings_dir: str | None = argument(
         None, "folder with one folder of human drawings per class, to measure the sketch encoder on; never trained on"
     )
@@ -143,12 +153,24 @@ class FreeHandDataset:
 
     Two of three are recentred and scaled to a margin as `SketchProcessor` does with users' drawings; the others keep
     the photo's frame as the output of P does. A share `doodle_share` of the training drawings are not of the photo but
-    doodles of its class. Everything is keyed by (seed, epoch, index) as in `PhotoSketchDataset`.
+    doodles of its class; a share `stroke_deletion_share` lacks up to `max_stroke_deletion` of the strokes. Everything is
+    keyed by (seed, epoch, index) as in `PhotoSketchDataset`.
     """
 
-    def __init__(self, photos: PhotoSketchDataset, strength: float, train: bool = True, doodle_share: float = 0.0):
+    def __init__(
+        self,
+        photos: PhotoSketchDataset,
+        strength: float,
+        train: bool = True,
+        doodle_share: float = 0.0,
+        stroke_deletion_share: float = 0.0,
+        max_stroke_deletion: float = 0.5,
+    ):
         self.photos, self.strength, self.train = photos, strength, train
         self.doodle_share = doodle_share if train else 0.0
+        self.stroke_deletion_share = stroke_deletion_share if train else 0.0
+        self.max_stroke_deletion = max_stroke_deletion
+        self.contour_probabilities = contour_distribution(SKETCH_CONTOUR_PROBABILITIES, photos.contour_source)
 
     def __len__(self) -> int:
         return len(self.photos)
@@ -156,7 +178,7 @@ class FreeHandDataset:
     def contour(self, index: int, rng: np.random.Generator) -> np.ndarray:
         """One of the contours of a photo, bool [H, W], as they are or straightened."""
         contours = self.photos.photo(index).contours
-        ink = half_size(contours[rng.choice(len(contours), p=SKETCH_CONTOUR_PROBABILITIES)])
+        ink = half_size(contours[rng.choice(len(contours), p=self.contour_probabilities)])
         return maybe_straightened(ink, rng, STRAIGHTENED_SHARE)
 
     def sample(self, index: int, epoch: int = 0) -> dict[str, Any]:
@@ -167,6 +189,8 @@ class FreeHandDataset:
             ink = draw_doodle(label, rng)
         else:
             ink = self.contour(index, rng)
+        if self.stroke_deletion_share > 0 and rng.random() < self.stroke_deletion_share:
+            ink = delete_strokes(ink, rng, self.max_stroke_deletion * rng.random())
         if rng.random() < 0.5:
             ink = ink[:, ::-1]
         border = min(ink.shape) // 6
@@ -224,11 +248,14 @@ def make_dataset(args: EncoderArguments, root: Path, split: str) -> PhotoSketchD
         args.cache_dir if args.object_crops else None,
         contours="none",
         color_jitter=args.color_jitter,
+        contour_source=args.contours if args.task == "sketch" else "classical",
+        hed_weights=args.hed_weights,
         keep=in_first_half if train and args.task == "evaluation" else None,
     )
-    return (
-        FreeHandDataset(photos, args.free_hand_strength, train, args.doodle_share) if args.task == "sketch" else photos
-    )
+    if args.task != "sketch":
+        return photos
+    deletion = (args.stroke_deletion_share, args.max_stroke_deletion)
+    return FreeHandDataset(photos, args.free_hand_strength, train, args.doodle_share, *deletion)
 
 
 # ---- model ----------------------------------------------------------------------------------------------------------
@@ -395,6 +422,8 @@ def check_encoder_arguments(args: EncoderArguments) -> None:
     """Raise `ValueError` for an argument that cannot be, before anything is read."""
     if not 0 <= args.doodle_share <= 1:
         raise ValueError(f"`doodle_share` must be in [0, 1], but got {args.doodle_share}.")
+    check_stroke_deletion(args.stroke_deletion_share, args.max_stroke_deletion)
+    check_contour_source(args.contours, args.hed_weights)
     if args.start_resolution is not None and not 16 <= args.start_resolution <= args.resolution:
         raise ValueError(
             f"`start_resolution` must be from 16 to `resolution`, {args.resolution}, but got {args.start_resolution}."

@@ -34,7 +34,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from data import PhotoSketchDataset, check_free_hand, check_stroke_deletion
+from data import PhotoSketchDataset, check_contour_source, check_free_hand, check_stroke_deletion
 from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DModel
 from diffusers.training_utils import compute_snr
 from latents import LatentDataset, load_vae
@@ -121,6 +121,10 @@ class UNetTrainingArguments(TrainingArguments):
         "share of the drawings that are redrawn as an unskilled hand would: wrong proportions, gaps, straight lines",
     )
     free_hand_strength: float = argument(1.0, "largest strength of that")
+    contours: Literal["classical", "hed", "both"] = argument(
+        "classical", "who draws the photos' contours, see data.py"
+    )
+    hed_weights: str | None = argument(None, "file of HED's weights for `contours`, see hed_contours.py")
     stroke_deletion_share: float = argument(
         0.0,
         "share of the drawings that lack up to 90% of their strokes: a half-made drawing still means a whole photo",
@@ -144,6 +148,7 @@ def check_unet_arguments(args: UNetTrainingArguments) -> None:
             raise ValueError(f"`{name}` must be in [0, 1], but got {getattr(args, name)}.")
     check_free_hand(args.free_hand_share, args.free_hand_strength)
     check_stroke_deletion(args.stroke_deletion_share)
+    check_contour_source(args.contours, args.hed_weights)
     if args.snr_gamma is not None and args.snr_gamma <= 0:
         raise ValueError(f"`snr_gamma` must be positive, but got {args.snr_gamma}.")
     check_size(args)
@@ -412,6 +417,7 @@ def make_dataset(args: UNetTrainingArguments, root: Path, split: str, vae: Any =
     if is_train:
         names = ("free_hand_share", "free_hand_strength", "stroke_deletion_share")
         options |= {name: getattr(args, name) for name in names}
+        options |= {"contour_source": args.contours, "hed_weights": args.hed_weights}
     if vae is None:
         return PhotoSketchDataset(root, split, args.resolution, args.seed, **options)
     return LatentDataset(root, split, vae, args.resolution, args.seed, crops_per_photo=args.crops_per_photo, **options)

@@ -15,7 +15,8 @@
 
 import numpy as np
 import pytest
-from doodles import DOODLES, _arc, _mirrored, _rounded, draw_doodle
+from doodles import DOODLES, ONE_LINE, _arc, _mirrored, _outlined, _redrawn_ends, _rounded, draw_doodle
+from scipy import ndimage
 
 
 def doodles(class_name, count=40, side=96):
@@ -61,6 +62,40 @@ def test_curves():
     np.testing.assert_allclose(_rounded(corner, 1), [(0, 0), (0.75, 0), (1, 0.25), (1, 1)])
     np.testing.assert_array_equal(_rounded(corner, 0), corner)
     np.testing.assert_array_equal(_rounded(corner[:2], 2), corner[:2])
+
+
+def test_one_line_is_the_outline_of_what_closes():
+    page = np.zeros((64, 64), bool)
+    page[10:50, 10:12] = page[10:50, 48:50] = page[10:12, 10:50] = page[48:50, 10:50] = True
+    square = page.copy()
+    page[30, 10:50] = page[20:40, 25] = True
+    np.testing.assert_array_equal(_outlined(page), square)
+    page[48:50] = False
+    page[30] = False
+    np.testing.assert_array_equal(_outlined(page), page)
+
+
+def test_some_garments_are_one_line_without_anything_inside():
+    def encloses_one_area(page):
+        return ndimage.label(~page)[1] == 2
+
+    assert set(DOODLES) > ONE_LINE
+    for name in ("hat", "shoes", "pants"):
+        assert sum(encloses_one_area(page) for page in doodles(name)) >= 8
+    # What is inside is all that tells these from a longsleeve.
+    assert not ONE_LINE & {"blazer", "hoodie", "outwear", "polo", "shirt"}
+
+
+def test_redrawn_ends_run_on_or_stop_short_along_their_line():
+    strokes = [np.array([(0.0, 0.0), (1.0, 0.0), (1.0, 1.0)]), np.array([(0.0, 0.5), (0.01, 0.5)])]
+    lengths = []
+    for seed in range(60):
+        redrawn = _redrawn_ends(strokes, np.random.default_rng(seed))
+        np.testing.assert_allclose(redrawn[0][1], (1, 0))
+        assert redrawn[0][0, 1] == 0 and redrawn[0][2, 0] == 1 and (redrawn[1][:, 1] == 0.5).all()
+        lengths.append(redrawn[0][2, 1])
+    assert min(lengths) < 0.99 and 1.08 < max(lengths) < 1.3
+    np.testing.assert_array_equal(strokes[0][2], (1, 1))
 
 
 def test_an_unknown_class_is_refused():

@@ -264,6 +264,31 @@ def test_doodles_take_the_place_of_contours_of_known_classes_in_training(shapes_
                 assert rows > columns
 
 
+def test_a_share_of_the_training_drawings_lacks_strokes(shapes_dir, cache_dir, monkeypatch):
+    photos = PhotoSketchDataset(shapes_dir, resolution=64, cache_dir=cache_dir, contours="none")
+    shares = []
+
+    def delete(ink, rng, share):
+        shares.append(share)
+        return ink
+
+    monkeypatch.setattr(train_encoders, "delete_strokes", delete)
+    for train, share, least, most in ((True, 1.0, 16, 16), (True, 0.5, 3, 13), (True, 0.0, 0, 0), (False, 1.0, 0, 0)):
+        shares.clear()
+        dataset = FreeHandDataset(photos, 0.0, train, stroke_deletion_share=share, max_stroke_deletion=0.4)
+        for i in range(16):
+            dataset.sample(i)
+        assert least <= len(shares) <= most
+        assert all(0 <= value <= 0.4 for value in shares)
+
+
+def test_contours_without_their_weights_are_refused(shapes_dir, monkeypatch):
+    arguments = words(**TINY, train_data_dir=shapes_dir, contours="hed")
+    monkeypatch.setattr(sys, "argv", ["train_encoders.py", *arguments])
+    with pytest.raises(ValueError, match="`hed_weights` must be .*, but got None"):
+        train_encoders.main()
+
+
 def test_halves_do_not_follow_the_split():
     ids = [f"photo-{i}" for i in range(1000)]
     assert 0.45 < np.mean([in_first_half(i) for i in ids]) < 0.55
