@@ -603,6 +603,25 @@ def load_arrays(path: Path, names: Sequence[str]) -> dict[str, np.ndarray] | Non
         return None
 
 
+def cache_path(cache_dir: Path, made_with: str, content: bytes) -> Path:
+    """The cache's file for what is made in the way `made_with` of a file with this content."""
+    key = hashlib.sha256(made_with.encode() + content).hexdigest()[:40]
+    return cache_dir / key[:2] / f"{key}.npz"
+
+
+def photo_cache_path(cache_dir: Path, content: bytes, image_size: int) -> Path:
+    """The cache's file for a photo, kept at a short side of `image_size`, and its classical contours."""
+    # A size that no photo is enlarged to has entries of its own: see `photo_to_keep`.
+    at_most = "at-most-" if image_size > CONTOUR_SIZE else ""
+    return cache_path(cache_dir, f"{_CACHE_VERSION}:{at_most}{image_size}:{CONTOUR_SIZE}:", content)
+
+
+def cache_photo(cache_dir: Path, content: bytes, image_size: int, contours: np.ndarray, content_box: Box) -> None:
+    """Puts a photo into the cache with contours bool [N, H, W] that were made elsewhere, as if they were made of it here."""
+    image = photo_to_keep(decode_photo(content), image_size)
+    save_arrays(photo_cache_path(cache_dir, content, image_size), _pack(CachedPhoto(image, contours, content_box)))
+
+
 def list_images(root: Path, split: str) -> tuple[list[Path], list[str]]:
     """Image files of `root/split/<class>/` in a fixed order, and the class names of the whole set."""
     folder = root / split
@@ -754,9 +773,7 @@ class PhotoSketchDataset(Dataset):
         content = self._read(file)
         if self.cache_dir is None:
             return _pack(self._make(content))
-        # A size that no photo is enlarged to has entries of its own: see `photo_to_keep`.
-        at_most = "at-most-" if self.image_size > CONTOUR_SIZE else ""
-        path = self._cache_path(f"{_CACHE_VERSION}:{at_most}{self.image_size}:{CONTOUR_SIZE}:", content)
+        path = photo_cache_path(self.cache_dir, content, self.image_size)
         if not path.exists():
             save_arrays(path, _pack(self._make(content)))
         return path
@@ -802,8 +819,7 @@ class PhotoSketchDataset(Dataset):
 
     def _cache_path(self, made_with: str, content: bytes) -> Path:
         assert self.cache_dir is not None
-        key = hashlib.sha256(made_with.encode() + content).hexdigest()[:40]
-        return self.cache_dir / key[:2] / f"{key}.npz"
+        return cache_path(self.cache_dir, made_with, content)
 
     def __len__(self) -> int:
         return len(self.files)
