@@ -82,9 +82,8 @@ class AutoencoderArguments(TrainingArguments):
     latent_weight: float = argument(1e-3, "weight of the mean square of the latents")
     latent_noise: float = argument(0.05, "standard deviation of the noise that the decoder has to overlook")
     gan_weight: float = argument(0.0, "weight of the adversarial term; 0 trains no discriminator")
-    gan_start_step: int = argument(
-        0, "step from which the adversarial term counts, with its full weight 1000 steps later"
-    )
+    gan_start_step: int = argument(0, "step from which the adversarial term counts, a little at first")
+    gan_ramp_steps: int = argument(1000, "steps from there until it counts with its full weight")
     ndf: int = argument(32, "channels of the discriminator's first convolution")
     discriminator_layers: int = argument(3, "halvings of the discriminator; 3 look at patches of 70 pixels")
 
@@ -111,7 +110,7 @@ def check_autoencoder_arguments(args: AutoencoderArguments) -> None:
     for name in ("l1_weight", "perceptual_weight", "latent_weight", "latent_noise", "gan_weight", "gan_start_step"):
         if getattr(args, name) < 0:
             raise ValueError(f"`{name}` must be at least 0, but got {getattr(args, name)}.")
-    for name in ("num_validation_photos", "latent_channels"):
+    for name in ("num_validation_photos", "latent_channels", "gan_ramp_steps"):
         if getattr(args, name) < 1:
             raise ValueError(f"`{name}` must be at least 1, but got {getattr(args, name)}.")
     if args.freeze_encoder and args.pretrained_model_name_or_path is None:
@@ -230,8 +229,8 @@ def autoencoder_losses(
         network = network.to(trainer.accelerator.device, memory_format=torch.channels_last)
 
     def gan_share() -> float:
-        """0 before `gan_start_step`, 1 from 1000 steps later on."""
-        return min(max((trainer.global_step - args.gan_start_step) / 1000, 0.0), 1.0)
+        """0 before `gan_start_step`, 1 from `gan_ramp_steps` later on."""
+        return min(max((trainer.global_step - args.gan_start_step) / args.gan_ramp_steps, 0.0), 1.0)
 
     def discriminator_loss(batch: dict[str, Any]) -> dict[str, Tensor]:
         real = batch["pixel_values"].contiguous(memory_format=torch.channels_last)
