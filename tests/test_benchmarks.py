@@ -45,6 +45,32 @@ def model_dir(tiny_pipeline, tmp_path):
     return str(tmp_path / "model")
 
 
+def test_autoencoder_stands_between_the_photos_and_a_small_copy(latent_pipeline, tmp_path, monkeypatch, capsys):
+    latent_pipeline.save_pretrained(tmp_path / "model")
+    (tmp_path / "photos" / "validation" / "a").mkdir(parents=True)
+    for i in range(3):
+        pixels = randn(40, 48, 3, seed=i).mul(60).add(128).clamp(0, 255).byte().numpy()
+        Image.fromarray(pixels).save(tmp_path / "photos" / "validation" / "a" / f"{i}.png")
+    arguments = [
+        str(tmp_path / "model"),
+        str(tmp_path / "photos"),
+        "--resolution",
+        "32",
+        "--unet",
+        str(tmp_path / "model"),
+    ]
+    monkeypatch.setattr(sys, "argv", ["autoencoder.py", *arguments])
+    load("autoencoder").main()
+    printed = capsys.readouterr().out
+    assert printed.startswith("3 photos, 32 x 32, 4 channels, f = 4\n")
+    rows = dict(re.findall(r"\| ([^|]+) \| [\d.∞]+ \| ([\d.]+) \|", printed))
+    assert float(rows["photos themselves"]) == 0 < float(rows["bicubic, 1/4 and back"])
+    decode, evaluation, ratio = map(
+        float, re.search(r"decode (\d+), one pass of the UNet (\d+)\ndecoding is ([\d.]+)", printed).groups()
+    )
+    assert decode >= 0 and evaluation > 0 and ratio > 0
+
+
 def test_inversion_prints_the_round_trip(model_dir, tmp_path, monkeypatch, capsys):
     (tmp_path / "b").mkdir()
     photos = [tmp_path / "b" / "one.png", tmp_path / "two.png"]

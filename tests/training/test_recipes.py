@@ -1,0 +1,72 @@
+# Copyright 2026 The DiffSketching Pipeline Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""A recipe takes days, so a misspelt argument in its last step would be found late: here all are read at once."""
+
+import dataclasses
+import importlib
+import re
+import shlex
+import subprocess
+
+import pytest
+from conftest import TRAINING
+from trainer import TrainingArguments, parse_args
+
+
+RECIPES = sorted((TRAINING / "recipes").glob("*.sh"))
+
+
+def arguments_class(script):
+    """The dataclass of arguments that a training script reads, the last that it defines."""
+    module = importlib.import_module(script.removesuffix(".py"))
+    own = [value for value in vars(module).values() if isinstance(value, type) and value.__module__ == module.__name__]
+    return [value for value in own if issubclass(value, TrainingArguments)][-1]
+
+
+def calls(recipe):
+    """`(script, words)` of each training script that a recipe launches, with its variables filled in."""
+    text = recipe.read_text().replace("\\\n", " ")
+    lists = dict(re.findall(r"^(\w+)=\((.*)\)$", text, re.M))
+    found = []
+    for line in re.findall(r"^ *(?:accelerate launch|python) (train_\w+\.py .*)$", text, re.M):
+        for _ in range(2):
+            line = re.sub(r'"\$\{(\w+)\[@\]\}"', lambda match: lists[match[1]], line)
+        script, *words = shlex.split(line.replace("$configs", str(TRAINING / "configs")))
+        found.append((script, words))
+    return found
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_step_of_a_recipe_has_arguments_that_its_script_knows(recipe):
+    subprocess.run(["bash", "-n", str(recipe)], check=True)
+    for script, words in calls(recipe):
+        if "$" in words[0]:
+            continue  # a config chosen in a loop
+        args = parse_args(arguments_class(script), words)
+        assert args.resume_from_checkpoint == "latest", script
+
+
+def test_the_recipe_of_256_pixels_trains_what_goes_together():
+    steps = [
+        (script, parse_args(arguments_class(script), words))
+        for script, words in calls(TRAINING / "recipes" / "garments256.sh")
+    ]
+    names = [script for script, _ in steps]
+    assert names == ["train_autoencoder.py"] * 3 + ["train_unet.py", "train_classifier.py"]
+    start, joint, decoder, unet, classifier = (args for _, args in steps)
+    assert joint.pretrained_model_name_or_path == f"{start.output_dir}/vae" and not joint.freeze_encoder
+    assert decoder.pretrained_model_name_or_path == f"{joint.output_dir}/vae" and decoder.freeze_encoder
+    for args in (unet, classifier):
+        assert args.pretrained_vae_model_name_or_path == f"{decoder.output_dir}/vae" and args.resolution == 256
+    assert dataclasses.asdict(start)["optimizer"] == unet.optimizer == "muon"
