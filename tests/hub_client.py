@@ -96,7 +96,7 @@ def pixels_sha256(pipe):
     """Of the float pixels of two images of one drawing, two steps, with whatever guidance the components allow."""
     import torch
 
-    size = pipe.unet.config.sample_size
+    size = pipe.height
     sketch = torch.ones(1, 1, size, size)
     sketch[..., 4:12, 5] = -1
     scales = {"sketch_guidance_scale": 1.5}

@@ -673,6 +673,23 @@ def test_expanded_unet_ignores_the_sketch_until_it_is_trained(checkpoints, flags
         expand_unet_for_sketch(expanded)
 
 
+def test_a_unet_of_latents_is_expanded_by_the_folded_sketch():
+    unet = UNet2DModel(
+        sample_size=8, in_channels=4, out_channels=8, block_out_channels=(32, 32), layers_per_block=1,
+        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
+    ).eval()  # fmt: skip
+    sample = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    for abstraction, channels in ((False, 20), (True, 21)):
+        expanded = expand_unet_for_sketch(unet, 4, sketch_abstraction=abstraction)
+        assert expanded.config.in_channels == channels
+        added = torch.ones(2, channels - 4, 8, 8)
+        with torch.no_grad():
+            after, before = expanded(torch.cat([sample, added], dim=1), 500).sample, unet(sample, 500).sample
+        torch.testing.assert_close(after, before, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="`unet` must take x_t alone, .* predicts .8, .* but got `in_channels=21`"):
+        expand_unet_for_sketch(expanded, 4)
+
+
 def test_expanded_unet_learns_from_the_sketch(tmp_path):
     unet = UNet2DModel(
         sample_size=8, block_out_channels=(32, 32), layers_per_block=1,

@@ -32,7 +32,7 @@ from hub_server import READ_TOKEN, WRITE_TOKEN, HubServer
 from diffsketching_pipeline import export_pipeline
 
 
-REPO, PLAIN = "ana/tiny", "ana/plain"
+REPO, PLAIN, LATENT = "ana/tiny", "ana/plain", "ana/latent"
 CODE = {"trust_remote_code": True, "custom_pipeline": REPO}
 COMPONENTS = ["classifier", "image_encoder", "scheduler", "sketch_encoder", "sketcher", "unet"]
 
@@ -58,8 +58,11 @@ def hub():
 
 
 @pytest.fixture(scope="module")
-def pipelines(tiny_pipeline_factory):
-    """The pipeline of the repository's first commit, that of its second, one in float16, and one of two components."""
+def pipelines(tiny_pipeline_factory, latent_pipeline_factory):
+    """
+    The pipeline of the repository's first commit, that of its second, one in float16, one of two components, and one that
+    works on latents.
+    """
     old, new = tiny_pipeline_factory(), tiny_pipeline_factory()
     plain = tiny_pipeline_factory(components=())
     with torch.no_grad():
@@ -68,7 +71,7 @@ def pipelines(tiny_pipeline_factory):
     for component in half.components.values():
         if isinstance(component, torch.nn.Module):
             component.half().float()
-    return {"old": old, "new": new, "half": half, "plain": plain}
+    return {"old": old, "new": new, "half": half, "plain": plain, "latent": latent_pipeline_factory()}
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +83,7 @@ def expected(pipelines):
 @pytest.fixture(scope="module")
 def folders(pipelines, tmp_path_factory):
     root = tmp_path_factory.mktemp("exported")
-    for name in ("old", "new", "plain"):
+    for name in ("old", "new", "plain", "latent"):
         export_pipeline(pipelines[name], root / name, fp16_variant=name == "new", repo_id=REPO, license="apache-2.0")
     return root
 
@@ -89,7 +92,7 @@ def load(source, kind="DiffSketchingPipeline", **kwargs):
     return {"do": "load", "class": kind, "source": str(source), "run": kind.endswith("Pipeline"), "kwargs": kwargs}
 
 
-def ways(place, source, plain, **where):
+def ways(place, source, plain, latent, **where):
     """The columns of the matrix for one row: a place to load from."""
     return {
         f"{place}: pipeline": load(source, **where),
@@ -97,6 +100,7 @@ def ways(place, source, plain, **where):
         f"{place}: bfloat16": load(source, torch_dtype="bfloat16", **where) | {"run": False},
         f"{place}: device map": load(source, device_map="cpu", **where),
         f"{place}: plain": load(plain),
+        f"{place}: latent": load(latent),
         f"{place}: edit": load(source, "DiffSketchingEditPipeline", **where) | {"run": False},
         f"{place}: interpolation": load(source, "DiffSketchingInterpolationPipeline", **where) | {"run": False},
     }
@@ -111,11 +115,12 @@ def online(hub, folders, tmp_path_factory):
         "push old": push,
         "push new": push | {"source": str(folders / "new"), "kwargs": {"fp16_variant": True}},
         "push plain": push | {"source": str(folders / "plain"), "repo_id": PLAIN, "kwargs": {}},
-        **ways("folder", folders / "new", folders / "plain"),
+        "push latent": push | {"source": str(folders / "latent"), "repo_id": LATENT, "kwargs": {}},
+        **ways("folder", folders / "new", folders / "plain", folders / "latent"),
         "folder: fp16": load(folders / "new", variant="fp16"),
-        **ways("hub", REPO, PLAIN),
+        **ways("hub", REPO, PLAIN, LATENT),
         "hub: fp16": load(REPO, variant="fp16"),
-        **ways("commit", REPO, PLAIN, revision={"of": "push old"}),
+        **ways("commit", REPO, PLAIN, LATENT, revision={"of": "push old"}),
         "hub: another's token": load(REPO, token="hf_WriteOfBob", cache_dir=str(root / "other")),
         "hub: no such revision": load(REPO, revision="no-such"),
         "hub: pickles by request": load(REPO, use_safetensors=False),
@@ -135,8 +140,8 @@ def online(hub, folders, tmp_path_factory):
 @pytest.fixture(scope="module")
 def offline(hub, online, tmp_path_factory):
     commit = online[0]["push old"]["result"].rsplit("/")[-1]
-    tasks = {**ways("cache", REPO, PLAIN), "cache: fp16": load(REPO, variant="fp16")}
-    tasks |= ways("cached commit", REPO, PLAIN, revision=commit)
+    tasks = {**ways("cache", REPO, PLAIN, LATENT), "cache: fp16": load(REPO, variant="fp16")}
+    tasks |= ways("cached commit", REPO, PLAIN, LATENT, revision=commit)
     tasks["cache: local files only"] = load(REPO, local_files_only=True)
     return run_client(hub, tasks, tmp_path_factory.mktemp("offline"), online[1], HF_HUB_OFFLINE="1", HF_TOKEN="")
 
@@ -179,6 +184,7 @@ def bare_online(hub, online, folders, tmp_path_factory):
         "hub: no package, fp16": without_package(REPO, **CODE, variant="fp16"),
         "hub: no package, device map": without_package(REPO, **CODE, device_map="cpu"),
         "hub: no package, plain": without_package(PLAIN, trust_remote_code=True, custom_pipeline=PLAIN),
+        "hub: no package, latent": without_package(LATENT, trust_remote_code=True, custom_pipeline=LATENT),
         "commit: no package": without_package(REPO, **CODE, revision=commit, custom_revision=commit),
         "hub: no package, component": load(REPO, "UNet2DModel", subfolder="unet"),
         "hub: no package, code not trusted": without_package(REPO, custom_pipeline=REPO),
@@ -287,6 +293,15 @@ def test_a_checkpoint_of_two_components(results, expected, name):
     result = result_of(results, name)
     assert result["components"] == ["scheduler", "unet"]
     assert result["pixels"] == expected["plain"]["pixels"]
+
+
+@pytest.mark.parametrize("name", [*(f"{place}: latent" for place in PLACES), "hub: no package, latent"])
+def test_a_checkpoint_that_works_on_latents(results, expected, name):
+    result = result_of(results, name)
+    assert result["components"] == [*COMPONENTS, "vae"]
+    assert result["modules"]["vae"] == "diffusers.models.autoencoders.autoencoder_tiny"
+    for what in ("pixels", "weights"):
+        assert result[what] == expected["latent"][what] != expected["new"][what]
 
 
 def test_device_map_without_the_package(results, expected):

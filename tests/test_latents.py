@@ -11,29 +11,55 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""All that is different where a `vae` makes x_t latents: spaces, sizes, sampling, guidance, editing, files, commands."""
+"""What is different where a `vae` makes x_t latents: spaces, sizes, sampling, guidance, editing, files, commands."""
 
+import copy
+import json
 import logging
+import os
+import sys
 
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file
 from testing_utils import (
     FACTOR,
     LATENT_CHANNELS,
     LATENT_SIZE,
     PIXEL_SIZE,
     SIZE,
+    along,
     cosine_alphas_cumprod,
+    directional_derivatives,
     make_scheduler,
     make_unet,
     make_vae,
     randn,
 )
 
-from diffsketching_pipeline import DiffSketchingPipeline
+from diffsketching_pipeline import (
+    ClassifierGuidanceCallback,
+    ColourGuidanceCallback,
+    DiffSketchingEditPipeline,
+    DiffSketchingInterpolationPipeline,
+    DiffSketchingPipeline,
+    GuidanceCallback,
+    SketchGuidanceCallback,
+    cli,
+)
 from diffsketching_pipeline.autoencoding import decode_latents, encode_photos
-from diffsketching_pipeline.denoising import UNetInputs, get_unet_inputs, join_unet_inputs
+from diffsketching_pipeline.denoising import (
+    Conditioning,
+    UNetInputs,
+    get_unet_inputs,
+    join_unet_inputs,
+    predict_noise,
+)
+from diffsketching_pipeline.guidance import Colours, blur
+from diffsketching_pipeline.pipeline_diffsketching_interpolation import slerp
 
 
 STEPS = 4
@@ -86,8 +112,8 @@ def test_sizes_and_inputs_are_read_off_the_components(latent_pipeline_factory, t
     found = [
         (pipe.takes_sketch, pipe.takes_abstraction)
         for pipe in (
-            *(latent_pipeline_factory(in_channels=n) for n in (4, 20, 21)),
-            *(tiny_pipeline_factory(in_channels=n) for n in (3, 4, 5)),
+            *(latent_pipeline_factory((), in_channels=n) for n in (4, 20, 21)),
+            *(tiny_pipeline_factory((), in_channels=n) for n in (3, 4, 5)),
         )
     ]
     assert found == 2 * [(False, False), (True, False), (True, True)]
@@ -258,7 +284,8 @@ def test_the_abstraction_is_given_recommended_or_none(latent_pipeline_factory, l
 def test_near_classes_are_mixed_where_the_checkpoint_says_so(tiny_pipeline_factory, sketches, monkeypatch):
     guess = torch.tensor([0.4, 0.1, 0.5])
     for ratio, expected in ((None, "c"), (0.9, "c"), (0.8, {"c": 5 / 9, "a": 4 / 9}), (0.0, {"c": 5 / 9, "a": 4 / 9})):
-        pipe = tiny_pipeline_factory(recommended=None if ratio is None else {"class_mixture": ratio})
+        recommended = None if ratio is None else {"class_mixture": ratio}
+        pipe = tiny_pipeline_factory(("sketch_encoder",), recommended=recommended)
         monkeypatch.setattr(pipe, "predict_class_probabilities", lambda sketch: guess)
         out = pipe(sketches[0], None, 1, 1)
         assert out.class_labels == [pytest.approx(expected) if isinstance(expected, dict) else expected]
@@ -274,3 +301,372 @@ def test_image_is_another_name_of_sketch(tiny_pipeline, sketches):
     )
     with pytest.raises(ValueError, match="`image` is another name of `sketch`: give one of them"):
         tiny_pipeline(sketches[0], "a", image=sketches[0], **options)
+
+
+# ---- guidance ---------------------------------------------------------------------------------------------------------
+
+
+TIMESTEP = 300
+
+
+def make_kwargs(pipe, sketch, attached=False):
+    """What the pipeline hands to a callback for two images; without a gradient where nothing needs one."""
+    latents, owner, labels = 0.5 * randn(2, *SHAPE, seed=7), torch.tensor([0, 1]), torch.tensor([0, 2])
+    with torch.set_grad_enabled(attached):
+        latents = latents.requires_grad_(attached)
+        base = predict_noise(
+            *(pipe.unet, pipe.unet.config, pipe.scheduler, latents, torch.tensor(TIMESTEP)),
+            Conditioning(labels, sketch, owner),
+            clip_sample=False,
+        )
+    return {
+        "latents": latents,
+        "noise_pred": base.noise_pred,
+        "pred_original_sample": base.pred_original_sample,
+        "alpha_prod": cosine_alphas_cumprod()[TIMESTEP].float().reshape(1, 1, 1, 1),
+        "class_labels": labels,
+        "sketch": sketch,
+        "owner": owner,
+        "row_shares": torch.ones(2),
+        "noise_pred_delta": torch.zeros_like(latents),
+    }
+
+
+def perceptual_loss(pipe, latents, sketch):
+    """Eq. 5 of P(clamp(D(latents))) and one drawing, in float64; the decoder written out from its layers."""
+    raw = latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
+    photo = 2 * pipe.vae.decoder.layers(3 * torch.tanh(raw / 3)) - 1
+
+    def features(x):
+        stem = pipe.sketch_encoder.resnet.embedder.embedder(x)
+        maps = [stem, *pipe.sketch_encoder(x, output_hidden_states=True).hidden_states]
+        return [m / (m.square().sum(dim=1, keepdim=True) + 1e-10).sqrt() for m in maps]
+
+    pairs = zip(features(pipe.sketcher(photo.clamp(-1, 1))), features(sketch), strict=True)
+    return sum((a - b).square().sum(dim=1).mean(dim=(1, 2)) for a, b in pairs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("through_unet", [False, True])
+def test_the_perceptual_gradient_goes_through_the_decoder(through_unet, dtype, latent_pipeline, large_sketches):
+    pipe, double = latent_pipeline, copy.deepcopy(latent_pipeline)
+    # So that no pixel of the photo is clamped, where the gradient is not the derivative.
+    with torch.no_grad():
+        pipe.vae.decoder.layers[-1].weight.mul_(0.2)
+    pipe.vae.to(dtype)
+    double.vae.load_state_dict(pipe.vae.state_dict())
+    for name in ("unet", "vae", "sketcher", "sketch_encoder"):
+        getattr(double, name).double()
+    kwargs = make_kwargs(pipe, large_sketches[:2], attached=through_unet)
+    assert decode_latents(double.vae, kwargs["pred_original_sample"]).abs().max() < 1
+    alpha, noise_pred = cosine_alphas_cumprod()[TIMESTEP], kwargs["noise_pred"].detach().double()
+
+    def loss(x, row):
+        sketch = large_sketches[row : row + 1].double().expand(len(x), -1, -1, -1)
+        if through_unet:
+            inputs = join_unet_inputs(x, 21, sketch)
+            v = double.unet(inputs, TIMESTEP, torch.full((len(x),), (0, 2)[row])).sample
+            original = alpha.sqrt() * x - (1 - alpha).sqrt() * v
+        else:
+            original = (x - (1 - alpha).sqrt() * noise_pred[row]) / alpha.sqrt()
+        return perceptual_loss(double, original, sketch)
+
+    directions, expected = directional_derivatives(loss, kwargs["latents"].detach().double())
+    callback = SketchGuidanceCallback(0.2, through_unet=through_unet)
+    found = callback.noise_delta(pipe, torch.tensor(TIMESTEP), kwargs).double()
+    ours = along(found, directions)
+    factor = (ours * expected).sum(dim=1, keepdim=True) / ours.square().sum(dim=1, keepdim=True)
+    assert (factor > 0).all() and pipe.vae.dtype == dtype
+    torch.testing.assert_close(factor * ours, expected, rtol=0, atol=1e-3 * float(expected.abs().max()))
+    size = 0.2 * (1 - alpha).sqrt() * noise_pred.flatten(1).norm(dim=1)
+    torch.testing.assert_close(found.flatten(1).norm(dim=1), size, rtol=1e-4, atol=0)
+
+
+def test_classifier_guidance_acts_in_the_space_of_the_unet(latent_pipeline, large_sketches):
+    kwargs = make_kwargs(latent_pipeline, large_sketches[:2])
+    found = ClassifierGuidanceCallback(3.0).noise_delta(latent_pipeline, torch.tensor(TIMESTEP), kwargs)
+    leaf = kwargs["latents"].clone().requires_grad_(True)
+    log_prob = latent_pipeline.classifier(leaf, TIMESTEP).logits.log_softmax(dim=1)[[0, 1], [0, 2]].sum()
+    (gradient,) = torch.autograd.grad(log_prob, leaf)
+    torch.testing.assert_close(found, -3.0 * (1 - kwargs["alpha_prod"]).sqrt() * gradient)
+
+
+class Linear(torch.nn.Module):
+    """An autoencoder that loses nothing: latents are the pixels of each square, mixed by an orthogonal matrix."""
+
+    def __init__(self, pipe):
+        super().__init__()
+        self.config = {**pipe.vae.config, "latent_channels": 48, "scaling_factor": 2.0}
+        self.dtype, self.device = torch.float32, torch.device("cpu")
+        matrix, _ = torch.linalg.qr(randn(48, 48, seed=5))
+        self.matrix = torch.nn.Parameter(matrix)
+
+    def encode(self, photos):
+        latents = torch.einsum("dc,nchw->ndhw", self.matrix, torch.nn.functional.pixel_unshuffle(photos, FACTOR))
+        return type("Output", (), {"latents": latents})
+
+    def decode(self, latents):
+        photos = torch.nn.functional.pixel_shuffle(torch.einsum("dc,ndhw->nchw", self.matrix, latents), FACTOR)
+        return type("Output", (), {"sample": photos})
+
+
+def test_colour_guidance_means_the_same_on_latents_as_on_pixels(latent_pipeline, tiny_pipeline):
+    vae = Linear(latent_pipeline)
+    photos = 0.15 * randn(2, 3, PIXEL_SIZE, PIXEL_SIZE).clamp(-2, 2)
+    colours = Colours(torch.tensor([0.5, -0.3, 0.2]).reshape(1, 3, 1, 1), torch.ones(1, 1, PIXEL_SIZE, PIXEL_SIZE))
+    alpha = cosine_alphas_cumprod()[TIMESTEP].float().reshape(1, 1, 1, 1)
+    original = encode_photos(vae, photos)
+    torch.testing.assert_close(decode_latents(vae, original), photos, rtol=0, atol=1e-5)
+
+    def change(pipe, original, scale):
+        kwargs = {"pred_original_sample": original, "alpha_prod": alpha}
+        delta = ColourGuidanceCallback(colours, scale).noise_delta(pipe, torch.tensor(TIMESTEP), kwargs)
+        return -delta / (alpha / (1 - alpha)).sqrt()
+
+    latent_pipeline.vae = vae
+    for scale in (0.5, 1.0):
+        expected = change(tiny_pipeline, photos, scale)
+        found = decode_latents(vae, original + change(latent_pipeline, original, scale)) - photos
+        torch.testing.assert_close(found.detach(), expected, rtol=0, atol=1e-5)
+    assert (blur(photos + expected) - colours.candidates).abs().mean() < 0.1
+
+
+def test_colours_and_guidance_of_all_kinds_reach_the_photos(latent_pipeline, large_sketches, generators):
+    def run(**options):
+        fast = {"num_images_per_sketch": 1, "num_inference_steps": STEPS, "output_type": "pt"}
+        return latent_pipeline(large_sketches[0], "a", generator=generators(1), **fast, **options).images
+
+    plain = run(sketch_guidance_scale=1.0)
+    assert torch.equal(run(sketch_guidance_scale=1.0, colour_hint=["red"], colour_guidance_scale=0.0), plain)
+    for options in (
+        {"sketch_guidance_scale": 3.0},
+        {"classifier_guidance_scale": 5.0},
+        {"perceptual_guidance_scale": 0.2},
+        {"guidance_callbacks": SketchGuidanceCallback(0.2, through_unet=True)},
+        {"colour_hint": ["red"], "colour_guidance_scale": 1.0},
+    ):
+        assert (run(**{"sketch_guidance_scale": 1.0, **options}) - plain).abs().max() > 1e-3
+
+
+# ---- editing and interpolation ----------------------------------------------------------------------------------------
+
+
+BOX = (12, 10, 28, 30)
+EDIT = {"num_inference_steps": 4, "class_labels": "a", "strength": 0.8, "num_resample_steps": 1}
+
+
+@pytest.fixture
+def photo():
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 48, 3), dtype=np.uint8))
+
+
+@pytest.fixture
+def edit_pipe(latent_pipeline):
+    pipe = DiffSketchingEditPipeline.from_pipe(latent_pipeline)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+class Spy(GuidanceCallback):
+    """Adds nothing and keeps what it was given at each step."""
+
+    def noise_delta(self, pipeline, timestep, callback_kwargs):
+        self.seen = callback_kwargs
+        return torch.zeros_like(callback_kwargs["latents"])
+
+
+def test_an_edit_on_latents_keeps_the_photo_bit_for_bit_outside(edit_pipe, photo, generators):
+    out = edit_pipe(photo, BOX, generator=generators(2), num_images_per_sketch=2, eta=1.0, **EDIT)
+    inside = np.zeros((40, 48), bool)
+    inside[BOX[1] : BOX[3], BOX[0] : BOX[2]] = True
+    for image in out.images:
+        changed = (np.asarray(image) != np.asarray(photo)).any(axis=2)
+        assert not changed[~inside].any() and changed[inside].mean() > 0.9
+    assert out.images[0].tobytes() != out.images[1].tobytes()
+
+
+def test_a_latent_may_change_where_one_of_its_pixels_may(edit_pipe):
+    inside = torch.zeros(1, 1, PIXEL_SIZE, PIXEL_SIZE, dtype=torch.bool)
+    inside[..., 7:13, 8] = True
+    mask = edit_pipe.prepare_latent_mask(inside)
+    assert mask.dtype == torch.bool and mask[0, 0].nonzero().tolist() == [[1, 2], [2, 2], [3, 2]]
+
+
+def test_the_surroundings_are_the_latents_of_the_photo(edit_pipe, photo, generators):
+    latents = edit_pipe(photo, BOX, generator=generators(1), output_type="latent", **EDIT).images
+    region = edit_pipe.prepare_region(photo, edit_pipe.prepare_mask_image(photo, BOX), 0.5)
+    part, inside = edit_pipe.prepare_photo(region)
+    given, mask = encode_photos(edit_pipe.vae, part), edit_pipe.prepare_latent_mask(inside)
+    assert 0 < mask.sum() < mask.numel()
+    outside = ~mask.expand_as(latents)
+    torch.testing.assert_close(latents[outside], given[outside].detach(), rtol=0, atol=1e-6)
+    assert (latents - given)[~outside].abs().max() > 0.01
+
+
+@pytest.mark.parametrize("strength", [0.6, 1.0])
+def test_edits_take_drawings_mixtures_colours_and_abstraction(strength, edit_pipe, photo, generators):
+    page = Image.new("L", (192, 160), 255)
+    ImageDraw.Draw(page).line((80, 48, 80, 112), fill=0, width=6)
+    spy = Spy()
+    options = {"sketch": page, "colour_hint": ["navy"], "sketch_abstraction": 0.5, "guidance_callbacks": spy}
+    options |= {**EDIT, "class_labels": {"a": 1, "c": 1}, "strength": strength, "num_resample_steps": 2}
+    planes = []
+    edit_pipe.unet.register_forward_pre_hook(lambda module, args: planes.append(float(args[0][:, -1].max())))
+    out = edit_pipe(photo, BOX, generator=generators(1), **options)
+    assert out.class_labels == [{"a": 0.5, "c": 0.5}] and out.images[0].size == photo.size
+    assert spy.seen["sketch"].shape == (2, 1, PIXEL_SIZE, PIXEL_SIZE)
+    # The photo is inverted without a drawing, and so without an abstraction.
+    assert planes[0] == 0.0 and planes[-1] == 0.5 == edit_pipe.sketch_abstraction
+
+
+def test_interpolation_on_latents_meets_its_keys(latent_pipeline, large_sketches, generators):
+    pipe = DiffSketchingInterpolationPipeline.from_pipe(latent_pipeline)
+    pipe.set_progress_bar_config(disable=True)
+    noise, options = randn(2, *SHAPE), {"num_inference_steps": STEPS, "output_type": "latent"}
+    frames = pipe(
+        list(large_sketches[:2]),
+        class_labels=["a", {"b": 1, "c": 1}],
+        num_frames=3,
+        latents=noise,
+        sketch_abstraction=0.5,
+        **options,
+    ).images
+    keys = latent_pipeline(
+        list(large_sketches[:2]), ["a", {"b": 1, "c": 1}], 1, latents=noise, sketch_abstraction=0.5, **options
+    ).images
+    torch.testing.assert_close(frames[[0, 2]], keys, rtol=0, atol=5e-3)
+    seen = []
+    pipe.unet.register_forward_pre_hook(lambda module, args: seen.append(args[0][:, :LATENT_CHANNELS]))
+    pipe(list(large_sketches[:2]), class_labels="a", num_frames=3, latents=noise, sketch_guidance_scale=1.0, **options)
+    middle = [row for row in seen[0] if not any(torch.allclose(row, end) for end in noise)]
+    torch.testing.assert_close(middle[0], slerp(noise[0], noise[1], 0.5))
+
+
+def test_interpolation_between_photos_begins_with_the_first(latent_pipeline, large_sketches):
+    pipe = DiffSketchingInterpolationPipeline.from_pipe(latent_pipeline)
+    pipe.set_progress_bar_config(disable=True)
+    photos = torch.rand(2, 3, PIXEL_SIZE, PIXEL_SIZE, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    options = {"num_inference_steps": 25, "num_fixed_point_iterations": 3, "output_type": "latent"}
+    frames = pipe(images=photos, class_labels="a", num_frames=3, **options).images
+    given = encode_photos(pipe.vae, photos).detach()
+    assert (frames[[0, 2]] - given).square().mean().sqrt() < 0.1 * given.std()
+
+
+# ---- files --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["tiny", "kl"])
+def test_a_latent_checkpoint_comes_back_from_its_folder(kind, latent_pipeline, large_sketches, generators, tmp_path):
+    if kind == "kl":
+        latent_pipeline.vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            block_out_channels=(8, 8, 8),
+            norm_num_groups=4,
+            latent_channels=LATENT_CHANNELS,
+        ).eval()
+    recommended = {"num_inference_steps": 2, "sketch_abstraction": 0.5, "class_mixture": 0.75}
+    pipe = DiffSketchingPipeline.from_pipe(latent_pipeline, recommended=recommended)
+    pipe.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["vae"] == ["diffusers", {"tiny": "AutoencoderTiny", "kl": "AutoencoderKL"}[kind]]
+    loaded = DiffSketchingPipeline.from_pretrained(tmp_path)
+    assert loaded.recommended == recommended and loaded.vae.dtype == torch.float32
+    found = [
+        each(large_sketches[0], "a", 1, generator=generators(1), output_type="np").images for each in (pipe, loaded)
+    ]
+    assert np.array_equal(*found)
+    edit = DiffSketchingEditPipeline.from_pipe(loaded)
+    assert edit.vae is loaded.vae and edit.height == PIXEL_SIZE
+    with pytest.raises(ValueError, match="one that denoises latents needs its `vae`"):
+        DiffSketchingPipeline.from_pretrained(tmp_path, vae=None)
+    half = DiffSketchingPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    photos = half(large_sketches[0], "a", 1, perceptual_guidance_scale=0.1, output_type="pt").images
+    assert half.vae.dtype == torch.bfloat16 and photos.dtype == torch.float32
+
+
+# ---- the command line and the page ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkpoint(latent_pipeline_factory, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint") / "latent"
+    latent_pipeline_factory(recommended={"num_inference_steps": 2}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def drawing(tmp_path):
+    page = Image.new("RGB", (48, 40), "white")
+    ImageDraw.Draw(page).rectangle((14, 12, 26, 28), outline="black", width=2)
+    page.save(tmp_path / "drawing.png")
+    return tmp_path / "drawing.png"
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["diffsketching", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    return stopped.value.code
+
+
+COMMANDS = {
+    "generate": (("drawing.png", "--num-images", 1), "drawing_0.png", (PIXEL_SIZE, PIXEL_SIZE)),
+    "edit": (("photo.png", "--sketch", "drawing.png", "--num-images", 1), "photo_0.png", (48, 40)),
+    "interpolate": (("drawing.png", "--class-label", "b", "--num-frames", 2), None, None),
+    "matrix": (("drawing.png", "--class-label", "a", "--num-images", 1), "drawing_a_0.png", (PIXEL_SIZE, PIXEL_SIZE)),
+    "invert": (("photo.png", "--steps", 50, "--iterations", 5), "photo_back.png", (PIXEL_SIZE, PIXEL_SIZE)),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_work_on_latents(command, checkpoint, drawing, photo, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    photo.save("photo.png")
+    arguments, name, size = COMMANDS[command]
+    if command == "interpolate":
+        Image.open(drawing).rotate(90).save("other.png")
+        arguments, name, size = (arguments[0], "other.png", *arguments[1:]), "drawing-other_001.png", (PIXEL_SIZE,) * 2
+    abstraction = () if command == "invert" else ("--sketch-abstraction", 0.5)
+    options = ("--model", checkpoint, "--output-dir", "out", "--device", "cpu")
+    assert run(monkeypatch, command, *arguments, *abstraction, *options) == 0
+    assert Image.open(f"out/{name}").size == size
+    record = json.loads((tmp_path / "out" / "metadata.json").read_text())["images"][0]
+    if command == "invert":
+        assert record["psnr_db"] > 30 and load_file("out/photo_noise.safetensors")["noise"].shape == (1, *SHAPE)
+    else:
+        assert record["sketch_abstraction"] == 0.5
+
+
+def test_info_tells_the_size_of_the_latents(checkpoint, monkeypatch, capsys):
+    assert run(monkeypatch, "info", checkpoint) == 0
+    shown = capsys.readouterr().out
+    assert "size: 32x32 (latents 8x8, 4 channels)   input: latents + sketch + abstraction" in shown
+    assert "AutoencoderTiny" in shown
+
+
+def test_the_command_line_refuses_an_abstraction_that_is_none(checkpoint, drawing, monkeypatch, capsys, tmp_path):
+    options = ("--model", checkpoint, "--output-dir", tmp_path / "out", "--device", "cpu")
+    assert run(monkeypatch, "generate", drawing, "--sketch-abstraction", 2, *options) == 2
+    assert "`sketch_abstraction` must be in [0, 1] or None, but got 2.0" in capsys.readouterr().err
+    assert not os.path.exists(tmp_path / "out" / "metadata.json")
+
+
+def test_the_page_previews_photos_of_latents(latent_pipeline_factory, drawing, photo):
+    pytest.importorskip("gradio", reason="Gradio is not installed: pip install .[demo]")
+    from diffsketching_pipeline.demo import PhotoRequest, Studio, more_like_this
+
+    studio = Studio(latent_pipeline_factory(recommended={"num_inference_steps": 5, "sketch_abstraction": 0.25}))
+    assert studio.call_settings(0.5)["sketch_guidance_scale"] == 2.0
+    page = Image.open(drawing).resize((120, 100))
+    *progress, photos = studio.make_photos(PhotoRequest(page, "b", 2, seed=7), "me")
+    previews = [image for update in progress for image in update.images or []]
+    assert len(previews) == 4 and {image.size for image in [*previews, *photos.images]} == {(PIXEL_SIZE, PIXEL_SIZE)}
+    assert photos.records[0]["sketch_abstraction"] == 0.25
+    *_, like = studio.make_photos(more_like_this(photos, 1, seed=3, num_images=1), "me")
+    assert like.records[0]["variations"] and like.images[0].size == (PIXEL_SIZE, PIXEL_SIZE)
+    strokes = Image.open(drawing)
+    *_, edited = studio.edit_photo(photo, strokes, "a", 1, 0, 0.5, "me")
+    assert edited.images[0].size == photo.size
+    *_, frames = studio.interpolate([page, page.rotate(90, fillcolor="white")], "a", 2, 0, "me")
+    assert len(frames.images) == 2
