@@ -363,8 +363,9 @@ def test_several_judges_each_at_its_own_side(arguments, drawings_dir, evaluator_
         for n in (1, 2):
             save(Image.open(path), path.with_name(path.name.replace("_0", f"_{n}")))
     folders = [sized_judge(evaluator_dir, tmp_path / f"judge{n}", side, n) for n, side in ((1, 32), (-1, 48))]
+    common = {"images": [str(filled)], "resolution": 96, "num_bootstrap_samples": 3}
     both, second = (
-        main(arguments(images=[str(filled)], evaluator=evaluator, resolution=96, output_dir=str(tmp_path / name)))
+        main(arguments(**common, evaluator=evaluator, output_dir=str(tmp_path / name)))
         for name, evaluator in (("both", folders), ("second", folders[1]))
     )
     names = [Evaluator(folder).classifier.name for folder in folders]

@@ -359,10 +359,8 @@ def test_bad_systems_are_errors_before_any_work(changes, message, arguments, mod
 
 
 def test_what_an_autoencoder_decodes_is_counted():
-    vae = AutoencoderTiny(
-        block_out_channels=(4,), encoder_block_out_channels=(4,), decoder_block_out_channels=(4,),
-        num_encoder_blocks=(1,), num_decoder_blocks=(1,), latent_channels=4,
-    )  # fmt: skip
+    widths = {"encoder_block_out_channels": (4,), "decoder_block_out_channels": (4,)}
+    vae = AutoencoderTiny(**widths, num_encoder_blocks=(1,), num_decoder_blocks=(1,), latent_channels=4)
     with systems.count_evaluations({"vae": vae}) as counts, torch.no_grad():
         vae.decode(torch.zeros(3, 4, 8, 8))
         vae.decode(torch.zeros(1, 4, 8, 8))
