@@ -84,6 +84,10 @@ class AutoencoderArguments(TrainingArguments):
     gan_weight: float = argument(0.0, "weight of the adversarial term; 0 trains no discriminator")
     gan_start_step: int = argument(0, "step from which the adversarial term counts, a little at first")
     gan_ramp_steps: int = argument(1000, "steps from there until it counts with its full weight")
+    discriminator_name_or_path: str | None = argument(
+        None,
+        "start from the discriminator in this folder, that of a first phase say; the two arguments below are its own",
+    )
     ndf: int = argument(32, "channels of the discriminator's first convolution")
     discriminator_layers: int = argument(3, "halvings of the discriminator; 3 look at patches of 70 pixels")
 
@@ -214,7 +218,10 @@ def make_models(args: AutoencoderArguments) -> dict[str, nn.Module]:
     vae.encoder.requires_grad_(not args.freeze_encoder)
     models: dict[str, nn.Module] = {"vae": vae.to(memory_format=torch.channels_last)}
     if args.gan_weight > 0:
-        discriminator = PatchDiscriminator(in_channels=3, ndf=args.ndf, n_layers=args.discriminator_layers)
+        if args.discriminator_name_or_path is not None:
+            discriminator = load_pretrained(PatchDiscriminator, args.discriminator_name_or_path, "discriminator")
+        else:
+            discriminator = PatchDiscriminator(in_channels=3, ndf=args.ndf, n_layers=args.discriminator_layers)
         # The discriminator first: it learns from the reconstructions that the autoencoder is then corrected for.
         models = {"discriminator": discriminator.to(memory_format=torch.channels_last)} | models
     return models

@@ -111,10 +111,14 @@ def test_killed_run_resumes_to_the_bit(shapes_dir, tmp_path, script_env):
 
 
 def test_second_phase_changes_the_decoder_alone(shapes_dir, tmp_path):
-    first = {"train_data_dir": shapes_dir, "max_train_steps": 3}
+    first = {"train_data_dir": shapes_dir, "max_train_steps": 3, "gan_weight": 0.1}
     main(tiny_args(**first, output_dir=tmp_path / "first"))
     second = {"freeze_encoder": True, "pretrained_model_name_or_path": str(tmp_path / "first" / "vae")}
-    main(tiny_args(**first, **second, gan_weight=0.1, output_dir=tmp_path / "second"))
+    second |= {"discriminator_name_or_path": str(tmp_path / "first" / "checkpoint-3" / "discriminator")}
+    started = make_models(tiny_args(**first | second))["discriminator"].state_dict()
+    kept = weights(tmp_path / "first" / "checkpoint-3" / "discriminator")
+    assert all(torch.equal(started[name], value) for name, value in kept.items())
+    main(tiny_args(**first, **second, output_dir=tmp_path / "second"))
     before, after = (AutoencoderTiny.from_pretrained(tmp_path / name / "vae") for name in ("first", "second"))
     for name, value in before.state_dict().items():
         assert torch.equal(value, after.state_dict()[name]) == name.startswith("encoder."), name
