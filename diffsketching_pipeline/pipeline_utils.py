@@ -815,7 +815,14 @@ class DiffSketchingMixin(_Base):
 
     @torch.no_grad()
     def predict_class_probabilities(self, sketch: torch.Tensor) -> torch.Tensor:
-        """p(y | s) by `sketch_encoder`, `[num_classes]`; the mean over the drawings `[K, 1, height, width]` of one result."""
+        """
+        p(y | s) by `sketch_encoder`, `[num_classes]`; the mean over the drawings `[K, 1, height, width]` of one result. An
+        encoder whose config names the `image_size` it was trained at is shown them at that size.
+        """
+        size = getattr(self.sketch_encoder.config, "image_size", None)
+        if size is not None and sketch.shape[-1] != size:
+            # By area no thin line is lost.
+            sketch = F.interpolate(sketch, size=(size, size), mode="area")
         logits = self.sketch_encoder(sketch.to(self.sketch_encoder.dtype)).logits
         if logits.shape[1] != self.num_classes:
             raise ValueError(

@@ -670,3 +670,15 @@ def test_the_page_previews_photos_of_latents(latent_pipeline_factory, drawing, p
     assert edited.images[0].size == photo.size
     *_, frames = studio.interpolate([page, page.rotate(90, fillcolor="white")], "a", 2, 0, "me")
     assert len(frames.images) == 2
+
+
+def test_an_encoder_that_names_its_size_is_shown_the_drawing_at_that_size(latent_pipeline, large_sketches):
+    encoder = latent_pipeline.sketch_encoder
+    sketch = large_sketches[:1]
+    plain = latent_pipeline.predict_class_probabilities(sketch)
+    encoder.config.image_size = 16
+    found = latent_pipeline.predict_class_probabilities(sketch)
+    small = sketch.reshape(1, 1, 16, 2, 16, 2).mean(dim=(3, 5))
+    with torch.no_grad():
+        torch.testing.assert_close(found, encoder(small).logits.softmax(dim=-1)[0])
+    assert not torch.allclose(found, plain)

@@ -306,7 +306,13 @@ def make_model(args: EncoderArguments, id2label: dict[int, str]) -> nn.Module:
         return RegNetForImageClassification(RegNetConfig(**shape, layer_type="y", groups_width=args.groups_width))
     num_channels = 1 if args.task == "sketch" else 3
     return ResNetForImageClassification(
-        ResNetConfig(**shape, num_channels=num_channels, layer_type="basic", downsample_in_first_stage=False)
+        ResNetConfig(
+            **shape,
+            num_channels=num_channels,
+            layer_type="basic",
+            downsample_in_first_stage=False,
+            image_size=args.resolution,  # for pipelines of another size
+        )
     )
 
 
