@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from data import IMAGE_ERRORS, decode_photo, list_images
 from diffusers import AutoencoderTiny
-from patches import patch_distance, patch_projections, patch_quantiles
+from patches import patch_distance, patch_projections, patch_quantiles, pyramid_levels
 from perceptual_networks import load_perceptual_network, perceptual_distance
 from PIL import Image
 from torch import Tensor, nn
@@ -291,13 +291,15 @@ def to_bytes(photos: Tensor) -> Tensor:
 def reconstruction_metrics(reconstructions: Tensor, photos: Tensor) -> dict[str, float]:
     """
     How near reconstructions `[N, 3, H, W]` in [-1, 1] are to photos: `psnr` in dB, the mean over photos, of 8-bit images, and
-    `patch_distance` (see `patches.py`) of the two sets.
+    `patch_distance` (see `patches.py`, on as many levels as photos of this side have: 5 at 256 pixels) of the two sets.
     """
-    ours, theirs = to_bytes(reconstructions), to_bytes(photos)
+    ours, theirs, levels = to_bytes(reconstructions), to_bytes(photos), pyramid_levels(photos.shape[-1])
     squared = (ours.float() - theirs.float()).square().flatten(1).mean(1)
     return {
         "psnr": float((10 * torch.log10(255**2 / squared.clamp_min(1e-3))).mean()),
-        "patch_distance": patch_distance(patch_projections(ours), patch_quantiles(patch_projections(theirs))),
+        "patch_distance": patch_distance(
+            patch_projections(ours, num_levels=levels), patch_quantiles(patch_projections(theirs, num_levels=levels))
+        ),
     }
 
 
