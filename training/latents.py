@@ -18,6 +18,7 @@ before training begins and kept in the cache, keyed by the photo's content and e
 encoder's weights, its scaling, the size and the number of crops. Another decoder for the same encoder finds them again.
 """
 
+import copy
 import hashlib
 import os
 from pathlib import Path
@@ -60,10 +61,14 @@ def load_vae(name_or_path: str) -> Any:
 
 
 def encoder_sha256(vae: Any) -> str:
-    """The sha256 sum of all that latents depend on: the encoder's weights, `shift_factor` and `scaling_factor`."""
-    digest = hashlib.sha256(weights_sha256(vae.encoder).encode())
-    if getattr(vae, "quant_conv", None) is not None:
-        digest.update(weights_sha256(vae.quant_conv).encode())
+    """
+    The sha256 sum of all that latents depend on: the encoder's weights, in the half precision in which they are shared, and
+    `shift_factor` and `scaling_factor`.
+    """
+    digest = hashlib.sha256()
+    for part in (vae.encoder, getattr(vae, "quant_conv", None)):
+        if part is not None:
+            digest.update(weights_sha256(copy.deepcopy(part).half()).encode())
     digest.update(f"{vae.config.get('shift_factor') or 0.0!r}:{vae.config['scaling_factor']!r}".encode())
     return digest.hexdigest()
 

@@ -114,6 +114,8 @@ def test_the_cache_is_used_added_to_and_belongs_to_one_encoder(shapes_dir, tmp_p
     other = CountingVae(decoder)
     LatentDataset(shapes_dir, "train", other, crops_per_photo=1, **options)
     assert other.count == 0
+    # Shared weights are in half precision, and the same to the cache.
+    assert encoder_sha256(make_vae().half()) == encoder_sha256(vae)
     for different in (make_vae(seed=1), make_vae(scaling_factor=0.6)):
         assert encoder_sha256(different) != encoder_sha256(vae)
         counted = CountingVae(different)
