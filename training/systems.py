@@ -279,7 +279,7 @@ def count_evaluations(networks: dict[str, nn.Module]) -> Iterator[Counter]:
 
     handles = []
     for name, network in networks.items():
-        parts = [network.encoder, network.decoder] if hasattr(network, "decode") else [network]
+        parts: list[Any] = [network.encoder, network.decoder] if hasattr(network, "decode") else [network]
         for part in parts:
             first = next(module for module in part.modules() if isinstance(module, nn.Conv2d))
             handles.append(first.register_forward_pre_hook(counter(name)))
