@@ -229,7 +229,7 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
             return contours
         width, height = region.size
         scale = (self.width / width, self.height / height)
-        page = tuple(max(8, round(side * factor)) for side, factor in zip(region.photo.size, scale, strict=True))
+        page = (max(8, round(region.photo.width * scale[0])), max(8, round(region.photo.height * scale[1])))
         strokes = self.prepare_strokes(sketch, region.photo.size, page)
         left, top = round(region.box[0] * scale[0]), round(region.box[1] * scale[1])
         left, top = min(left, page[0] - self.width), min(top, page[1] - self.height)
