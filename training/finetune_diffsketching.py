@@ -90,6 +90,7 @@ from diffsketching_pipeline import (
     add_lora,
     save_lora,
 )
+from diffsketching_pipeline.autoencoding import decode_latents, encode_photos
 from diffsketching_pipeline.denoising import (
     Conditioning,
     NoisePrediction,
@@ -262,16 +263,22 @@ def weights_fingerprint(module: Any) -> str:
 class NoiseCache:
     """
     x_T of photos on disk, one file each, named by all that it depends on: the pixels (after crop and flip), the class,
-    the network's weights, the noise schedule, the steps and the iterations.
+    the weights of the network and of the autoencoder, the noise schedule, the steps and the iterations.
 
     Several runs may share a folder, and a kill at any moment leaves a file complete or absent.
     """
 
-    def __init__(self, folder: Path, unet: Any, scheduler: DDIMScheduler, args: FinetuneArguments):
-        self.folder = folder
+    def __init__(self, folder: Path, unet: Any, scheduler: DDIMScheduler, args: FinetuneArguments, vae: Any = None):
+        self.folder, self.vae = folder, vae
         schedule = {key: value for key, value in dict(scheduler.config).items() if not key.startswith("_")}
         chain = [args.num_train_inference_steps, args.num_fixed_point_iterations]
-        self.prefix = json.dumps([weights_fingerprint(unet), schedule, chain], sort_keys=True, default=str).encode()
+        provenance = [weights_fingerprint(unet), schedule, chain]
+        if vae is not None:
+            provenance.append(weights_fingerprint(vae))
+        self.prefix = json.dumps(provenance, sort_keys=True, default=str).encode()
+        size = unet.config.sample_size
+        channels = 3 if vae is None else vae.config.latent_channels
+        self.shape = (channels, size, size) if isinstance(size, int) else (channels, *size)
 
     def path(self, pixel_values: Tensor, class_label: int) -> Path:
         """Where x_T of a photo [3, R, R] lies, whether it is there or not."""
@@ -280,12 +287,12 @@ class NoiseCache:
         return self.folder / name[:2] / f"{name}.safetensors"
 
     def load(self, pixel_values: Tensor, class_label: int) -> Tensor | None:
-        """x_T [3, R, R], or None where the file is missing or damaged."""
+        """x_T [C, H, W] of a photo [3, R, R], or None where the file is missing or damaged."""
         try:
             latents = load_file(self.path(pixel_values, class_label))["latents"]
         except Exception:  # whatever is wrong with the file, it is made again
             return None
-        return latents if latents.shape == pixel_values.shape else None
+        return latents if latents.shape == self.shape else None
 
     def save(self, pixel_values: Tensor, class_label: int, latents: Tensor) -> None:
         """Writes aside and renames."""
@@ -310,16 +317,25 @@ def in_groups(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 @torch.no_grad()
 def invert_photos(
-    pixel_values: Tensor, class_labels: Tensor, unet: Any, scheduler: DDIMScheduler, args: FinetuneArguments
+    pixel_values: Tensor,
+    class_labels: Tensor,
+    unet: Any,
+    scheduler: DDIMScheduler,
+    args: FinetuneArguments,
+    vae: Any = None,
 ) -> Tensor:
-    """x_T of photos [B, 3, R, R] with their classes [B], on their device; told no drawing, so it serves every drawing."""
+    """
+    x_T of photos [B, 3, R, R], or of their latents in `vae`, with their classes [B], on their device; told no drawing, so it
+    serves every drawing.
+    """
     sampler = sampling_scheduler(scheduler, args.num_train_inference_steps, pixel_values.device)
     told = Conditioning(class_labels)
 
     def predict(latents: Tensor, timestep: Tensor, step_index: int) -> NoisePrediction:
         return predict_noise(unet, unet.config, scheduler, latents, timestep, told, clip_sample=False)
 
-    return invert(sampler, predict, pixel_values, sampler.timesteps, args.num_fixed_point_iterations)
+    images = pixel_values if vae is None else encode_photos(vae, pixel_values)
+    return invert(sampler, predict, images, sampler.timesteps, args.num_fixed_point_iterations)
 
 
 def fill_noise_cache(
@@ -346,7 +362,7 @@ def fill_noise_cache(
             break
         images = torch.stack([pixels for pixels, _ in group]).to(device)
         labels = torch.tensor([label for _, label in group], device=device)
-        noise = invert_photos(images, labels, unet, scheduler, args)
+        noise = invert_photos(images, labels, unet, scheduler, args, cache.vae)
         for (pixels, label), latents, is_missing in zip(group, noise, missing, strict=True):
             if is_missing:
                 cache.save(pixels, label, latents)
@@ -418,7 +434,7 @@ class ChainDataset:
 
     def sample(self, index: int, epoch: int = 0) -> Sample:
         """
-        `pixel_values` and `latents` (x_T) [3, R, R], `sketch` [1, R, R], `class_label` int, `chain_step` int (the step
+        `pixel_values` [3, R, R] and `latents` (x_T) [C, H, W], `sketch` [1, R, R], `class_label` int, `chain_step` int (the step
         that `--backprop per_step` goes through), `id` str.
 
         Raises:
@@ -537,13 +553,13 @@ def run_chain(
         unet: called as a conditional `UNet2DModel`; a wrapped one is called through its wrapper.
         unet_config: its config.
         scheduler: owns the noise schedule.
-        batch: `latents` [B, 3, R, R], `sketch` [B, 1, R, R], `class_label` and `chain_step` [B].
+        batch: `latents` (x_T) [B, C, H, W], `sketch` [B, 1, R, R], `class_label` and `chain_step` [B].
         args: says how many steps there are, which of them are differentiated, and how they are guided.
         classifier: for eq. 4, if `classifier_guidance_scale` is not 0.
         null_class: the UNet's "no class", which classifier-free guidance puts in the place of the class, as in sampling.
 
     Returns:
-        `Tensor`: [B, 3, R, R], unclipped.
+        `Tensor`: [B, C, H, W] in the UNet's own space, unclipped.
     """
     sampler = sampling_scheduler(scheduler, args.num_train_inference_steps, batch["latents"].device)
     labels, scale = batch["class_label"], args.sketch_guidance_scale
@@ -583,6 +599,11 @@ def run_chain(
         denoise(sampler, predict, batch["latents"], sampler.timesteps[: int(steps.max())], on_step_end=remember)
     latents = torch.stack(visited)[steps, torch.arange(len(steps), device=steps.device)]
     return predict_plainly(latents, sampler.timesteps[steps]).pred_original_sample
+
+
+def decoded(pipeline: DiffSketchingPipeline, images: Tensor) -> Tensor:
+    """Photos [B, 3, R, R] of what the chain made, through the frozen decoder where it works on latents; differentiable."""
+    return images if pipeline.vae is None else decode_latents(pipeline.vae, images)
 
 
 def make_loss(pipeline: DiffSketchingPipeline, args: FinetuneArguments) -> DiffSketchingLoss:
@@ -677,7 +698,7 @@ class FinetuneValidation:
         pred = run_chain(
             unet, unet.config, pipeline.scheduler, batch, self.args, pipeline.classifier, pipeline.null_class
         )
-        return self.loss(pred, batch["pixel_values"], batch["sketch"])
+        return self.loss(decoded(pipeline, pred), batch["pixel_values"], batch["sketch"])
 
     def __call__(self, unet: Any) -> tuple[dict[str, float], dict[str, Tensor]]:
         """The mean constraints and the picture of a UNet."""
@@ -762,7 +783,7 @@ def main(args: FinetuneArguments) -> None:
     streamed = ShardedChainData(pipeline, args) if args.train_shards is not None else None
     photos = {"validation": streamed.validation_photos()} if streamed is not None else load_photos(args, pipeline)
     cache_folder = Path(args.cache_dir if args.cache_dir is not None else args.output_dir) / "inverted"
-    cache = NoiseCache(cache_folder, pipeline.unet, pipeline.scheduler, args)
+    cache = NoiseCache(cache_folder, pipeline.unet, pipeline.scheduler, args, pipeline.vae)
     validation_dataset = ChainDataset(photos["validation"], cache, args, False, args.num_validation_samples)
     weights = None
     dataset: Any = streamed
@@ -810,8 +831,8 @@ def main(args: FinetuneArguments) -> None:
 
     def compute_loss(batch: dict[str, Any]) -> dict[str, Tensor]:
         if "latents" not in batch:
-            photos_and_classes = batch["pixel_values"], batch["class_label"]
-            batch = batch | {"latents": invert_photos(*photos_and_classes, pipeline.unet, pipeline.scheduler, args)}
+            frozen = (pipeline.unet, pipeline.scheduler, args, pipeline.vae)
+            batch = batch | {"latents": invert_photos(batch["pixel_values"], batch["class_label"], *frozen)}
         pred = run_chain(
             trainer.modules["unet"],
             unet.config,
@@ -821,7 +842,7 @@ def main(args: FinetuneArguments) -> None:
             pipeline.classifier,
             pipeline.null_class,
         )
-        losses = loss(pred, batch["pixel_values"], batch["sketch"])
+        losses = loss(decoded(pipeline, pred), batch["pixel_values"], batch["sketch"])
         terms = {"perceptual_loss": losses.perceptual, "identity_loss": losses.identity}
         logged = {name: term.detach().mean() for name, term in terms.items() if term is not None}
         return {"loss": losses.loss.mean(), **logged}

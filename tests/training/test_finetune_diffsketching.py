@@ -647,3 +647,62 @@ def test_other_classes_are_refused(shapes_dir, tmp_path, tiny_pipeline_factory):
             )
         )
     assert not (tmp_path / "out").exists()
+
+
+# -- on latents --
+
+
+@pytest.fixture
+def latent_dir(latent_pipeline_factory, tmp_path):
+    """The tiny latent pipeline with the two classes of the shapes."""
+    pipe = latent_pipeline_factory(id2label=ID2LABEL, num_class_embeds=3, components=("sketcher", "image_encoder"))
+    pipe.register_modules(sketch_encoder=make_resnet(1, num_labels=2))
+    pipe.save_pretrained(tmp_path / "latent")
+    return str(tmp_path / "latent")
+
+
+def test_the_chain_of_a_latent_pipeline_is_judged_by_its_photos(latent_dir):
+    pipeline = DiffSketchingPipeline.from_pretrained(latent_dir)
+    args = tiny_args(pretrained_model_name_or_path=latent_dir, resolution=32, num_train_inference_steps=2)
+    check_pipeline(pipeline, args)
+    photos = randn(2, 3, 32, 32, seed=1).clamp(-1, 1)
+    labels = torch.tensor([0, 1])
+    noise = finetune_diffsketching.invert_photos(photos, labels, pipeline.unet, pipeline.scheduler, args, pipeline.vae)
+    assert noise.shape == (2, 4, 8, 8)
+    batch = {"latents": noise, "sketch": torch.ones(2, 1, 32, 32), "class_label": labels}
+    batch |= {"chain_step": torch.tensor([0, 1])}
+    batch["sketch"][:, :, 8:24, 8] = -1
+    for parameter in pipeline.unet.parameters():
+        parameter.requires_grad_(True)
+    pred = run_chain(pipeline.unet, pipeline.unet.config, pipeline.scheduler, batch, args)
+    photos_made = finetune_diffsketching.decoded(pipeline, pred)
+    assert pred.shape == (2, 4, 8, 8) and photos_made.shape == (2, 3, 32, 32)
+    losses = finetune_diffsketching.make_loss(pipeline, args)(photos_made, photos, batch["sketch"])
+    assert losses.loss.shape == (2,) and torch.isfinite(losses.loss).all()
+    # Against finite differences, through the chain and the decoder; eq. 7 itself clamps straight-through.
+    bias, step, made = pipeline.unet.conv_out.bias, 1e-3, []
+    (gradient,) = torch.autograd.grad(photos_made.square().mean(), bias)
+    for sign in (1, -1):
+        with torch.no_grad():
+            bias[0] += sign * step
+            again = run_chain(pipeline.unet, pipeline.unet.config, pipeline.scheduler, batch, args)
+            made.append(finetune_diffsketching.decoded(pipeline, again).square().mean())
+            bias[0] -= sign * step
+    assert float(gradient[0]) == pytest.approx(float(made[0] - made[1]) / (2 * step), rel=0.1)
+
+
+def test_a_latent_pipeline_is_fine_tuned(latent_dir, shapes_dir, cache_dir, tmp_path):
+    args = {
+        "train_data_dir": str(shapes_dir),
+        "cache_dir": str(cache_dir),
+        "pretrained_model_name_or_path": latent_dir,
+    }
+    args |= {"num_train_inference_steps": 2}  # trailing spacing takes what divides 1000
+    main(tiny_args(**args, resolution=32, max_train_steps=2, max_train_samples=4, output_dir=str(tmp_path / "out")))
+    before, after = (
+        DiffSketchingPipeline.from_pretrained(path) for path in (latent_dir, tmp_path / "out" / "pipeline")
+    )
+    assert torch.equal(before.vae.decoder.layers[0].weight, after.vae.decoder.layers[0].weight)
+    assert not torch.equal(before.unet.conv_out.weight, after.unet.conv_out.weight)
+    kept = load_file(next((cache_dir / "inverted").rglob("*.safetensors")))["latents"]
+    assert kept.shape == (4, 8, 8)
