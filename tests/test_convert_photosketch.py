@@ -78,14 +78,17 @@ def checkpoint(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("statistics", ["per_sample", "running"])
+# In double precision, so that what is left is the rounding of the reference, which was computed in single precision: statistics
+# of the whole set let it grow through random weights, on some processors beyond 1e-4 in single precision.
+@pytest.mark.parametrize("statistics, tolerance", [("per_sample", 1e-5), ("running", 1.5e-4)])
 @pytest.mark.parametrize("train", [False, True])
 @torch.no_grad()
-def test_matches_photosketch(checkpoint, expected, statistics, train, tmp_path):
+def test_matches_photosketch(checkpoint, expected, statistics, tolerance, train, tmp_path):
     folder = convert_photosketch(checkpoint, tmp_path / "sketcher", statistics=statistics)
-    sketcher = PhotoSketcher.from_pretrained(folder).train(train)
-    sketch = sketcher(expected["image"])
-    torch.testing.assert_close(sketch, expected[f"sketch_{statistics}_statistics"], rtol=0, atol=1e-4)
+    sketcher = PhotoSketcher.from_pretrained(folder).train(train).double()
+    sketch = sketcher(expected["image"].double())
+    reference = expected[f"sketch_{statistics}_statistics"].double()
+    torch.testing.assert_close(sketch, reference, rtol=0, atol=tolerance)
     assert (sketcher.config.ngf, sketcher.config.n_blocks, sketcher.config.statistics) == (8, 9, statistics)
 
 
