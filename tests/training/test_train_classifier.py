@@ -19,9 +19,10 @@ import torch
 import yaml
 from conftest import TRAINING
 from data import PhotoSketchDataset
-from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DModel
+from diffusers import DDIMScheduler, UNet2DModel
 from latents import LatentDataset
 from PIL import Image
+from testing_utils import make_vae
 from train_classifier import (
     ClassifierTrainingArguments,
     ClassifierValidation,
@@ -183,14 +184,7 @@ def test_two_networks_to_start_from_are_refused():
 
 def test_classifies_the_latents_of_an_autoencoder(shapes_dir, cache_dir, tmp_path):
     torch.manual_seed(0)
-    vae = AutoencoderTiny(
-        latent_channels=4,
-        encoder_block_out_channels=(8, 8, 8),
-        decoder_block_out_channels=(8, 8, 8),
-        num_encoder_blocks=(0, 1, 1),
-        num_decoder_blocks=(1, 1, 0),
-        scaling_factor=8.0,
-    )
+    vae = make_vae()
     vae.save_pretrained(tmp_path / "vae")
     options = {"train_data_dir": str(shapes_dir), "cache_dir": str(cache_dir), "resolution": 32}
     options |= {"pretrained_vae_model_name_or_path": str(tmp_path / "vae"), "crops_per_photo": 1}

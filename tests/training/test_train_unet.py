@@ -23,12 +23,12 @@ import torch
 import train_unet
 import yaml
 from conftest import TRAINING
-from diffusers import AutoencoderTiny, UNet2DModel
+from diffusers import UNet2DModel
 from latents import load_vae
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from testing_utils import kill_when
+from testing_utils import kill_when, make_vae
 from train_unet import (
     UNetTrainingArguments,
     UNetValidation,
@@ -369,13 +369,7 @@ def test_model_guidance_moves_the_target_away_from_the_unconditional_prediction(
 
 def test_a_latent_checkpoint_samples_with_its_autoencoder(shapes_dir, cache_dir, tmp_path, capsys):
     torch.manual_seed(0)
-    vae = AutoencoderTiny(
-        latent_channels=4,
-        encoder_block_out_channels=(8, 8, 8),
-        decoder_block_out_channels=(8, 8, 8),
-        num_encoder_blocks=(0, 1, 1),
-        num_decoder_blocks=(1, 1, 0),
-    )
+    vae = make_vae()
     vae.save_pretrained(tmp_path / "vae")
     options = {
         "train_data_dir": str(shapes_dir),
