@@ -127,7 +127,7 @@ class UNetTrainingArguments(TrainingArguments):
     hed_weights: str | None = argument(None, "file of HED's weights for `contours`, see hed_contours.py")
     stroke_deletion_share: float = argument(
         0.0,
-        "share of the drawings that lack up to 90% of their strokes: a half-made drawing still means a whole photo",
+        "share of the drawings that lack up to 90%% of their strokes: a half-made drawing still means a whole photo",
     )
 
     publish_ema: str = argument(
@@ -158,7 +158,7 @@ def check_unet_arguments(args: UNetTrainingArguments) -> None:
     for name in ("model_guidance_scale", "model_guidance_start_step"):
         if getattr(args, name) < 0:
             raise ValueError(f"`{name}` must be at least 0, but got {getattr(args, name)}.")
-    known = ["first", "best", *(f"{decay:g}" for decay in args.further_ema_max_decays)]
+    known = ["first", "best", *(f"{decay:g}" for decay in args.further_ema_max_decays or ())]
     if args.publish_ema not in known:
         raise ValueError(f"`publish_ema` must be one of {known}, but got {args.publish_ema!r}.")
 
@@ -431,10 +431,10 @@ def choose_average(args: UNetTrainingArguments, trainer: Trainer, validation: UN
     if args.publish_ema == "first":
         return trainer.ema_copy("unet")
     if args.publish_ema != "best":
-        chosen = {f"{decay:g}": decay for decay in args.further_ema_max_decays}[args.publish_ema]
+        chosen = {f"{decay:g}": decay for decay in args.further_ema_max_decays or ()}[args.publish_ema]
         return trainer.ema_copy("unet", max_decay=chosen)
     device, losses = trainer.accelerator.device, {}
-    for decay in (None, *args.further_ema_max_decays):
+    for decay in (None, *(args.further_ema_max_decays or ())):
         candidate = trainer.ema_copy("unet", torch.float32, max_decay=decay)
         if candidate is None:
             return None

@@ -153,8 +153,8 @@ class TrainingArguments:
     ema_inv_gamma: float = argument(1.0, "the decay at step n is 1 - (1 + n / inv_gamma) ** -power")
     ema_power: float = argument(3 / 4, "see `ema_inv_gamma`")
     ema_max_decay: float = argument(0.9999, "upper bound of the decay")
-    further_ema_max_decays: list[float] = argument(
-        [], "further averages with these upper bounds, kept in each checkpoint to choose from afterwards"
+    further_ema_max_decays: list[float] | None = argument(
+        None, "further averages with these upper bounds, kept in each checkpoint to choose from afterwards"
     )
 
     checkpointing_steps: int = argument(500, "steps between two checkpoints")
@@ -260,7 +260,7 @@ def check_arguments(args: TrainingArguments) -> None:
             raise ValueError(f"`{name}` must be positive, but got {value}.")
     for name, decays in (
         ("ema_max_decay", [args.ema_max_decay]),
-        ("further_ema_max_decays", args.further_ema_max_decays),
+        ("further_ema_max_decays", args.further_ema_max_decays or []),
     ):
         for decay in decays:
             if not 0 <= decay < 1:
@@ -597,7 +597,8 @@ class Trainer:
         averaged = modules if ema_modules is None else ema_modules
         self.ema = {name: self._make_ema(name, args.ema_max_decay) for name in averaged} if args.use_ema else {}
         self.further_ema = {
-            decay: {name: self._make_ema(name, decay) for name in self.ema} for decay in args.further_ema_max_decays
+            decay: {name: self._make_ema(name, decay) for name in self.ema}
+            for decay in args.further_ema_max_decays or ()
         }
 
         self.global_step = 0

@@ -691,10 +691,10 @@ def test_the_chain_of_a_latent_pipeline_is_judged_by_its_photos(latent_dir):
     assert float(gradient[0]) == pytest.approx(float(made[0] - made[1]) / (2 * step), rel=0.1)
 
 
-def test_a_latent_pipeline_is_fine_tuned(latent_dir, shapes_dir, cache_dir, tmp_path):
+def test_a_latent_pipeline_is_fine_tuned(latent_dir, shapes_dir, tmp_path):
     args = {
         "train_data_dir": str(shapes_dir),
-        "cache_dir": str(cache_dir),
+        "cache_dir": str(tmp_path / "cache"),
         "pretrained_model_name_or_path": latent_dir,
     }
     args |= {"num_train_inference_steps": 2}  # trailing spacing takes what divides 1000
@@ -704,5 +704,5 @@ def test_a_latent_pipeline_is_fine_tuned(latent_dir, shapes_dir, cache_dir, tmp_
     )
     assert torch.equal(before.vae.decoder.layers[0].weight, after.vae.decoder.layers[0].weight)
     assert not torch.equal(before.unet.conv_out.weight, after.unet.conv_out.weight)
-    kept = load_file(next((cache_dir / "inverted").rglob("*.safetensors")))["latents"]
+    kept = load_file(next((tmp_path / "cache" / "inverted").rglob("*.safetensors")))["latents"]
     assert kept.shape == (4, 8, 8)
