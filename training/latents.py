@@ -126,10 +126,13 @@ class LatentDataset(PhotoSketchDataset):
         if self.cache_dir is None:
             return self._encode(index, photo_key, range(self.crops_per_photo), vae, batch_size)
         path = self._cache_path(f"{self._latents_key}:", content)
-        kept = load_arrays(path, _LATENT_ARRAYS) if path.exists() else None
-        count = 0 if kept is None else len(kept["boxes"])
+        # The small array tells how many there are: the latents of all photos need not be read to begin.
+        counted = load_arrays(path, ("boxes",)) if path.exists() else None
+        count = 0 if counted is None else len(counted["boxes"])
         if count < self.crops_per_photo:
             # Those of a run that was content with fewer are kept.
+            kept = load_arrays(path, _LATENT_ARRAYS) if count else None
+            count = 0 if kept is None else count
             made = self._encode(index, photo_key, range(count, self.crops_per_photo), vae, batch_size)
             save_arrays(path, {n: np.concatenate([kept[n], made[n]]) if kept else made[n] for n in _LATENT_ARRAYS})
         return path

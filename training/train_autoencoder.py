@@ -39,7 +39,7 @@ from perceptual_networks import load_perceptual_network, perceptual_distance
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from train_sketcher import PatchDiscriminator
+from train_sketcher import PatchDiscriminator, discriminator_distance
 from trainer import (
     Trainer,
     TrainingArguments,
@@ -245,8 +245,7 @@ def autoencoder_losses(
             real = real[:1]
         with torch.no_grad(), trainer.accelerator.autocast():
             fake = trainer.unwrap("vae")(real, args.latent_noise)[0]
-        real_scores, fake_scores = trainer.modules["discriminator"](torch.cat([real, fake.to(real)])).float().chunk(2)
-        loss = 0.5 * ((real_scores - 1).square().mean() + fake_scores.square().mean())
+        loss = discriminator_distance(trainer.modules["discriminator"](torch.cat([real, fake.to(real)])).float())
         return {"loss": loss if gan_share() > 0 else 0 * loss}
 
     def autoencoder_loss(batch: dict[str, Any]) -> dict[str, Tensor]:

@@ -127,6 +127,12 @@ def source_and_targets(batch: dict[str, Any], direction: str) -> tuple[Tensor, T
     return batch["sketch"], batch["pixel_values"][:, None], batch["pixel_values"]
 
 
+def discriminator_distance(scores: Tensor) -> Tensor:
+    """The least-squares loss of a discriminator (Mao et al., 2017): scores, of real ones and then as many fakes, from 1 and 0."""
+    real_scores, fake_scores = scores.chunk(2)
+    return 0.5 * ((real_scores - 1).square().mean() + fake_scores.square().mean())
+
+
 def gan_losses(trainer: Trainer, args: SketcherArguments) -> dict[str, Callable[[dict[str, Any]], dict[str, Tensor]]]:
     """The least-squares GAN (Mao et al., 2017): the discriminator's loss, then the generator's."""
     stroke_weight = args.stroke_weight if args.direction == "photo_to_sketch" else 0.0
@@ -138,8 +144,7 @@ def gan_losses(trainer: Trainer, args: SketcherArguments) -> dict[str, Callable[
         discriminator = trainer.modules["discriminator"]
         # One forward of both, because DDP expects one forward per backward.
         scores = discriminator(torch.cat([source, source]), torch.cat([real, fake])).float()
-        real_scores, fake_scores = scores.chunk(2)
-        return {"loss": 0.5 * ((real_scores - 1).square().mean() + fake_scores.square().mean())}
+        return {"loss": discriminator_distance(scores)}
 
     def generator_loss(batch: dict[str, Any]) -> dict[str, Tensor]:
         source, targets, _ = source_and_targets(batch, args.direction)
