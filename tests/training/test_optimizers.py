@@ -37,6 +37,16 @@ def test_orthogonalized_keeps_the_directions_and_evens_out_the_singular_values(s
     assert (result - values.diag()).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("shape", [(12, 108), (40, 12), (16, 16)])
+def test_orthogonalized_is_the_newton_schulz_iteration(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    expected = matrix.double() / matrix.double().norm()
+    for _ in range(5):
+        gram = expected @ expected.T
+        expected = 3.4445 * expected + (-4.7750 * gram + 2.0315 * gram @ gram) @ expected
+    torch.testing.assert_close(orthogonalized(matrix).double(), expected, atol=1e-4, rtol=0)
+
+
 def test_hidden_kernels_are_matrices_and_all_else_is_not():
     network = small_network()
     network[0].weight.requires_grad_(False)
