@@ -32,6 +32,11 @@ def orthogonalized(matrix: Tensor, steps: int = 5) -> Tensor:
     x = matrix / (matrix.norm() + 1e-7)
     is_tall = x.shape[0] > x.shape[1]
     x = x.T if is_tall else x
+    if x.shape[1] < 1.5 * x.shape[0]:
+        for _ in range(steps):
+            gram = x @ x.T
+            x = a * x + (b * gram + c * gram @ gram) @ x
+        return x.T if is_tall else x
     # Each iteration multiplies x by a polynomial of its Gram matrix, so they all commute: the product is built from small
     # square matrices, and the long side, nine times as long for a kernel of 3 x 3, is passed over twice instead of ten times.
     gram = x @ x.T
