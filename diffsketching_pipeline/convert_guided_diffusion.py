@@ -747,11 +747,11 @@ def _file_classes(state_dict: Mapping[str, torch.Tensor], name: str) -> int:
 
 
 def _check_same_classes(unet: UNet2DModel, classifier: NoisyImageClassifier) -> None:
-    num_class_embeds = unet.config.num_class_embeds
-    if num_class_embeds not in (None, classifier.config.num_classes):
+    num_class_embeds, num_classes = unet.config.num_class_embeds, classifier.config["num_classes"]
+    if num_class_embeds not in (None, num_classes):
         raise ValueError(
             f"`unet_checkpoint` knows {num_class_embeds} classes and `classifier_checkpoint` "
-            f"{classifier.config.num_classes}, so they are not a pair."
+            f"{num_classes}, so they are not a pair."
         )
 
 

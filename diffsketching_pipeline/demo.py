@@ -266,7 +266,7 @@ class Studio:
             ValueError: as [`DiffSketchingEditPipeline`] does, or for a request that is out of bounds.
         """
         _check_counts(num_images, seed)
-        settings = {"strength": strength}
+        settings: dict[str, Any] = {"strength": strength}
 
         def sample(on_step_end: Callable) -> Photos:
             out = self._edit_pipe(

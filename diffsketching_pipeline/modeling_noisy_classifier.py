@@ -316,7 +316,7 @@ class NoisyImageClassifier(ModelMixin, ConfigMixin):
         Raises:
             ValueError: if `sample` has another shape than `(batch_size, in_channels, sample_size, sample_size)`.
         """
-        expected = (self.config.in_channels, self.config.sample_size, self.config.sample_size)
+        expected = tuple(self.config[name] for name in ("in_channels", "sample_size", "sample_size"))
         if tuple(sample.shape[1:]) != expected:
             raise ValueError(f"`sample` must be [batch, {str(expected)[1:-1]}] but has shape {tuple(sample.shape)}.")
 

@@ -146,10 +146,10 @@ class PhotoSketcher(ModelMixin, ConfigMixin):
         Raises:
             ValueError: if `pixel_values` has another number of dimensions or channels, or a side under 8 pixels.
         """
-        shape = tuple(pixel_values.shape)
-        if len(shape) != 4 or shape[1] != self.config.in_channels or min(shape[2:]) < MIN_SIDE:
+        shape, in_channels = tuple(pixel_values.shape), self.config["in_channels"]
+        if len(shape) != 4 or shape[1] != in_channels or min(shape[2:]) < MIN_SIDE:
             raise ValueError(
-                f"`pixel_values` must be [batch, {self.config.in_channels}, height, width] with sides of at least "
+                f"`pixel_values` must be [batch, {in_channels}, height, width] with sides of at least "
                 f"{MIN_SIDE} pixels but has shape {shape}."
             )
 

@@ -20,12 +20,12 @@ import numbers
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Optional, Union
+from typing import TYPE_CHECKING, Any, Optional, TypeVar, Union
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DModel
+from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, UNet2DModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers import DDIMScheduler, PNDMScheduler, SchedulerMixin
@@ -92,8 +92,12 @@ _COMPONENT_CLASSES = {
 _DEFAULT_NUM_INFERENCE_STEPS = 50
 # Colours are settled in the first part of the guided steps; guided to the end, fabric would be painted flat.
 _COLOURED_SHARE = 0.6
-# A type checker takes the pipelines' methods from diffusers to be there; the class that is run has no base.
-_Base: Any = object
+# A type checker takes the methods of diffusers' pipelines to be there; the class that is run has no base.
+if TYPE_CHECKING:
+    _Base = DiffusionPipeline
+else:
+    _Base = object
+_Pipeline = TypeVar("_Pipeline", bound="DiffSketchingMixin")
 # Settings beside the number of steps, η and the scales for which a checkpoint may recommend a value in [0, 1].
 _RECOMMENDED_SHARES = ("sketch_abstraction", "class_mixture")
 
@@ -223,7 +227,20 @@ class DiffSketchingMixin(_Base):
             Photos to the latents that `unet` denoises, and back. Without it x_t is in pixels.
     """
 
-    model_cpu_offload_seq = "sketch_encoder->classifier->sketcher->image_encoder->unet->vae"
+    if TYPE_CHECKING:
+        # In diffusers any name is an attribute, because each might be one of the config.
+        __getattr__: None  # type: ignore[misc, assignment]
+
+    unet: UNet2DModel
+    scheduler: SchedulerMixin
+    # Each may be `None`; no type checker can follow what says that it is there.
+    classifier: Any
+    sketcher: Any
+    sketch_encoder: Any
+    image_encoder: Any
+    vae: Any
+
+    model_cpu_offload_seq = "sketch_encoder->classifier->sketcher->image_encoder->unet->vae"  # type: ignore[assignment]
     _optional_components = ["classifier", "sketcher", "sketch_encoder", "image_encoder", "vae"]
     _callback_tensor_inputs = ["latents", "noise_pred", "pred_original_sample"]
 
@@ -266,7 +283,7 @@ class DiffSketchingMixin(_Base):
         self._interrupt = False
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+    def from_pretrained(cls: type[_Pipeline], pretrained_model_name_or_path, **kwargs: Any) -> _Pipeline:
         """
         [`DiffusionPipeline.from_pretrained`] of a folder or a hub id, checked first, and in float32 for every component
         unless a dtype is given.
@@ -313,7 +330,7 @@ class DiffSketchingMixin(_Base):
         check_checkpoint(folder, where=pretrained_model_name, passed=kwargs, variant=kwargs.get("variant"))
         return folder
 
-    def save_pretrained(self, save_directory, safe_serialization: bool = True, **kwargs):
+    def save_pretrained(self, save_directory, safe_serialization: bool = True, **kwargs):  # type: ignore[override]
         """
         [`DiffusionPipeline.save_pretrained`], with a list of sha256 sums that `from_pretrained` verifies.
 
@@ -332,7 +349,7 @@ class DiffSketchingMixin(_Base):
         write_manifest(save_directory)
 
     @classmethod
-    def from_pipe(cls, pipeline, **kwargs):
+    def from_pipe(cls: type[_Pipeline], pipeline, **kwargs: Any) -> _Pipeline:
         """
         [`DiffusionPipeline.from_pipe`], sharing components as they are: each in its own dtype unless one is given.
 

@@ -233,7 +233,7 @@ def autoencoder_losses(
     """The least-squares GAN's loss of the discriminator (Mao et al., 2017), if there is one, then the autoencoder's."""
     network = load_perceptual_network(args.perceptual_network)
     if network is not None:
-        network = network.to(trainer.accelerator.device, memory_format=torch.channels_last)
+        network = network.to(trainer.accelerator.device).to(memory_format=torch.channels_last)
 
     def gan_share() -> float:
         """0 before `gan_start_step`, 1 from `gan_ramp_steps` later on."""

@@ -256,7 +256,8 @@ def main(args: ClassifierTrainingArguments) -> None:
     check_classifier_arguments(args)
     root = resolve_data_dir(args)
     options: dict[str, Any] = {"contours": "none", "color_jitter": args.color_jitter}
-    dataset_class, vae = PhotoSketchDataset, None
+    dataset_class: type[PhotoSketchDataset] | type[LatentDataset] = PhotoSketchDataset
+    vae = None
     if args.pretrained_vae_model_name_or_path is not None:
         dataset_class, vae = LatentDataset, load_vae(args.pretrained_vae_model_name_or_path)
         options |= {"vae": vae, "crops_per_photo": args.crops_per_photo}

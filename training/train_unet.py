@@ -235,7 +235,8 @@ def load_unet(
             f"one for none), but {path!r} has {unet.config.num_class_embeds}."
         )
     if not os.path.isfile(os.path.join(path, "config.json")):
-        labels = DiffusionPipeline.load_config(path).get("id2label")
+        config: Any = DiffusionPipeline.load_config(path)
+        labels = config.get("id2label")
         if labels and {int(key): label for key, label in labels.items()} != id2label:
             raise ValueError(f"`pretrained_model_name_or_path` {path!r} has the classes {list(labels.values())}.")
         pretrained = DDIMScheduler.load_config(path, subfolder="scheduler")

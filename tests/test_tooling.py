@@ -1,0 +1,40 @@
+# Copyright 2026 The DiffSketching Pipeline Authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The project's settings of mypy let it see through the names that matter."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+
+ROOT = Path(__file__).parents[1]
+SNIPPET = """
+from data import bounding_box
+from diffsketching_pipeline import DiffSketchingEditPipeline, DiffSketchingPipeline
+
+pipe = DiffSketchingPipeline.from_pretrained("x")
+pipe.prepare_sketches(3)
+pipe.prepare_sketchez(3)  # refused: "DiffSketchingPipeline" has no attribute "prepare_sketchez"
+pipe.to("cpu").prepare_sketchez(3)  # refused: "DiffSketchingPipeline" has no attribute "prepare_sketchez"
+edit = DiffSketchingEditPipeline.from_pipe(pipe)
+edit.prepare_region(None, None, 0.5)  # refused: Argument 2 to "prepare_region" of "DiffSketchingEditPipeline"
+edit.prepare_sketchez(3)  # refused: "DiffSketchingEditPipeline" has no attribute "prepare_sketchez"
+edit.enable_model_cpu_offload()
+edit.unet.forward, edit.config["id2label"]
+bounding_box(3)  # refused: Argument 1 to "bounding_box" has incompatible type "int"
+"""
+
+
+def test_mypy_refuses_what_the_pipelines_and_the_training_files_do_not_have(tmp_path):
+    path = tmp_path / "snippet.py"
+    path.write_text(SNIPPET)
+    command = [sys.executable, "-m", "mypy", "--config-file", "pyproject.toml", str(path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    found = dict(re.findall(r"snippet\.py:(\d+): error: (.*)", done.stdout))
+    refused = {
+        str(n): line.split("refused: ")[1] for n, line in enumerate(SNIPPET.splitlines(), 1) if "refused" in line
+    }
+    assert found.keys() == refused.keys(), done.stdout + done.stderr
+    for number, message in refused.items():
+        assert found[number].startswith(message)
