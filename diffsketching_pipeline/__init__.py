@@ -1,16 +1,4 @@
-# Copyright 2026 The DiffSketching Pipeline Authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """DiffSketching: sketch-conditioned image synthesis with diffusion models, as a diffusers pipeline extension.
 
 Importing this package is cheap: torch and diffusers are imported when the first public name is used.
@@ -39,7 +27,7 @@ _MODULES = {
     "SketchProcessor": "image_processor",
     "VectorSketch": "vector_sketch",
     "add_lora": "lora",
-    "bundled_checkpoint": "hub",
+    "bundled_checkpoint": "registry",
     "expand_unet_for_sketch": "convert_guided_diffusion",
     "export_pipeline": "hub",
     "fuse_lora": "lora",
@@ -50,6 +38,8 @@ _MODULES = {
     "save_lora": "lora",
     "unload_lora": "lora",
 }
+# They import diffusers when it is needed, and what is saved or loaded with it registers itself.
+_WITHOUT_DIFFUSERS = ("hub", "registry")
 __all__ = ["__version__", *sorted(_MODULES)]
 
 if TYPE_CHECKING:
@@ -58,7 +48,6 @@ if TYPE_CHECKING:
     from diffsketching_pipeline.guidance import ColourGuidanceCallback as ColourGuidanceCallback
     from diffsketching_pipeline.guidance import GuidanceCallback as GuidanceCallback
     from diffsketching_pipeline.guidance import SketchGuidanceCallback as SketchGuidanceCallback
-    from diffsketching_pipeline.hub import bundled_checkpoint as bundled_checkpoint
     from diffsketching_pipeline.hub import export_pipeline as export_pipeline
     from diffsketching_pipeline.hub import push_folder as push_folder
     from diffsketching_pipeline.hub import push_pipeline as push_pipeline
@@ -81,6 +70,7 @@ if TYPE_CHECKING:
         DiffSketchingInterpolationPipeline as DiffSketchingInterpolationPipeline,
     )
     from diffsketching_pipeline.pipeline_output import DiffSketchingPipelineOutput as DiffSketchingPipelineOutput
+    from diffsketching_pipeline.registry import bundled_checkpoint as bundled_checkpoint
     from diffsketching_pipeline.vector_sketch import VectorSketch as VectorSketch
     from diffsketching_pipeline.weights import interpolate_unets as interpolate_unets
 
@@ -88,9 +78,8 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    hub = importlib.import_module(f"{__name__}.hub")
-    if _MODULES[name] != "hub":
-        hub.register()
+    if _MODULES[name] not in _WITHOUT_DIFFUSERS:
+        importlib.import_module(f"{__name__}.registry").register()
     value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
     globals()[name] = value
     return value

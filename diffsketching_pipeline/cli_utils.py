@@ -16,8 +16,6 @@
 import hashlib
 import io
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
@@ -27,7 +25,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from diffsketching_pipeline import __version__
-from diffsketching_pipeline.files import weights_sha256
+from diffsketching_pipeline.files import write_file
+from diffsketching_pipeline.manifest import weights_sha256
 
 
 if TYPE_CHECKING:
@@ -350,20 +349,11 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Write beside `path` and rename, so that no reader ever sees half a file."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        write_file(path, content)
     except OSError as error:
+        if error.errno is None:
+            raise  # not by the operating system
         raise UserError(f"cannot write to '{path.parent}': {error.strerror}.") from error
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-        # mkstemp makes private files; a photo gets the permissions of any other new file.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 @contextmanager

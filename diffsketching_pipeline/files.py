@@ -1,39 +1,50 @@
-# Copyright 2026 The DiffSketching Pipeline Authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
-"""Folders that are written whole or not at all, and the list of sha256 sums that says what is in them."""
+# SPDX-License-Identifier: Apache-2.0
+"""Files and folders that are written whole or not at all: a reader never sees half of one, whenever the writer is killed."""
 
-import hashlib
-import json
 import os
-import re
-import tempfile
-from collections.abc import Iterable, Iterator
+import secrets
+import shutil
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
 
 
-# In the format of coreutils, so that `sha256sum --check SHA256SUMS` does it without this package.
-MANIFEST_NAME = "SHA256SUMS"
-# People edit these two on a hub, and nothing is loaded from them.
-_NOT_LISTED = (MANIFEST_NAME, "README.md", ".gitattributes")
-_MANIFEST_LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
-_MAX_MANIFEST_SIZE = 2**20
+@contextmanager
+def staged_file(path: str | os.PathLike, durable: bool = False) -> Iterator[Path]:
+    """
+    Yield a path beside `path` to write one file to. It takes the name `path`, over an older file, when the block ends, and is
+    removed when the block raises.
+
+    Args:
+        path: below a folder that exists.
+        durable: wait until the disk has it, for what must outlive a crash of the machine and not of the process alone.
+    """
+    path = Path(path)
+    # A name of its own, because two processes may write one file at the same time.
+    temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}.tmp")
+    try:
+        yield temporary
+        if durable:
+            _sync(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if durable:
+        _sync(path.parent)
+
+
+def write_file(path: str | os.PathLike, content: str | bytes, durable: bool = False) -> None:
+    """Write a file as [`staged_file`] does; text as UTF-8 with the line ends it has."""
+    with staged_file(path, durable) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def check_output_dir(output_dir: str | os.PathLike) -> None:
-    """Raises a `ValueError` unless `output_dir` is free: missing below an existing folder, or an empty folder."""
+    """
+    Raises:
+        ValueError: unless `output_dir` is free: missing below an existing folder, or an empty folder.
+    """
     output_dir = Path(output_dir)
     existing = next(path for path in (output_dir, *output_dir.parents) if path.exists())
     if not existing.is_dir() or (existing == output_dir and any(output_dir.iterdir())):
@@ -41,130 +52,51 @@ def check_output_dir(output_dir: str | os.PathLike) -> None:
 
 
 @contextmanager
-def staged_folder(output_dir: str | os.PathLike) -> Iterator[Path]:
+def staged_folder(output_dir: str | os.PathLike, replace: bool = False) -> Iterator[Path]:
     """
-    Yields an empty folder beside `output_dir` to write into. It takes the name `output_dir` when the block ends, and
-    is removed when the block raises, so `output_dir` is never half written.
-    """
-    check_output_dir(output_dir)
-    output_dir = Path(output_dir)
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}-") as temporary:
-        # One level down, because the temporary folder itself is readable by its owner only.
-        folder = Path(temporary) / output_dir.name
-        folder.mkdir()
-        yield folder
-        if output_dir.exists():
-            output_dir.rmdir()
-        folder.rename(output_dir)
-
-
-def is_inside(name: str) -> bool:
-    """Whether a file name that came with a checkpoint stays within its folder: relative, forward, no `..`."""
-    parts = PurePosixPath(name).parts
-    return bool(parts) and "\\" not in name and ":" not in name and parts[0] != "/" and ".." not in parts
-
-
-def sha256_of(path: str | os.PathLike) -> str:
-    """The sha256 sum of a file's content, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def weights_sha256(model: Any) -> str:
-    """The sha256 sum of a `torch.nn.Module`'s weights as float32, whatever file they came from, in hexadecimal."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def listed_files(folder: str | os.PathLike) -> list[str]:
-    """What belongs into the manifest of a folder: all its files but the hidden, the README and the manifest itself."""
-    names = [path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if path.is_file()]
-    return sorted(n for n in names if n not in _NOT_LISTED and not any(p.startswith(".") for p in n.split("/")))
-
-
-def write_manifest(folder: str | os.PathLike) -> Path:
-    """Writes `SHA256SUMS` into a folder, over an older one, and returns its path."""
-    lines = [f"{sha256_of(Path(folder, name))}  {name}\n" for name in listed_files(folder)]
-    path = Path(folder, MANIFEST_NAME)
-    temporary = path.with_name(f".{MANIFEST_NAME}.tmp")
-    temporary.write_text("".join(lines), encoding="utf-8", newline="\n")
-    os.replace(temporary, path)
-    return path
-
-
-def forget_origins(folder: str | os.PathLike) -> None:
-    """
-    Removes from all configs in a folder the path that each was loaded from, which means nothing elsewhere and may tell
-    whose it was.
-    """
-    for path in Path(folder).rglob("*.json"):
-        config = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(config, dict) and config.pop("_name_or_path", None) is not None:
-            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def parse_manifest(text: str, where: str) -> dict[str, str]:
-    """
-    The sha256 sum of each file that a manifest lists.
-
-    Raises:
-        ValueError: for a line of another form, a file listed twice, or a name that leads out of the folder.
-    """
-    sums: dict[str, str] = {}
-    for number, line in enumerate(text.splitlines(), 1):
-        match = _MANIFEST_LINE.fullmatch(line)
-        if match is None or match[2] in sums:
-            raise ValueError(f"{where}: line {number} of {MANIFEST_NAME} is not a sum and the name of another file.")
-        if not is_inside(match[2]):
-            raise ValueError(f"{where}: {MANIFEST_NAME} lists {match[2]!r}, which leads out of the folder.")
-        sums[match[2]] = match[1]
-    return sums
-
-
-def read_manifest(folder: str | os.PathLike, where: str) -> dict[str, str] | None:
-    """The manifest of a folder, or `None` if it has none; raises as [`parse_manifest`]."""
-    path = Path(folder, MANIFEST_NAME)
-    if not path.is_file():
-        return None
-    if path.stat().st_size > _MAX_MANIFEST_SIZE:
-        raise ValueError(f"{where}: {MANIFEST_NAME} has more than {_MAX_MANIFEST_SIZE} bytes, which no list needs.")
-    try:
-        return parse_manifest(path.read_text(encoding="utf-8"), where)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: {MANIFEST_NAME} is not text.") from error
-
-
-def check_manifest(folder: str | os.PathLike, names: Iterable[str], where: str) -> None:
-    """
-    Compares files with the manifest of their folder, if it has one.
+    Yield an empty folder beside `output_dir` to write into. It takes the name `output_dir` when the block ends and the disk
+    has all of it, and is removed when the block raises.
 
     Args:
-        folder: what the names are relative to.
-        names: the files that are about to be used.
-        where: what the folder is called in errors.
+        output_dir: a folder that is free, see [`check_output_dir`].
+        replace: put it in the place of a folder that is not free.
 
     Raises:
-        ValueError: for a file that the manifest does not list, or whose content is not the one listed.
+        ValueError: `output_dir` is in use and not to be replaced.
     """
-    sums = read_manifest(folder, where)
-    if sums is None:
-        return
-    for name in names:
-        if name not in sums:
-            raise ValueError(
-                f"{where}: `{name}` is not in {MANIFEST_NAME}, so it was added later: remove it, or write the list again"
-                " if you added it yourself (`diffsketching_pipeline.files.write_manifest`)."
-            )
-        if sha256_of(Path(folder, name)) != sums[name]:
-            raise ValueError(
-                f"{where}: `{name}` is not the file that {MANIFEST_NAME} lists, so it was damaged or changed: fetch it"
-                " again, or write the list again if you changed it yourself"
-                " (`diffsketching_pipeline.files.write_manifest`)."
-            )
+    output_dir = Path(output_dir)
+    if not replace:
+        check_output_dir(output_dir)
+    # What is replaced has one writer, and what it left behind when it was killed is removed by the next run.
+    name = f".{output_dir.name}" if replace else f".{output_dir.name}-{secrets.token_hex(4)}"
+    temporary = output_dir.with_name(f"{name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        commit_folder(temporary, output_dir)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def commit_folder(written: Path, path: Path) -> None:
+    """Wait until the disk has all of the folder `written`, then give it the name `path`, in the place of an older one."""
+    for entry in (*written.rglob("*"), written):
+        _sync(entry)
+    replaced = path.with_name(f".{path.name}.old")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if path.exists():
+        path.rename(replaced)
+    written.rename(path)
+    _sync(path.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    if os.name == "nt":
+        return  # which syncs only what is open for writing
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -23,8 +23,13 @@ from pathlib import Path
 
 _PACKAGE = __package__
 # It registers the installed package with diffusers, so a file that stands for the package has no use for it.
-_LEFT_OUT = ("hub",)
+_LEFT_OUT = ("registry",)
 _LINE_LENGTH = 119
+_LICENCE = """\
+# Copyright 2026 The DiffSketching Pipeline Authors.
+# SPDX-License-Identifier: Apache-2.0
+# http://www.apache.org/licenses/LICENSE-2.0
+"""
 
 
 @dataclass
@@ -49,10 +54,9 @@ def flatten_modules(names: Iterable[str], description: str) -> str:
     flattened = _Flattened()
     for name in names:
         _add_module(flattened, name)
-    licence = _read("flatten").split('"""', 1)[0]
     docstring = "\n".join(textwrap.wrap(description, _LINE_LENGTH))
     body = "\n\n\n".join(flattened.parts)
-    return f'{licence}"""{docstring}"""\n\n{_import_block(flattened.imports)}\n\n\n{body}\n'
+    return f'{_LICENCE}"""{docstring}"""\n\n{_import_block(flattened.imports)}\n\n\n{body}\n'
 
 
 def _read(name: str) -> str:

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Where this package meets diffusers' registries and hubs, and where the bundled checkpoint lies."""
+"""Checkpoints that load anywhere, and their way to a hub."""
 
 import importlib
 import os
@@ -22,67 +22,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffsketching_pipeline.files import (
+from diffsketching_pipeline.files import check_output_dir, staged_folder
+from diffsketching_pipeline.manifest import (
     MANIFEST_NAME,
     check_manifest,
-    check_output_dir,
     forget_origins,
     listed_files,
     parse_manifest,
-    staged_folder,
     write_manifest,
 )
+from diffsketching_pipeline.registry import COMPONENT_METHODS
 
 
 if TYPE_CHECKING:
     from diffsketching_pipeline.pipeline_diffsketching import DiffSketchingPipeline
 
-_CUSTOM_COMPONENTS = {
-    "NoisyImageClassifier": ["save_pretrained", "from_pretrained"],
-    "PhotoSketcher": ["save_pretrained", "from_pretrained"],
-}
 _MODEL_MODULES = ("modeling_noisy_classifier", "modeling_photo_sketcher")
 # What a checkpoint consists of; anything else in a folder is not for publication.
 _PUBLISHED_SUFFIXES = (".json", ".md", ".png", ".py", ".safetensors", ".txt")
 _PUBLISHED_NAMES = (MANIFEST_NAME, "LICENSE", "NOTICE")
-
-
-def register() -> None:
-    """
-    Make diffusers save and load this package's components by name, from a folder or a hub, without remote code.
-
-    Called when the first public class is imported; calling it again changes nothing. The names it touches are not
-    public in diffusers: if a release moves them, a warning says so and only loading by `DiffusionPipeline` is lost.
-    """
-    package = sys.modules[__package__]
-    try:
-        loading_utils = importlib.import_module("diffusers.pipelines.pipeline_loading_utils")
-        loading_utils.LOADABLE_CLASSES[__package__] = dict(_CUSTOM_COMPONENTS)
-        # The saver is looked up in the first of these, the loader in the second.
-        loading_utils.ALL_IMPORTABLE_CLASSES.update(_CUSTOM_COMPONENTS)
-        setattr(importlib.import_module("diffusers.pipelines"), __package__, package)
-    except (ImportError, AttributeError, TypeError) as error:
-        import warnings
-
-        warnings.warn(
-            f"This diffusers keeps its registries elsewhere ({error}): checkpoints with a classifier or a sketcher may not"
-            " load. Use a diffusers version that diffsketching_pipeline was tested with.",
-            stacklevel=2,
-        )
-
-
-def bundled_checkpoint(name: str = "garments-64") -> str:
-    """
-    Folder of a checkpoint that is installed with this package, for `from_pretrained`.
-
-    Raises:
-        ValueError: if there is none of that name; lists those that there are.
-    """
-    folder = Path(__file__).parent / "checkpoints"
-    if not (folder / name / "model_index.json").is_file():
-        available = sorted(path.parent.name for path in folder.glob("*/model_index.json"))
-        raise ValueError(f"`name` has to be one of the bundled checkpoints {available} but is {name!r}.")
-    return str(folder / name)
 
 
 def export_pipeline(
@@ -143,7 +101,7 @@ def export_pipeline(
         # diffusers copies local files of components into one folder, so two of one name have to be equal.
         models = flatten_modules(_MODEL_MODULES, f"Models of this checkpoint, {origin}")
         for name, component in pipe.components.items():
-            if type(component).__name__ in _CUSTOM_COMPONENTS:
+            if type(component).__name__ in COMPONENT_METHODS:
                 (folder / name / f"{__package__}.py").write_text(models, encoding="utf-8")
         (folder / "README.md").write_text(card, encoding="utf-8")
         (folder / "NOTICE").write_text(_notice(version, notices), encoding="utf-8")

@@ -1,16 +1,4 @@
-# Copyright 2026 The DiffSketching Pipeline Authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """Low-rank adapters for a `UNet2DModel` (LoRA, Hu et al., 2022), which diffusers has for other UNets only.
 
 An adapter is a few megabytes beside the weights that it changes. Needs `pip install peft`.
@@ -30,6 +18,8 @@ from typing import Any
 import torch
 from diffusers import UNet2DModel
 from safetensors.torch import load_file, save_file
+
+from diffsketching_pipeline.files import staged_file, write_file
 
 
 LORA_CONFIG_NAME = "lora_config.json"
@@ -131,11 +121,9 @@ def save_lora(unet: UNet2DModel, folder: str | os.PathLike) -> None:
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.cpu().contiguous() for name, tensor in lora_state_dict(unet).items()}
-    temporary = path / f".{LORA_WEIGHTS_NAME}.tmp"
-    save_file(state, temporary, metadata={"format": "pt"})
-    os.replace(temporary, path / LORA_WEIGHTS_NAME)
-    settings = json.dumps(unet._lora_settings, indent=2) + "\n"
-    (path / LORA_CONFIG_NAME).write_text(settings, encoding="utf-8")
+    with staged_file(path / LORA_WEIGHTS_NAME, durable=True) as temporary:
+        save_file(state, temporary, metadata={"format": "pt"})
+    write_file(path / LORA_CONFIG_NAME, json.dumps(unet._lora_settings, indent=2) + "\n")
 
 
 def load_lora(unet: UNet2DModel, folder: str | os.PathLike) -> UNet2DModel:

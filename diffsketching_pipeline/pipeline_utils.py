@@ -1,16 +1,4 @@
-# Copyright 2026 The DiffSketching Pipeline Authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """What the three pipelines share: components, checks, conditioning, guidance, the loop and the inversion."""
 
 import difflib
@@ -47,7 +35,6 @@ from diffsketching_pipeline.denoising import (
     predict_noise,
     sampling_scheduler,
 )
-from diffsketching_pipeline.files import forget_origins, write_manifest
 from diffsketching_pipeline.guidance import (
     ClassifierGuidanceCallback,
     ColourGuidanceCallback,
@@ -59,7 +46,6 @@ from diffsketching_pipeline.guidance import (
     gradient_mode,
     is_guided_step,
 )
-from diffsketching_pipeline.hub import register
 from diffsketching_pipeline.image_processor import (
     SketchProcessor,
     enclosed_area,
@@ -69,9 +55,11 @@ from diffsketching_pipeline.image_processor import (
     preprocess_mask,
     preprocess_photos,
 )
+from diffsketching_pipeline.manifest import forget_origins, write_manifest
 from diffsketching_pipeline.modeling_noisy_classifier import NoisyImageClassifier
 from diffsketching_pipeline.modeling_photo_sketcher import PhotoSketcher
 from diffsketching_pipeline.pipeline_output import DiffSketchingPipelineOutput
+from diffsketching_pipeline.registry import register
 from diffsketching_pipeline.verification import check_checkpoint, fetch_manifest
 
 

@@ -1,16 +1,4 @@
-# Copyright 2026 The DiffSketching Pipeline Authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """What a checkpoint has to be before anything of it is loaded: whole, unaltered, without pickles, of sane sizes."""
 
 import importlib
@@ -28,7 +16,7 @@ from huggingface_hub import _CACHED_NO_EXIST, constants, hf_hub_download, try_to
 from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
 from transformers import PreTrainedModel
 
-from diffsketching_pipeline.files import MANIFEST_NAME, check_manifest
+from diffsketching_pipeline.manifest import MANIFEST_NAME, check_manifest
 from diffsketching_pipeline.modeling_noisy_classifier import NoisyImageClassifier
 from diffsketching_pipeline.modeling_photo_sketcher import PhotoSketcher
 

@@ -34,8 +34,8 @@ from diffsketching_pipeline import (
     export_pipeline,
     fuse_lora,
 )
-from diffsketching_pipeline.files import read_manifest
 from diffsketching_pipeline.flatten import flatten_modules
+from diffsketching_pipeline.manifest import read_manifest
 
 
 def measurement(title, value, interval=None, reason=None):
@@ -149,13 +149,13 @@ def test_modules_that_do_not_fit_into_one_file_are_refused(tmp_path, monkeypatch
         "other": "from diffsketching_pipeline.one import SIZE\n\n\ndef SIZE():\n    pass\n",
         "imports": "from os import path as math\n",
         "renames": "from diffsketching_pipeline.one import SIZE as size\n",
-        "uses": "from diffsketching_pipeline.hub import register\n\nagain = register\n",
-        "calls": '"""Text."""\n\nfrom diffsketching_pipeline.hub import register\n\nregister()\nDONE = True\n',
-        "flatten": '# Licence\n"""Text."""\n',
+        "uses": "from diffsketching_pipeline.registry import register\n\nagain = register\n",
+        "calls": '"""Text."""\n\nfrom diffsketching_pipeline.registry import register\n\nregister()\nDONE = True\n',
     }
     monkeypatch.setattr(flatten, "_read", sources.__getitem__)
     assert (
-        flatten_modules(["one", "same"], "Joined.") == '# Licence\n"""Joined."""\n\nimport math\n\n\nSIZE = 1\n\n\n\n'
+        flatten_modules(["one", "same"], "Joined.")
+        == flatten._LICENCE + '"""Joined."""\n\nimport math\n\n\nSIZE = 1\n\n\n\n'
     )
     assert flatten_modules(["calls"], "Joined.").endswith("\nDONE = True\n")
     for name, message in {

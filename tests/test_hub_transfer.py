@@ -29,7 +29,7 @@ from hub_server import OTHER_TOKEN, READ_TOKEN, WRITE_TOKEN, HubServer
 from safetensors.numpy import save
 from test_hub_load_matrix import run_client
 
-from diffsketching_pipeline.files import write_manifest
+from diffsketching_pipeline.manifest import write_manifest
 
 
 ROOT = Path(__file__).parents[1]

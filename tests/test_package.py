@@ -1,16 +1,4 @@
-# Copyright 2026 The DiffSketching Pipeline Authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 import copy
 import subprocess
 import sys
@@ -20,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import diffsketching_pipeline
-from diffsketching_pipeline import hub
+from diffsketching_pipeline import registry
 
 
 ROOT = Path(__file__).parents[1]
@@ -87,7 +75,7 @@ def test_registering_again_changes_nothing():
     before = copy.deepcopy((pipeline_loading_utils.LOADABLE_CLASSES, pipeline_loading_utils.ALL_IMPORTABLE_CLASSES))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        hub.register()
+        registry.register()
     assert before == (pipeline_loading_utils.LOADABLE_CLASSES, pipeline_loading_utils.ALL_IMPORTABLE_CLASSES)
     assert diffusers.pipelines.diffsketching_pipeline is diffsketching_pipeline
 
@@ -97,11 +85,11 @@ def test_a_diffusers_without_these_registries_is_warned_of(monkeypatch):
 
     monkeypatch.delattr(pipeline_loading_utils, "LOADABLE_CLASSES")
     with pytest.warns(UserWarning, match="This diffusers keeps its registries elsewhere"):
-        hub.register()
+        registry.register()
 
 
 def test_an_unknown_bundled_checkpoint_is_refused():
     with pytest.raises(
         ValueError, match=r"`name` has to be one of the bundled checkpoints \[.*\] but is 'trousers-9'"
     ):
-        hub.bundled_checkpoint("trousers-9")
+        registry.bundled_checkpoint("trousers-9")

@@ -1,4 +1,3 @@
-# Copyright 2026 The DiffSketching Pipeline Authors.
 # SPDX-License-Identifier: Apache-2.0
 """The project's settings of mypy let it see through the names that matter."""
 

@@ -88,7 +88,7 @@ from trainer import argument
 from transformers import PreTrainedModel
 
 from diffsketching_pipeline import DiffSketchingPipeline, SketchProcessor
-from diffsketching_pipeline.files import weights_sha256
+from diffsketching_pipeline.manifest import weights_sha256
 
 
 REDRAWN_MARGIN = 1 / 6

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoModelForImageClassification
 
-from diffsketching_pipeline.files import weights_sha256
+from diffsketching_pipeline.manifest import weights_sha256
 
 
 INCEPTION_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"

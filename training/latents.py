@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 from trainer import load_pretrained
 
 from diffsketching_pipeline.autoencoding import encode_photos, get_scale_factor
-from diffsketching_pipeline.files import weights_sha256
+from diffsketching_pipeline.manifest import weights_sha256
 
 
 _LATENTS_VERSION = "latents-1"

@@ -45,7 +45,7 @@ from scipy import ndimage
 from skimage.morphology import disk
 from tqdm.auto import tqdm
 
-from diffsketching_pipeline.files import is_inside
+from diffsketching_pipeline.manifest import is_inside
 
 
 FORMAT = "packed-photos-1"

@@ -22,7 +22,7 @@ from train_unet import UNetTrainingArguments, check_unet_arguments, make_unet
 from trainer import parse_args
 
 from diffsketching_pipeline.autoencoding import encode_photos, get_scale_factor
-from diffsketching_pipeline.files import check_manifest, listed_files
+from diffsketching_pipeline.manifest import check_manifest, listed_files
 
 
 FOLDER = TRAINING / "checkpoints" / "garments-256"
