@@ -104,7 +104,7 @@ def one_setting(args: argparse.Namespace, options: dict[str, Any]) -> dict[str, 
                 pipe.scheduler,
                 batch,
                 finetune_args,
-                pipe.classifier,
+                pipe.components,
                 pipe.null_class,
             )
             value = loss(pred, batch["pixel_values"], batch["sketch"]).loss.mean()

@@ -33,7 +33,8 @@ from diffusers import DDIMScheduler, UNet2DModel
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from diffsketching_pipeline import DiffSketchingPipeline, NoisyImageClassifier, PhotoSketcher, bundled_checkpoint
-from diffsketching_pipeline.denoising import Conditioning, predict_noise
+from diffsketching_pipeline.conditioning import Conditioning
+from diffsketching_pipeline.guidance import GuidedPredictor
 
 
 CALLS: dict[str, dict[str, float]] = {
@@ -251,7 +252,8 @@ def measure_batched_guidance(pipe: DiffSketchingPipeline, args: argparse.Namespa
 
     def predict(sketch: torch.Tensor | None, scale: float = 1.0) -> torch.Tensor:
         conditioning = Conditioning(labels, sketch)
-        return predict_noise(pipe.unet, pipe.unet.config, pipe.scheduler, latents, timestep, conditioning, scale)[0]
+        told = (pipe.unet, pipe.unet.config, pipe.scheduler, conditioning)
+        return GuidedPredictor(*told, sketch_guidance_scale=scale, clip_sample=True)(latents, timestep).noise_pred
 
     def separate() -> torch.Tensor:
         null = predict(None)

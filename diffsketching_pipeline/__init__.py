@@ -28,10 +28,10 @@ _MODULES = {
     "VectorSketch": "vector_sketch",
     "add_lora": "lora",
     "bundled_checkpoint": "registry",
-    "expand_unet_for_sketch": "convert_guided_diffusion",
+    "expand_unet_for_sketch": "unet_surgery",
     "export_pipeline": "hub",
     "fuse_lora": "lora",
-    "interpolate_unets": "weights",
+    "interpolate_unets": "unet_surgery",
     "load_lora": "lora",
     "push_folder": "hub",
     "push_pipeline": "hub",
@@ -43,7 +43,6 @@ _WITHOUT_DIFFUSERS = ("hub", "registry")
 __all__ = ["__version__", *sorted(_MODULES)]
 
 if TYPE_CHECKING:
-    from diffsketching_pipeline.convert_guided_diffusion import expand_unet_for_sketch as expand_unet_for_sketch
     from diffsketching_pipeline.guidance import ClassifierGuidanceCallback as ClassifierGuidanceCallback
     from diffsketching_pipeline.guidance import ColourGuidanceCallback as ColourGuidanceCallback
     from diffsketching_pipeline.guidance import GuidanceCallback as GuidanceCallback
@@ -71,8 +70,9 @@ if TYPE_CHECKING:
     )
     from diffsketching_pipeline.pipeline_output import DiffSketchingPipelineOutput as DiffSketchingPipelineOutput
     from diffsketching_pipeline.registry import bundled_checkpoint as bundled_checkpoint
+    from diffsketching_pipeline.unet_surgery import expand_unet_for_sketch as expand_unet_for_sketch
+    from diffsketching_pipeline.unet_surgery import interpolate_unets as interpolate_unets
     from diffsketching_pipeline.vector_sketch import VectorSketch as VectorSketch
-    from diffsketching_pipeline.weights import interpolate_unets as interpolate_unets
 
 
 def __getattr__(name: str) -> Any:

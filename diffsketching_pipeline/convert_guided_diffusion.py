@@ -34,6 +34,7 @@ from safetensors.torch import load_file
 
 from diffsketching_pipeline.files import check_output_dir, staged_folder
 from diffsketching_pipeline.modeling_noisy_classifier import NoisyImageClassifier
+from diffsketching_pipeline.unet_surgery import expand_unet_for_sketch
 
 
 logger = logging.get_logger(__name__)
@@ -328,41 +329,6 @@ def convert_classifier_checkpoint(
     classifier, architecture = _classifier_of_flags(flags, _file_classes(state_dict, "out.2.c_proj.weight"))
     layout = [*_encoder_layout(architecture), ("pool", "out.2", "pool")]
     return _load_converted(classifier, state_dict, layout, architecture, "classifier")
-
-
-def expand_unet_for_sketch(unet: UNet2DModel, scale_factor: int = 1, sketch_abstraction: bool = False) -> UNet2DModel:
-    """
-    A copy of a UNet of x_t alone that takes a sketch in further input channels and computes exactly what it did, whatever
-    they hold, because the new weights are zero: where fine-tuning on sketches starts.
-
-    Args:
-        unet: A `UNet2DModel` with 3 input channels, or with those of the latents of an autoencoder; it is not changed.
-        scale_factor: f, the autoencoder's pixels per latent along a side; 1 without one. The sketch takes f² channels.
-        sketch_abstraction: whether one more is added, for the plane of `sketch_abstraction`.
-
-    Returns:
-        A new `UNet2DModel` with f² or f² + 1 more input channels (4 in all for pixels), with the data type, device and
-        train/eval mode of `unet`.
-
-    Raises:
-        ValueError: if `unet` has another number of input channels.
-    """
-    channels, out_channels = unet.config.in_channels, unet.config.out_channels
-    if scale_factor == 1 and channels != 3:
-        raise ValueError(f"`unet` must have 3 input channels but has {channels}.")
-    if out_channels not in (channels, 2 * channels):
-        raise ValueError(
-            f"`unet` must take x_t alone, as many channels as it predicts ({out_channels}, or half of them with a learned"
-            f" variance), but got `in_channels={channels}`."
-        )
-    added = scale_factor**2 + sketch_abstraction
-    with torch.device("meta"):
-        expanded = UNet2DModel.from_config(unet.config, in_channels=channels + added)
-    state_dict = {name: tensor.detach().clone() for name, tensor in unet.state_dict().items()}
-    weight = state_dict["conv_in.weight"]
-    state_dict["conv_in.weight"] = torch.cat([weight, weight.new_zeros(len(weight), added, *weight.shape[2:])], dim=1)
-    expanded.load_state_dict(state_dict, strict=True, assign=True)
-    return expanded.train(unet.training)
 
 
 def read_checkpoint(path: str | os.PathLike, argument: str) -> dict[str, torch.Tensor]:

@@ -32,11 +32,11 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
 from diffsketching_pipeline.cli_utils import class_record, metadata, model_record, png, sampling_record, sketch_image
-from diffsketching_pipeline.denoising import sampling_scheduler
 from diffsketching_pipeline.image_processor import SketchProcessor
 from diffsketching_pipeline.pipeline_diffsketching import DiffSketchingPipeline
 from diffsketching_pipeline.pipeline_diffsketching_edit import DiffSketchingEditPipeline
 from diffsketching_pipeline.pipeline_diffsketching_interpolation import DiffSketchingInterpolationPipeline
+from diffsketching_pipeline.schedulers import sampling_scheduler
 
 
 # What one request may ask of a model that others wait for.

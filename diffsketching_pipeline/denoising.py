@@ -1,91 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guided noise prediction and the sampling loop: the one idea that generating, editing and training share.
+"""One noise prediction of a network, and the loops that use it: sampling and its inversion.
 
 Everything here works in ε whatever the network predicts, is differentiable (nothing is decorated `no_grad`) and takes
-the network as a callable beside its configuration, so that a wrapped network (DDP, `torch.func.functional_call`) is
+the network as a callable and its configuration separately, so that a wrapped network (DDP, `torch.func.functional_call`) is
 called through its wrapper.
 """
 
-import copy
-import inspect
-import numbers
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from diffusers import (
-    DDIMScheduler,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    PNDMScheduler,
-    UniPCMultistepScheduler,
-)
+from diffusers import DDIMScheduler
 from torch.utils.checkpoint import checkpoint
 
-
-SUPPORTED_SCHEDULERS = (
-    DDIMScheduler,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    UniPCMultistepScheduler,
-    PNDMScheduler,
+from diffsketching_pipeline.conditioning import Conditioning
+from diffsketching_pipeline.schedulers import (
+    MIN_GUIDED_ALPHA_PROD,
+    ddim_inverse_step,
+    ddim_inverse_step_by_velocity,
+    get_alpha_prod,
+    scheduler_step,
 )
-# These two compute the previous timestep as `t - num_train_timesteps // num_inference_steps`, whatever the spacing.
-_FIXED_STRIDE_SCHEDULERS = (DDIMScheduler, PNDMScheduler)
-_SIGMA_OPTIONS = (
-    "use_karras_sigmas",
-    "use_exponential_sigmas",
-    "use_beta_sigmas",
-    "use_flow_sigmas",
-    "use_lu_lambdas",
-)
-_LEARNED_VARIANCE = ("learned", "learned_range")
-# Below this ᾱ_t (the last timestep of a cosine schedule) a change of ε moves x̂_0 by more than a thousand times itself,
-# so that the gradient of anything explodes there, and ε says next to nothing about x_0.
-_MIN_GUIDED_ALPHA_PROD = 1e-6
-
-
-@dataclass
-class Conditioning:
-    """
-    What the network is told about each of the `batch_size` images of a batch.
-
-    One prediction is made per row, and those of an image are averaged: a row is one of several drawings of an image, one
-    class of a mixture, or one end of an interpolation.
-
-    Args:
-        class_labels (`torch.LongTensor` of shape `[num_rows]`, *optional*):
-            Class index of each row; `None` for a network without classes.
-        sketch (`torch.Tensor` of shape `[num_rows, 1, height, width]`, *optional*):
-            Drawing of each row in pixels, -1 = stroke and +1 = paper; `None` for no drawing.
-        owner (`torch.LongTensor` of shape `[num_rows]`, *optional*):
-            Index of the image that each row belongs to, in any order; every image owns at least one. `None` when row `i`
-            belongs to image `i`.
-        null_class_labels (`torch.LongTensor` of shape `[batch_size]`, *optional*):
-            What classifier-free guidance puts in the place of `class_labels` where it withholds the drawing: the index
-            of "no class", so that it strengthens both, or of a class to move away from. `None` for a network without
-            it: the class then stays.
-        weights (`torch.Tensor` of shape `[num_rows, 1, 1, 1]` or `[num_rows, 1, height, width]`, *optional*):
-            Share of each row in its image's prediction, at each place of x_t maybe; those of an image sum to 1. `None` for
-            equal shares.
-        sketch_abstraction (`torch.Tensor` of shape `[num_rows]`, *optional*):
-            How far each drawing may be off, in [0, 1]: 0 is to be traced, 1 to be understood. `None` for 0; a network
-            without a plane for it ignores it.
-    """
-
-    class_labels: torch.Tensor | None = None
-    sketch: torch.Tensor | None = None
-    owner: torch.Tensor | None = None
-    null_class_labels: torch.Tensor | None = None
-    weights: torch.Tensor | None = None
-    sketch_abstraction: torch.Tensor | None = None
 
 
 class NoisePrediction(NamedTuple):
     """
-    The network's answer at one timestep, in one parametrisation.
+    Hold the network's answer at one timestep, in one parametrisation.
 
     Attributes:
         noise_pred: ε, `[batch_size, channels, height, width]`, consistent with `pred_original_sample`.
@@ -98,16 +39,11 @@ class NoisePrediction(NamedTuple):
     variance: torch.Tensor | None = None
 
 
-def get_alpha_prod(scheduler: Any, timestep: torch.Tensor | int, sample: torch.Tensor) -> torch.Tensor:
-    """ᾱ_t in float32, shaped to broadcast against `sample` `[batch_size, channels, height, width]`."""
-    return scheduler.alphas_cumprod.to(sample.device, torch.float32)[timestep].reshape(-1, 1, 1, 1)
-
-
 def split_model_output(
     model_output: torch.Tensor, sample: torch.Tensor, alpha_prod: torch.Tensor, prediction_type: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    (ε, x̂_0) of a network that predicts ε, v = sqrt(ᾱ) ε - sqrt(1-ᾱ) x_0 (Salimans & Ho, 2022) or x_0, at x_t = `sample`.
+    Return (ε, x̂_0) of a network that predicts ε, v = sqrt(ᾱ) ε - sqrt(1-ᾱ) x_0 (Salimans & Ho, 2022) or x_0, at x_t = `sample`.
 
     Raises:
         ValueError: if `prediction_type` is not `"epsilon"`, `"v_prediction"` or `"sample"`.
@@ -136,7 +72,7 @@ def predict_noise(
     clip_sample_range: float = 1.0,
 ) -> NoisePrediction:
     """
-    One noise prediction, guided by the drawing without a classifier: ε = ε(∅) + w (ε(s, y) - ε(∅)) (Ho & Salimans, 2022).
+    Return one noise prediction, guided by the drawing without a classifier: ε = ε(∅) + w (ε(s, y) - ε(∅)) (Ho & Salimans, 2022).
 
     ∅ is no drawing and, where the network knows "no class", no class either. Both predictions, and those of all rows of
     an image, come from one batched forward. x̂_0 is clipped if asked, and ε is always re-derived from the clipped x̂_0, as
@@ -237,7 +173,7 @@ def _merge_equal_rows(
 
 class UNetInputs(NamedTuple):
     """
-    Which channels a network takes beside x_t; see [`get_unet_inputs`].
+    Hold which channels a network takes in addition to x_t; see [`get_unet_inputs`].
 
     Attributes:
         sketch: channels of the folded drawing: f², or 0 for a network that takes none.
@@ -250,7 +186,7 @@ class UNetInputs(NamedTuple):
 
 def get_unet_inputs(in_channels: int, sample_channels: int, scale_factor: int = 1) -> UNetInputs:
     """
-    What a network with `in_channels` takes: c, c + f² or c + f² + 1 channels, for x_t, the drawing folded by
+    Return what a network with `in_channels` takes: c, c + f² or c + f² + 1 channels, for x_t, the drawing folded by
     `pixel_unshuffle(f)`, and one constant plane for how far the drawing may be off.
 
     Args:
@@ -278,7 +214,7 @@ def join_unet_inputs(
     sketch_abstraction: torch.Tensor | float = 0.0,
 ) -> torch.Tensor:
     """
-    x_t, the folded drawing and the plane of its abstraction, as a network that takes them expects.
+    Return x_t, the folded drawing and the plane of its abstraction, as a network that takes them expects.
 
     Args:
         sample (`torch.Tensor` of shape `[batch_size, c, height, width]`): x_t.
@@ -323,104 +259,6 @@ def _average_by_owner(
     return total.index_add(0, owner, values) / count.reshape(-1, 1, 1, 1)
 
 
-def check_scheduler(scheduler: Any, num_inference_steps: int) -> None:
-    """
-    Refuse a scheduler whose timesteps this package would misread.
-
-    Raises:
-        ValueError: for a class outside `SUPPORTED_SCHEDULERS`, a noise schedule in sigma space, dynamic thresholding,
-            a schedule that ends in pure noise (ᾱ = 0), a timestep spacing that the scheduler itself mis-steps on, or a
-            number of steps outside `[1, num_train_timesteps]`.
-    """
-    name = type(scheduler).__name__
-    if not isinstance(scheduler, SUPPORTED_SCHEDULERS):
-        supported = ", ".join(cls.__name__ for cls in SUPPORTED_SCHEDULERS)
-        raise ValueError(f"`scheduler` has to be one of {supported} but is {name}.")
-    config = scheduler.config
-    for option in _SIGMA_OPTIONS:
-        if config.get(option):
-            raise ValueError(f"`scheduler.config.{option}` is not supported: load the {name} with `{option}=False`.")
-    if config.get("thresholding"):
-        raise ValueError(
-            f"`scheduler.config.thresholding` is not supported: load the {name} with `thresholding=False`."
-        )
-    if float(scheduler.alphas_cumprod[-1]) <= 0:
-        raise ValueError(
-            "`scheduler` has ᾱ = 0 at its last timestep, where x_0 cannot be computed from ε: load it with"
-            " `rescale_betas_zero_snr=False`."
-        )
-    num_train_timesteps = config.num_train_timesteps
-    if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, numbers.Integral):
-        raise ValueError(f"`num_inference_steps` has to be an integer but is {num_inference_steps!r}.")
-    if not 1 <= num_inference_steps <= num_train_timesteps:
-        raise ValueError(
-            f"`num_inference_steps` has to be between 1 and {num_train_timesteps} but is {num_inference_steps}."
-        )
-    if isinstance(scheduler, _FIXED_STRIDE_SCHEDULERS):
-        spacing = config.timestep_spacing
-        if spacing == "linspace" or (spacing == "trailing" and num_train_timesteps % num_inference_steps):
-            raise ValueError(
-                f"{name} mis-steps with `timestep_spacing={spacing!r}` and `num_inference_steps={num_inference_steps}`:"
-                f" use 'leading' spacing, or 'trailing' with a number of steps that divides {num_train_timesteps}."
-            )
-    if isinstance(scheduler, PNDMScheduler) and not config.skip_prk_steps and num_inference_steps < 4:
-        raise ValueError(
-            f"`num_inference_steps={num_inference_steps}` is too few for the Runge-Kutta steps of {name}: use at least 4, or"
-            " load it with `skip_prk_steps=True`."
-        )
-
-
-def sampling_scheduler(scheduler: Any, num_inference_steps: int, device: torch.device | str | None = None) -> Any:
-    """
-    A copy of `scheduler` for one call, with its timesteps set, that steps from an ε which is already clipped and guided.
-
-    The copy keeps the noise schedule and the spacing, and does not clip again. The scheduler given is not changed.
-    """
-    check_scheduler(scheduler, num_inference_steps)
-    scheduler = copy.deepcopy(scheduler)
-    overrides = {"prediction_type": "epsilon", "clip_sample": False}
-    scheduler.register_to_config(**{key: value for key, value in overrides.items() if key in scheduler.config})
-    scheduler.set_timesteps(num_inference_steps, device=device)
-    return scheduler
-
-
-def scheduler_step_kwargs(
-    scheduler: Any, eta: float, generator: Sequence[torch.Generator] | torch.Generator | None
-) -> dict[str, Any]:
-    """
-    The arguments among `eta` and `generator` that this scheduler's `step` accepts.
-
-    Raises:
-        ValueError: if `eta` is not 0 and the scheduler has no such parameter.
-    """
-    accepted = inspect.signature(scheduler.step).parameters
-    if eta != 0.0 and "eta" not in accepted:
-        raise ValueError(f"`eta={eta}` needs a DDIMScheduler: {type(scheduler).__name__} has no `eta`.")
-    kwargs: dict[str, Any] = {"eta": eta} if "eta" in accepted else {}
-    if "generator" in accepted:
-        kwargs["generator"] = generator
-    return kwargs
-
-
-def scheduler_step(
-    scheduler: Any,
-    noise_pred: torch.Tensor,
-    timestep: torch.Tensor | int,
-    latents: torch.Tensor,
-    variance: torch.Tensor | None = None,
-    **step_kwargs: Any,
-) -> torch.Tensor:
-    """x_{t-1} from x_t and the final ε, for a scheduler made by [`sampling_scheduler`] (eq. 3 for DDIM with η = 0)."""
-    if isinstance(scheduler, DDPMScheduler) and scheduler.config.variance_type in _LEARNED_VARIANCE:
-        if variance is None:
-            raise ValueError(
-                f"`scheduler.config.variance_type={scheduler.config.variance_type!r}` needs a network that predicts its"
-                " variance: use 'fixed_small' or 'fixed_large' with this one."
-            )
-        noise_pred = torch.cat([noise_pred, variance], dim=1)
-    return scheduler.step(noise_pred, timestep, latents, **step_kwargs).prev_sample
-
-
 def denoise(
     scheduler: Any,
     predict: Callable[[torch.Tensor, torch.Tensor, int], NoisePrediction],
@@ -431,7 +269,7 @@ def denoise(
     truncate_backprop_steps: int | None = None,
 ) -> torch.Tensor:
     """
-    The sampling loop: predict, step, repeat. Differentiable as it stands, where gradients are recorded.
+    Run the sampling loop: predict, step, repeat. Differentiable as it stands, where gradients are recorded.
 
     Args:
         scheduler: made by [`sampling_scheduler`].
@@ -464,7 +302,7 @@ def denoise(
 
 def checkpointed(unet: Callable[..., Any]) -> Callable[..., Any]:
     """
-    `unet` with its activations recomputed in the backward pass, so that the memory of a chain of any length is that of
+    Return `unet` with its activations recomputed in the backward pass, so that the memory of a chain of any length is that of
     one step and the x_t in between (Chen et al., 2016). Guidance gradients stay outside of what is recomputed.
     """
 
@@ -472,56 +310,6 @@ def checkpointed(unet: Callable[..., Any]) -> Callable[..., Any]:
         return checkpoint(unet, *args, use_reentrant=False, **kwargs)
 
     return call
-
-
-def ddim_inverse_step(
-    scheduler: DDIMScheduler, noise_pred: torch.Tensor, timestep: torch.Tensor | int, latents: torch.Tensor
-) -> torch.Tensor:
-    """
-    x_t from x_{t-1} = `latents` and ε: the DDIM step (eq. 3) solved for its other end.
-
-    `timestep` is t, the noisier end, for a scheduler made by [`sampling_scheduler`].
-    """
-    alpha_prod, alpha_prod_prev = _step_alpha_prods(scheduler, timestep)
-    pred_original_sample = (latents - (1 - alpha_prod_prev).sqrt() * noise_pred) / alpha_prod_prev.sqrt()
-    return alpha_prod.sqrt() * pred_original_sample + (1 - alpha_prod).sqrt() * noise_pred
-
-
-def _ddim_inverse_step_by_velocity(
-    scheduler: DDIMScheduler, prediction: NoisePrediction, timestep: torch.Tensor | int, latents: torch.Tensor
-) -> torch.Tensor:
-    """
-    [`ddim_inverse_step`] with v = sqrt(ᾱ) ε - sqrt(1-ᾱ) x̂_0 held fixed in the place of ε: a DDIM step is a rotation by an
-    angle δ, x_{t-1} = cos δ x_t - sin δ v.
-    """
-    alpha_prod, alpha_prod_prev = _step_alpha_prods(scheduler, timestep)
-    sqrt_alpha, sqrt_beta = alpha_prod.sqrt(), (1 - alpha_prod).sqrt()
-    velocity = sqrt_alpha * prediction.noise_pred - sqrt_beta * prediction.pred_original_sample
-    sine = sqrt_beta * alpha_prod_prev.sqrt() - sqrt_alpha * (1 - alpha_prod_prev).sqrt()
-    cosine = sqrt_alpha * alpha_prod_prev.sqrt() + sqrt_beta * (1 - alpha_prod_prev).sqrt()
-    return (latents + sine * velocity) / cosine
-
-
-def forward_step(
-    scheduler: DDIMScheduler, noise: torch.Tensor, timestep: torch.Tensor | int, latents: torch.Tensor
-) -> torch.Tensor:
-    """
-    x_t from x_{t-1} = `latents` and fresh `noise`: a draw from q(x_t | x_{t-1}), which undoes a step at random (RePaint,
-    Lugmayr et al., 2022).
-
-    `timestep` is t, the noisier end, for a scheduler made by [`sampling_scheduler`].
-    """
-    alpha_prod, alpha_prod_prev = _step_alpha_prods(scheduler, timestep)
-    ratio = alpha_prod / alpha_prod_prev
-    return ratio.sqrt() * latents + (1 - ratio).sqrt() * noise
-
-
-def _step_alpha_prods(scheduler: DDIMScheduler, timestep: torch.Tensor | int) -> tuple[torch.Tensor, torch.Tensor]:
-    """ᾱ at both ends of the step from `timestep`."""
-    timestep = int(timestep)
-    previous = timestep - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
-    alpha_prod_prev = scheduler.alphas_cumprod[previous] if previous >= 0 else scheduler.final_alpha_cumprod
-    return scheduler.alphas_cumprod[timestep], alpha_prod_prev
 
 
 def invert(
@@ -533,7 +321,7 @@ def invert(
     on_step_end: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
     """
-    DDIM inversion: the noise from which [`denoise`] makes `latents` with the same arguments.
+    Invert the DDIM loop: return the noise from which [`denoise`] makes `latents` with the same arguments.
 
     The DDIM step that led to x_{t-1} used ε(x_t, t), which is not known before x_t is. Textbook inversion takes
     ε(x_{t-1}, t) instead, and is off by the step's curvature. x_t is the fixed point of x = g(x_{t-1}, ε(x, t)), with g
@@ -553,11 +341,13 @@ def invert(
     """
     for step_index in reversed(range(len(timesteps))):
         timestep, guess = timesteps[step_index], latents
-        is_noise = float(scheduler.alphas_cumprod[int(timestep)]) < _MIN_GUIDED_ALPHA_PROD
+        is_noise = float(scheduler.alphas_cumprod[int(timestep)]) < MIN_GUIDED_ALPHA_PROD
         for _ in range(num_fixed_point_iterations + 1):
             prediction = predict(guess, timestep, step_index)
             if is_noise:
-                guess = _ddim_inverse_step_by_velocity(scheduler, prediction, timestep, latents)
+                guess = ddim_inverse_step_by_velocity(
+                    scheduler, prediction.noise_pred, prediction.pred_original_sample, timestep, latents
+                )
             else:
                 guess = ddim_inverse_step(scheduler, prediction.noise_pred, timestep, latents)
         latents = guess

@@ -111,7 +111,7 @@ def export_pipeline(
 
 def _check_exportable(pipe: Any) -> None:
     from diffsketching_pipeline.lora import has_lora
-    from diffsketching_pipeline.pipeline_utils import DiffSketchingMixin
+    from diffsketching_pipeline.pipeline_base import DiffSketchingMixin
 
     if not isinstance(pipe, DiffSketchingMixin) or type(pipe).__module__.split(".")[0] != __package__:
         raise ValueError(

@@ -179,7 +179,7 @@ def clamp_straight_through(images: torch.Tensor, limit: float = 1.0) -> torch.Te
 
 class ImageIdentityLoss(nn.Module):
     """
-    How much of a photo's identity is lost (eq. 6): L_i = 1 - cos(F_i(x̂_0), F_i(x_0)).
+    Measure how much of a photo's identity is lost (eq. 6): L_i = 1 - cos(F_i(x̂_0), F_i(x_0)).
 
     The paper prints the cosine and says that its distance is minimised; this is the distance, 0 for equal features and 2
     for opposite ones.
@@ -252,7 +252,7 @@ class DiffSketchingLosses(NamedTuple):
 
 class DiffSketchingLoss(nn.Module):
     """
-    What fine-tuning minimises (eq. 7): L = λ L_i(x_0, x̂_0) + (1-λ) L_p(P(x̂_0), s_0).
+    Compute what fine-tuning minimises (eq. 7): L = λ L_i(x_0, x̂_0) + (1-λ) L_p(P(x̂_0), s_0).
 
     Args:
         sketcher ([`PhotoSketcher`], *optional*): P; may be left out, with `perceptual_loss`, if λ is 1.

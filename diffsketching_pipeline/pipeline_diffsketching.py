@@ -7,15 +7,12 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
-from diffsketching_pipeline.denoising import sampling_scheduler, scheduler_step_kwargs
+from diffsketching_pipeline.conditioning import as_list, join_conditions, read_sketch_masks
+from diffsketching_pipeline.guidance import read_colours
 from diffsketching_pipeline.image_processor import are_colour_strokes
-from diffsketching_pipeline.pipeline_utils import (
-    DiffSketchingMixin,
-    SamplingOptions,
-    check_integer,
-    check_strength,
-    join_conditions,
-)
+from diffsketching_pipeline.pipeline_base import DiffSketchingMixin, warn_if_sketch_is_unused
+from diffsketching_pipeline.pipeline_options import SamplingOptions, check_integer, check_strength, expand_generator
+from diffsketching_pipeline.schedulers import sampling_scheduler, scheduler_step_kwargs, timesteps_from
 
 
 class DiffSketchingPipeline(DiffSketchingMixin, DiffusionPipeline):
@@ -24,7 +21,7 @@ class DiffSketchingPipeline(DiffSketchingMixin, DiffusionPipeline):
 
     This model inherits from [`DiffusionPipeline`]. Check the superclass documentation for the generic methods
     implemented for all pipelines (downloading, saving, running on a particular device, etc.), and
-    [`~pipeline_utils.DiffSketchingMixin`] for the components.
+    [`~pipeline_base.DiffSketchingMixin`] for the components.
     """
 
     def check_inputs(
@@ -38,7 +35,7 @@ class DiffSketchingPipeline(DiffSketchingMixin, DiffusionPipeline):
         options: SamplingOptions,
     ):
         check_integer("num_images_per_sketch", num_images_per_sketch, at_least=1)
-        self.check_options(options, class_labels, sketch is not None, latents)
+        options.check(self, class_labels, sketch is not None, latents)
         check_strength(strength)
         if strength < 1.0 and sketch is None:
             raise ValueError(
@@ -190,39 +187,43 @@ class DiffSketchingPipeline(DiffSketchingMixin, DiffusionPipeline):
             colour_hint=colour_hint,
             colour_guidance_scale=colour_guidance_scale,
             sketch_abstraction=sketch_abstraction,
+            num_inference_steps=num_inference_steps,
         ).for_noise_of(latents)
         self.check_inputs(sketch, class_labels, num_images_per_sketch, strength, latents, sketch_masks, options)
         device = self._execution_device
         num_inference_steps = self.resolve_num_inference_steps(num_inference_steps)
         scheduler = sampling_scheduler(self.scheduler, num_inference_steps, device)
-        timesteps = self.get_timesteps(scheduler, num_inference_steps, strength)
+        timesteps = timesteps_from(scheduler, num_inference_steps, strength)
 
         # 1. Read the drawings, and where each of several rules
         has_place = sketch_masks is not None or are_colour_strokes(colour_hint)
         groups = self.prepare_sketches(sketch, fit="page" if has_place else None)
-        masks = self.prepare_sketch_masks(sketch_masks, groups)
-        colours = self.prepare_colours(colour_hint, groups, num_images_per_sketch)
-        num_rows = self._num_rows(class_labels, groups, latents, num_images_per_sketch)
+        size = (self.height, self.width)
+        masks = read_sketch_masks(sketch_masks, groups, size, self.vae_scale_factor)
+        colours = read_colours(colour_hint, groups, num_images_per_sketch, size, device)
+        num_rows = _count_rows(class_labels, groups, latents, num_images_per_sketch)
         batch_size = num_rows * num_images_per_sketch
 
-        # 2. One generator per image, and the noise
-        generators = self.prepare_generators(generator, batch_size)
-        self._eta = self._resolve_eta(eta, latents is not None)
-        step_kwargs = scheduler_step_kwargs(scheduler, self._eta, generators)
-        latents = self.prepare_latents(batch_size, generators, latents)
-
-        # 3. Find the classes
+        # 2. Find the classes, and what is left at None
         labels, probabilities = self.prepare_class_labels(class_labels, groups, num_rows)
-        abstraction = self.prepare_sketch_abstraction(sketch_abstraction, groups is not None)
-        conditions = self.prepare_conditions(groups, labels, negative_class_labels, masks, abstraction)
+        resolved = options.resolve(
+            self, has_sketch=groups is not None, has_class=None not in labels, has_latents=latents is not None
+        )
+        self._last_call = resolved.record
+        conditions = self.prepare_conditions(groups, labels, negative_class_labels, masks, resolved.sketch_abstraction)
         conditioning = join_conditions(
             [[(condition, 1.0)] for condition in conditions for _ in range(num_images_per_sketch)]
         )
 
-        # 4. Put guidance together
-        guidance = self.prepare_guidance(options, groups is not None, None not in labels, colours)
+        # 3. Put guidance together
+        callbacks = resolved.guidance_callbacks(colours)
         if groups is not None and strength == 1.0:
-            self._warn_if_sketch_is_unused("sketch", guidance, ", or lower `strength`")
+            warn_if_sketch_is_unused(self, "sketch", callbacks, ", or lower `strength`")
+
+        # 4. One generator per image, and the noise
+        generators = expand_generator(generator, batch_size)
+        step_kwargs = scheduler_step_kwargs(scheduler, resolved.eta, generators)
+        latents = self.prepare_latents(batch_size, generators, latents)
 
         # 5. Start from the noised drawing
         if groups is not None and strength < 1.0:
@@ -231,8 +232,24 @@ class DiffSketchingPipeline(DiffSketchingMixin, DiffusionPipeline):
             latents = scheduler.add_noise(start, latents, timesteps[:1])
 
         # 6. Denoise
-        latents = self._denoise(scheduler, timesteps, latents, conditioning, guidance, options, step_kwargs)
+        latents = self._denoise(scheduler, timesteps, latents, conditioning, resolved, callbacks, step_kwargs)
 
         # 7. Post-process
         images = self.decode_latents(latents, output_type)
         return self._output(images, labels, probabilities, return_dict)
+
+
+def _count_rows(class_labels, groups, latents, num_images_per_sketch: int) -> int:
+    """Return how many results are asked for, before `num_images_per_sketch`."""
+    if groups is not None:
+        return len(groups)
+    if isinstance(as_list(class_labels), list):
+        return len(as_list(class_labels))
+    if latents is not None:
+        if len(latents) % num_images_per_sketch:
+            raise ValueError(
+                f"`latents` has {len(latents)} rows, which `num_images_per_sketch={num_images_per_sketch}` does not"
+                " divide."
+            )
+        return len(latents) // num_images_per_sketch
+    return 1

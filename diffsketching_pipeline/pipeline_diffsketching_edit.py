@@ -14,7 +14,8 @@ from PIL import Image
 from scipy import ndimage
 from skimage.morphology import convex_hull_image
 
-from diffsketching_pipeline.denoising import forward_step, sampling_scheduler, scheduler_step_kwargs
+from diffsketching_pipeline.conditioning import join_conditions
+from diffsketching_pipeline.guidance import read_colours
 from diffsketching_pipeline.image_processor import (
     SketchProcessor,
     are_colour_strokes,
@@ -23,13 +24,15 @@ from diffsketching_pipeline.image_processor import (
     preprocess_photos,
     read_photo,
 )
-from diffsketching_pipeline.pipeline_utils import (
-    DiffSketchingMixin,
+from diffsketching_pipeline.pipeline_base import DiffSketchingMixin, warn_if_sketch_is_unused
+from diffsketching_pipeline.pipeline_options import (
     SamplingOptions,
     check_integer,
+    check_invertible,
     check_strength,
-    join_conditions,
+    expand_generator,
 )
+from diffsketching_pipeline.schedulers import forward_step, sampling_scheduler, scheduler_step_kwargs, timesteps_from
 
 
 # A drawing is read from the whole page at the scale that makes the part as large as the model. Such a page is at most this
@@ -84,7 +87,7 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
 
     This model inherits from [`DiffusionPipeline`]. Check the superclass documentation for the generic methods
     implemented for all pipelines (downloading, saving, running on a particular device, etc.), and
-    [`~pipeline_utils.DiffSketchingMixin`] for the components. The `scheduler` has to be a [`DDIMScheduler`], and the
+    [`~pipeline_base.DiffSketchingMixin`] for the components. The `scheduler` has to be a [`DDIMScheduler`], and the
     `sketcher` tells the network what lies around the mask.
     """
 
@@ -101,8 +104,8 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
     ):
         check_integer("num_images_per_sketch", num_images_per_sketch, at_least=1)
         has_sketch = sketch is not None or self.sketcher is not None
-        self.check_options(options, class_labels, has_sketch)
-        self._check_invertible(num_fixed_point_iterations)
+        options.check(self, class_labels, has_sketch)
+        check_invertible(self.scheduler, num_fixed_point_iterations)
         check_strength(strength)
         for name, value in fractions.items():
             if not is_number(value) or not 0.0 <= value <= 1.0:
@@ -111,7 +114,7 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
 
     def prepare_mask_image(self, image, mask_image=None, sketch=None, mask_padding: float = 0.05) -> Image.Image:
         """
-        What may change, as `__call__` takes it from the same arguments: a `PIL.Image.Image` of mode L and the photo's size,
+        Return what may change, as `__call__` takes it from the same arguments: a `PIL.Image.Image` of mode L and the photo's size,
         255 where the photo may change.
 
         Raises:
@@ -137,7 +140,7 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
         return mask
 
     def _mask_of_strokes(self, size: tuple[int, int], sketch, mask_padding: float) -> Image.Image:
-        """What strokes that lie together enclose or span, grown by `mask_padding` of the photo's longer side."""
+        """Return what strokes that lie together enclose or span, grown by `mask_padding` of the photo's longer side."""
         scale = _PAGE_SIDE / max(size)
         width, height = (max(8, round(side * scale)) for side in size)
         strokes = self.prepare_strokes(sketch, size, (width, height))[0, 0].numpy() < 0
@@ -151,7 +154,7 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
 
     def prepare_strokes(self, sketch, photo_size: tuple[int, int], size: tuple[int, int]) -> torch.Tensor:
         """
-        The drawing in its place on the photo's page, `[1, 1, height, width]`.
+        Return the drawing in its place on the photo's page, `[1, 1, height, width]`.
 
         Args:
             photo_size, size: width and height of the photo, and of the result, in pixels.
@@ -168,8 +171,8 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
 
     def prepare_region(self, image, mask: Image.Image, crop_margin: float) -> EditedRegion:
         """
-        The part of the photo around the mask: as near to a square as the photo allows, with a margin of `crop_margin` of the
-        mask's longer side, and no side below 1/16 of the photo's longer one, so that the drawing can be read at its scale.
+        Return the part of the photo around the mask: as near to a square as the photo allows, with a margin of `crop_margin`
+        of the mask's longer side, and no side below 1/16 of the photo's longer one, so that the drawing can be read at its scale.
         """
         photo = read_photo(image, "`image`")
         left, top, right, bottom = mask.getbbox() or (0, 0, *mask.size)
@@ -183,7 +186,7 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
 
     def prepare_photo(self, region: EditedRegion) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        The part at the model's size in pixels, `[1, 3, height, width]` in [-1, 1], and where it may change, bool `[1, 1,
+        Return the part at the model's size in pixels, `[1, 3, height, width]` in [-1, 1], and where it may change, bool `[1, 1,
         height, width]`: each pixel that the mask touches, for outside of the mask the photo is put back anyway.
         """
         size = (self.width, self.height)
@@ -196,8 +199,8 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
 
     def prepare_latent_mask(self, inside: torch.Tensor) -> torch.Tensor:
         """
-        Where x_t may change, bool `[1, 1, height, width]` in the UNet's own space, of the same in pixels: a latent may
-        wherever one of its pixels may.
+        Return where x_t may change, bool `[1, 1, height, width]` in the UNet's own space, of the same in pixels: a latent
+        may wherever one of its pixels may.
         """
         if self.vae is None:
             return inside
@@ -205,8 +208,8 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
 
     def prepare_drawing(self, region: EditedRegion, photo: torch.Tensor, inside: torch.Tensor, sketch):
         """
-        What the network is shown, `[1, 1, height, width]`: the strokes inside the mask, and around it (or without a drawing
-        everywhere) the contours that `sketcher` finds in the photo. `None` where there is neither.
+        Return what the network is shown, `[1, 1, height, width]`: the strokes inside the mask, and around it (or without a
+        drawing everywhere) the contours that `sketcher` finds in the photo. `None` where there is neither.
 
         Args:
             photo: the part of it, `[1, 3, height, width]` in [-1, 1].
@@ -230,7 +233,7 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
 
     def prepare_part_colours(self, colour_hint, region: EditedRegion, inside: torch.Tensor, groups, num_images: int):
         """
-        [`~DiffSketchingPipeline.prepare_colours`] inside the mask; strokes of colour lie on the photo's page.
+        Read colours as [`~guidance.read_colours`] does, inside the mask; strokes of colour lie on the photo's page.
 
         Raises:
             ValueError: for strokes on a page of another aspect ratio, or with none inside the mask.
@@ -242,7 +245,8 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
             scale = [page / photo for page, photo in zip(colour_hint.size, region.photo.size, strict=True)]
             left, top, right, bottom = region.box
             box = (left * scale[0], top * scale[1], right * scale[0], bottom * scale[1])
-        return self.prepare_colours(colour_hint, groups, num_images, box, inside)
+        size = (self.height, self.width)
+        return read_colours(colour_hint, groups, num_images, size, inside.device, box, inside)
 
     @torch.no_grad()
     def __call__(
@@ -356,6 +360,7 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
             colour_hint=colour_hint,
             colour_guidance_scale=colour_guidance_scale,
             sketch_abstraction=sketch_abstraction,
+            num_inference_steps=num_inference_steps,
         )
         fractions = {"mask_padding": mask_padding, "crop_margin": crop_margin, "feather": feather}
         self.check_inputs(
@@ -371,9 +376,9 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
         device = self._execution_device
         num_inference_steps = self.resolve_num_inference_steps(num_inference_steps)
         scheduler = sampling_scheduler(self.scheduler, num_inference_steps, device)
-        timesteps = self.get_timesteps(scheduler, num_inference_steps, strength)
+        timesteps = timesteps_from(scheduler, num_inference_steps, strength)
         timesteps_to_walk = timesteps.repeat_interleave(num_resample_steps)
-        generators = self.prepare_generators(generator, num_images_per_sketch)
+        generators = expand_generator(generator, num_images_per_sketch)
 
         # 1. Find the part of the photo to work on, and its mask at the model's size
         image = read_photo(image, "`image`")
@@ -385,13 +390,15 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
         drawing = self.prepare_drawing(region, photo, inside, sketch)
         groups = None if drawing is None else [drawing]
         labels, probabilities = self.prepare_class_labels(class_labels, groups, 1)
-        abstraction = self.prepare_sketch_abstraction(sketch_abstraction, groups is not None)
+        resolved = options.resolve(self, has_sketch=groups is not None, has_class=None not in labels)
+        self._last_call = resolved.record
+        abstraction = resolved.sketch_abstraction
         condition = self.prepare_conditions(groups, labels, negative_class_labels, None, abstraction)[0]
         conditioning = join_conditions([[(condition, 1.0)]] * num_images_per_sketch)
         colours = self.prepare_part_colours(colour_hint, region, inside, groups, num_images_per_sketch)
-        guidance = self.prepare_guidance(options, groups is not None, None not in labels, colours)
+        callbacks = resolved.guidance_callbacks(colours)
         if sketch is not None:
-            self._warn_if_sketch_is_unused("sketch", guidance)
+            warn_if_sketch_is_unused(self, "sketch", callbacks)
 
         # 3. Invert the photo, which gives the surroundings at every step; under its class only if the network needs one
         needs_class = self.unet.config.num_class_embeds is not None and self.null_class is None
@@ -410,8 +417,7 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
 
         # 4. Start from the inverted photo, or inside the mask from noise
         inside = self.prepare_latent_mask(inside)
-        self._eta = self._resolve_eta(eta, has_latents=False)
-        step_kwargs = scheduler_step_kwargs(scheduler, self._eta, generators)
+        step_kwargs = scheduler_step_kwargs(scheduler, resolved.eta, generators)
         latents = known[0].expand(num_images_per_sketch, -1, -1, -1)
         if strength == 1.0:
             latents = torch.where(inside, self.prepare_latents(num_images_per_sketch, generators), latents)
@@ -425,7 +431,7 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
             return torch.where(inside, forward_step(scheduler, noise, timesteps[index], latents), known[index])
 
         latents = self._denoise(
-            scheduler, timesteps_to_walk, latents, conditioning, guidance, options, step_kwargs, after_step
+            scheduler, timesteps_to_walk, latents, conditioning, resolved, callbacks, step_kwargs, after_step
         )
 
         # 6. Put the part back into the photo
@@ -434,7 +440,7 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
 
     def paste(self, region: EditedRegion, latents: torch.Tensor, feather: float, output_type: str) -> Any:
         """
-        The photo with each generated part, x_0 in the UNet's own space, in its place, blended over `feather` of the part's
+        Return the photo with each generated part, x_0 in the UNet's own space, in its place, blended over `feather` of the part's
         longer side inside the mask; bit for bit the photo outside of it.
         """
         parts = self.decode_latents(latents, "pil")

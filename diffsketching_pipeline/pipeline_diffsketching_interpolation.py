@@ -10,16 +10,11 @@ from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.schedulers import DDPMScheduler
 
-from diffsketching_pipeline.denoising import sampling_scheduler, scheduler_step_kwargs
+from diffsketching_pipeline.conditioning import Condition, as_list, join_conditions
 from diffsketching_pipeline.image_processor import preprocess_photos
-from diffsketching_pipeline.pipeline_utils import (
-    Condition,
-    DiffSketchingMixin,
-    SamplingOptions,
-    as_list,
-    check_integer,
-    join_conditions,
-)
+from diffsketching_pipeline.pipeline_base import DiffSketchingMixin, warn_if_sketch_is_unused
+from diffsketching_pipeline.pipeline_options import SamplingOptions, check_integer, check_invertible, expand_generator
+from diffsketching_pipeline.schedulers import sampling_scheduler, scheduler_step_kwargs
 
 
 # Beyond this cosine the formula of `slerp` divides by almost nothing.
@@ -35,7 +30,7 @@ class DiffSketchingInterpolationPipeline(DiffSketchingMixin, DiffusionPipeline):
 
     This model inherits from [`DiffusionPipeline`]. Check the superclass documentation for the generic methods
     implemented for all pipelines (downloading, saving, running on a particular device, etc.), and
-    [`~pipeline_utils.DiffSketchingMixin`] for the components.
+    [`~pipeline_base.DiffSketchingMixin`] for the components.
     """
 
     def check_inputs(
@@ -48,7 +43,7 @@ class DiffSketchingInterpolationPipeline(DiffSketchingMixin, DiffusionPipeline):
         latents,
         options: SamplingOptions,
     ):
-        self.check_options(options, class_labels, sketches is not None, latents)
+        options.check(self, class_labels, sketches is not None, latents)
         check_integer("num_frames", num_frames, at_least=2)
         if images is None:
             if isinstance(self.scheduler, DDPMScheduler):
@@ -57,7 +52,7 @@ class DiffSketchingInterpolationPipeline(DiffSketchingMixin, DiffusionPipeline):
                     " DDIMScheduler.from_config(pipe.scheduler.config)`."
                 )
             return
-        self._check_invertible(num_fixed_point_iterations)
+        check_invertible(self.scheduler, num_fixed_point_iterations)
         for name, value in (("latents", latents), ("generator", options.generator)):
             if value is not None:
                 raise ValueError(
@@ -67,7 +62,7 @@ class DiffSketchingInterpolationPipeline(DiffSketchingMixin, DiffusionPipeline):
             raise ValueError(f"`eta={options.eta}` would lead away from `images`: leave it at None.")
 
     def _num_keys(self, **keys) -> int:
-        """How many keys the arguments speak of; a single drawing or class holds for all."""
+        """Return how many keys the arguments speak of; a single drawing or class holds for all."""
         counts = {
             name: len(value) for name, value in keys.items() if isinstance(value, list) or torch.is_tensor(value)
         }
@@ -158,6 +153,7 @@ class DiffSketchingInterpolationPipeline(DiffSketchingMixin, DiffusionPipeline):
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             negative_class_labels=negative_class_labels,
             sketch_abstraction=sketch_abstraction,
+            num_inference_steps=num_inference_steps,
         ).for_noise_of(latents, images)
         self.check_inputs(sketches, images, class_labels, num_frames, num_fixed_point_iterations, latents, options)
         device = self._execution_device
@@ -174,22 +170,26 @@ class DiffSketchingInterpolationPipeline(DiffSketchingMixin, DiffusionPipeline):
         if isinstance(as_list(class_labels), list) and len(class_labels) == 1:
             class_labels = as_list(class_labels)[0]
         labels, probabilities = self.prepare_class_labels(class_labels, groups, num_keys)
-        abstraction = self.prepare_sketch_abstraction(sketch_abstraction, groups is not None)
+        has_latents = photos is not None or latents is not None
+        resolved = options.resolve(
+            self, has_sketch=groups is not None, has_class=None not in labels, has_latents=has_latents
+        )
+        self._last_call = resolved.record
+        abstraction = resolved.sketch_abstraction
         keys = self.prepare_conditions(groups, labels, negative_class_labels, sketch_abstraction=abstraction)
 
         # 3. Put guidance together
-        guidance = self.prepare_guidance(options, groups is not None, None not in labels)
+        callbacks = resolved.guidance_callbacks()
         if groups is not None:
-            self._warn_if_sketch_is_unused("sketches", guidance)
+            warn_if_sketch_is_unused(self, "sketches", callbacks)
 
         # 4. The noise of each key
         num_generators = num_keys if isinstance(generator, (list, tuple)) else 1
-        generators = self.prepare_generators(generator, num_generators, per="key")
+        generators = expand_generator(generator, num_generators, per="key")
         if photos is not None:
             conditioning = join_conditions([[(key, 1.0)] for key in keys])
             latents = self.encode_photos(photos)
             latents = self._invert(scheduler, scheduler.timesteps, latents, conditioning, num_fixed_point_iterations)
-        self._eta = self._resolve_eta(eta, latents is not None)
         frames = frame_positions(num_keys, num_frames)
         if latents is not None:
             latents = interpolate_noise(self.prepare_latents(num_keys, generators, latents), frames)
@@ -198,7 +198,7 @@ class DiffSketchingInterpolationPipeline(DiffSketchingMixin, DiffusionPipeline):
 
         # 5. Denoise the frames, each under the conditions of the keys around it
         conditioning = join_conditions([_blend(keys, *frame) for frame in frames])
-        step_kwargs = scheduler_step_kwargs(scheduler, self._eta, None)
+        step_kwargs = scheduler_step_kwargs(scheduler, resolved.eta, None)
 
         def make_step_kwargs() -> dict[str, Any]:
             if "variance_noise" not in inspect.signature(scheduler.step).parameters:
@@ -206,7 +206,7 @@ class DiffSketchingInterpolationPipeline(DiffSketchingMixin, DiffusionPipeline):
             return {**step_kwargs, "variance_noise": self.prepare_frame_noise(generators, frames)}
 
         latents = self._denoise(
-            scheduler, scheduler.timesteps, latents, conditioning, guidance, options, make_step_kwargs
+            scheduler, scheduler.timesteps, latents, conditioning, resolved, callbacks, make_step_kwargs
         )
 
         # 6. Post-process
@@ -215,7 +215,7 @@ class DiffSketchingInterpolationPipeline(DiffSketchingMixin, DiffusionPipeline):
     def prepare_frame_noise(
         self, generators: list[torch.Generator], frames: Sequence[tuple[int, float]]
     ) -> torch.Tensor:
-        """Fresh noise for each frame, `[num_frames, ...]` as x_t: that of one generator, or between those of the keys."""
+        """Return fresh noise for each frame, `[num_frames, ...]` as x_t: that of one generator, or between those of the keys."""
         noise = self.prepare_latents(len(generators), generators)
         if len(generators) == 1:
             return noise.expand(len(frames), -1, -1, -1)
@@ -223,13 +223,13 @@ class DiffSketchingInterpolationPipeline(DiffSketchingMixin, DiffusionPipeline):
 
 
 def frame_positions(num_keys: int, num_frames: int) -> list[tuple[int, float]]:
-    """For each frame the key at or before it, and how far it is on the way to the next, in [0, 1)."""
+    """Return for each frame the key at or before it, and how far it is on the way to the next, in [0, 1)."""
     steps = [divmod(frame * (num_keys - 1), num_frames - 1) for frame in range(num_frames)]
     return [(key, remainder / (num_frames - 1)) for key, remainder in steps]
 
 
 def interpolate_noise(noise: torch.Tensor, frames: Sequence[tuple[int, float]]) -> torch.Tensor:
-    """[`slerp`] between the keys `[num_keys, channels, height, width]`, at each frame of [`frame_positions`]."""
+    """Return [`slerp`] between the keys `[num_keys, channels, height, width]`, at each frame of [`frame_positions`]."""
     return torch.stack([slerp(noise[key], noise[key + 1], share) if share else noise[key] for key, share in frames])
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a checkpoint has to be before anything of it is loaded: whole, unaltered, without pickles, of sane sizes."""
+"""The checks of a checkpoint before anything of it is loaded: whole, unaltered, without pickles, of sane sizes."""
 
 import importlib
 import json

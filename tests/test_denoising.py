@@ -15,18 +15,15 @@ from diffusers import (
 )
 from testing_utils import SIZE, cosine_alphas_cumprod, make_scheduler, make_unet, randn
 
-from diffsketching_pipeline.denoising import (
-    Conditioning,
-    NoisePrediction,
+from diffsketching_pipeline.conditioning import Conditioning
+from diffsketching_pipeline.denoising import NoisePrediction, denoise, invert, predict_noise, split_model_output
+from diffsketching_pipeline.schedulers import (
     check_scheduler,
-    denoise,
     forward_step,
     get_alpha_prod,
-    invert,
-    predict_noise,
     sampling_scheduler,
     scheduler_step_kwargs,
-    split_model_output,
+    timesteps_from,
 )
 
 
@@ -380,7 +377,7 @@ def test_every_sampler_solves_the_exact_flow_of_gaussian_data(name, strength, ti
         return ((1 - alpha).sqrt() * sample / (alpha * variance + 1 - alpha),)
 
     copied = sampling_scheduler(scheduler, 100)
-    timesteps = tiny_pipeline.get_timesteps(copied, 100, strength)
+    timesteps = timesteps_from(copied, 100, strength)
     alpha = alphas_cumprod[timesteps[0]]
     if strength < 1:
         assert 400 < timesteps[0] < 600 and len(timesteps.unique()) == 50

@@ -8,7 +8,8 @@ from PIL import Image
 from testing_utils import ID2LABEL, SIZE, cosine_alphas_cumprod, randn
 
 from diffsketching_pipeline import ColourGuidanceCallback, GuidanceCallback
-from diffsketching_pipeline.denoising import Conditioning, predict_noise
+from diffsketching_pipeline.conditioning import Conditioning
+from diffsketching_pipeline.denoising import predict_noise
 from diffsketching_pipeline.guidance import Colours, blur
 from diffsketching_pipeline.image_processor import enclosed_area, parse_palette, preprocess_colour_strokes
 
@@ -207,7 +208,7 @@ def test_colour_guidance_replaces_the_low_frequencies_inside_its_mask(tiny_pipel
     # Where x̂_0 is blue and where it is not: each goes to the colour that is nearer.
     original[0] += target[0]
     original[1] += far[0]
-    kwargs = {"pred_original_sample": original, "alpha_prod": alpha}
+    kwargs = {"pred_original_sample": original, "alpha_prod": alpha, "predictor": tiny_pipeline.predictor}
     change = -callback.noise_delta(tiny_pipeline, torch.tensor(300), kwargs) / (alpha / (1 - alpha)).sqrt()
     assert change[..., :3, :].abs().max() == 0 and change[..., 13:].abs().max() == 0
     for row, colour in enumerate((target, far)):
@@ -224,6 +225,7 @@ def test_a_constant_colour_is_left_alone(tiny_pipeline):
     colour = torch.tensor([0.3, 0.1, -0.9]).reshape(1, 3, 1, 1)
     callback = ColourGuidanceCallback(Colours(colour, torch.ones(1, 1, SIZE, SIZE)), scale=1.0)
     kwargs = {"pred_original_sample": colour.expand(1, 3, SIZE, SIZE), "alpha_prod": torch.full((1, 1, 1, 1), 0.5)}
+    kwargs["predictor"] = tiny_pipeline.predictor
     assert callback.noise_delta(tiny_pipeline, torch.tensor(300), kwargs).abs().max() < 1e-6
 
 

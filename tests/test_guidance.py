@@ -7,8 +7,9 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from testing_utils import SIZE, along, cosine_alphas_cumprod, directional_derivatives, randn
 
 from diffsketching_pipeline import ClassifierGuidanceCallback, GuidanceCallback, SketchGuidanceCallback
-from diffsketching_pipeline.denoising import Conditioning, predict_noise
-from diffsketching_pipeline.guidance import float32_call, is_guided_step
+from diffsketching_pipeline.conditioning import Conditioning
+from diffsketching_pipeline.denoising import checkpointed, predict_noise
+from diffsketching_pipeline.guidance import GUIDANCE_TENSOR_INPUTS, GuidedPredictor, float32_call, is_guided_step
 
 
 TIMESTEP = 300
@@ -40,8 +41,7 @@ def make_kwargs(pipe, sketch, owner=(0, 1), attached=False, clip_sample=False, l
 
 
 def delta_of(callback, pipe, kwargs):
-    pipe._call_cache.clear()
-    return callback.noise_delta(pipe, torch.tensor(TIMESTEP), kwargs)
+    return callback.noise_delta(pipe, torch.tensor(TIMESTEP), {**kwargs, "predictor": pipe.predictor})
 
 
 def unit(x):
@@ -324,7 +324,7 @@ def test_a_callback_of_the_user_guides(tiny_pipeline, sketches, generators):
     callback = AddConstant(0.25)
     found = call(tiny_pipeline, sketches, generators, callback)
     assert [step[:2] for step in callback.seen] == [(0, 666), (1, 333), (2, 0)]
-    assert set(callback.seen[0][2]) == set(tiny_pipeline._guidance_tensor_inputs)
+    assert set(callback.seen[0][2]) == set(GUIDANCE_TENSOR_INPUTS)
     torch.testing.assert_close(call(tiny_pipeline, sketches, generators, Expected(0.25)), found)
     assert (call(tiny_pipeline, sketches, generators) - found).abs().max() > 0.1
 
@@ -422,7 +422,38 @@ def test_the_drawing_is_encoded_once_per_call(tiny_pipeline, sketches, generator
     )
     # Six drawings stand for the four images; after that only what P makes of the images is encoded.
     assert sizes == [6] + [4] * 6
-    assert not tiny_pipeline._call_cache
+    assert tiny_pipeline._predictor is None
+
+
+@pytest.mark.parametrize("through_unet", [False, True])
+def test_where_gradients_are_recorded_the_base_stays_attached_and_guidance_is_a_constant(
+    through_unet, tiny_pipeline, sketches
+):
+    pipe, latents = tiny_pipeline, randn(2, 3, SIZE, SIZE)
+    conditioning = Conditioning(torch.tensor([0, 2]), sketches[:2])
+    callbacks = [ClassifierGuidanceCallback(2.0), SketchGuidanceCallback(0.2, through_unet=through_unet)]
+
+    def predict(unet, callbacks, latents=latents):
+        told = (unet, pipe.unet.config, pipe.scheduler, conditioning)
+        return GuidedPredictor(*told, callbacks=callbacks, components=pipe.components)(latents, TIMESTEP).noise_pred
+
+    def gradients(noise_pred):
+        pipe.unet.zero_grad()
+        noise_pred.square().mean(dim=(1, 2, 3)).sum().backward()
+        return torch.cat([parameter.grad.flatten() for parameter in pipe.unet.parameters()])
+
+    with torch.no_grad():
+        unguided, expected = predict(pipe.unet, []), predict(pipe.unet, callbacks)
+    assert not expected.requires_grad and (expected - unguided).abs().max() > 0.01
+    constant = expected - unguided
+    plain = gradients(predict(pipe.unet, []) + constant)
+    later = latents.clone().requires_grad_(True)
+    for unet in (pipe.unet, checkpointed(pipe.unet)):
+        for given in (latents, later):
+            found = predict(unet, callbacks, given)
+            torch.testing.assert_close(found.detach(), expected, atol=1e-6, rtol=1e-5)
+            torch.testing.assert_close(gradients(found), plain, atol=1e-6, rtol=1e-4)
+    assert later.grad.abs().max() > 0 and latents.grad is None
 
 
 # ---- errors -----------------------------------------------------------------------------------------------------------
@@ -444,7 +475,7 @@ def test_what_is_not_finite_names_the_timestep_and_the_scale(
     with pytest.raises(ValueError, match=message) as error:
         call(tiny_pipeline, sketches, generators, **scales)
     assert "at timestep 666" in str(error.value)
-    assert not tiny_pipeline._call_cache
+    assert tiny_pipeline._predictor is None
 
 
 def test_the_base_class_says_what_to_implement(tiny_pipeline, sketches, generators):

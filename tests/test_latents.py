@@ -39,13 +39,8 @@ from diffsketching_pipeline import (
     cli,
 )
 from diffsketching_pipeline.autoencoding import decode_latents, encode_photos
-from diffsketching_pipeline.denoising import (
-    Conditioning,
-    UNetInputs,
-    get_unet_inputs,
-    join_unet_inputs,
-    predict_noise,
-)
+from diffsketching_pipeline.conditioning import Conditioning, read_sketch_masks
+from diffsketching_pipeline.denoising import UNetInputs, get_unet_inputs, join_unet_inputs, predict_noise
 from diffsketching_pipeline.guidance import Colours, blur
 from diffsketching_pipeline.pipeline_diffsketching_interpolation import slerp
 
@@ -216,7 +211,7 @@ def test_a_mask_of_a_drawing_is_averaged_over_the_pixels_of_a_latent(latent_pipe
     left = np.zeros((PIXEL_SIZE, PIXEL_SIZE), np.uint8)
     left[:, :14] = 255
     groups = latent_pipeline.prepare_sketches([[large_sketches[0], large_sketches[1]]])
-    (shares,) = latent_pipeline.prepare_sketch_masks([[left, 255 - left]], groups)
+    (shares,) = read_sketch_masks([[left, 255 - left]], groups, (PIXEL_SIZE, PIXEL_SIZE), FACTOR)
     assert shares.shape == (2, 1, LATENT_SIZE, LATENT_SIZE)
     assert torch.equal(shares[0, 0, 0], torch.tensor([1.0, 1.0, 1.0, 0.5, 0.0, 0.0, 0.0, 0.0]))
     masks = {"sketch_masks": [[left, 255 - left]]}
@@ -316,6 +311,7 @@ def make_kwargs(pipe, sketch, attached=False):
         "sketch": sketch,
         "owner": owner,
         "row_shares": torch.ones(2),
+        "predictor": pipe.predictor,
         "noise_pred_delta": torch.zeros_like(latents),
     }
 
@@ -407,7 +403,7 @@ def test_colour_guidance_means_the_same_on_latents_as_on_pixels(latent_pipeline,
     torch.testing.assert_close(decode_latents(vae, original), photos, rtol=0, atol=1e-5)
 
     def change(pipe, original, scale):
-        kwargs = {"pred_original_sample": original, "alpha_prod": alpha}
+        kwargs = {"pred_original_sample": original, "alpha_prod": alpha, "predictor": pipe.predictor}
         delta = ColourGuidanceCallback(colours, scale).noise_delta(pipe, torch.tensor(TIMESTEP), kwargs)
         return -delta / (alpha / (1 - alpha)).sqrt()
 

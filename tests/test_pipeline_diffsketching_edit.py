@@ -14,7 +14,9 @@ from diffsketching_pipeline import (
     DiffSketchingInterpolationPipeline,
     GuidanceCallback,
 )
-from diffsketching_pipeline.denoising import Conditioning, ddim_inverse_step, predict_noise, sampling_scheduler
+from diffsketching_pipeline.conditioning import Conditioning
+from diffsketching_pipeline.denoising import predict_noise
+from diffsketching_pipeline.schedulers import ddim_inverse_step, sampling_scheduler
 
 
 PHOTO_SIZE = (48, 40)

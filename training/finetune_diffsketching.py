@@ -38,7 +38,7 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,19 +91,16 @@ from diffsketching_pipeline import (
     save_lora,
 )
 from diffsketching_pipeline.autoencoding import decode_latents, encode_photos
-from diffsketching_pipeline.denoising import (
-    Conditioning,
-    NoisePrediction,
-    check_scheduler,
-    checkpointed,
-    denoise,
-    get_alpha_prod,
-    invert,
-    predict_noise,
-    sampling_scheduler,
+from diffsketching_pipeline.conditioning import Conditioning
+from diffsketching_pipeline.denoising import NoisePrediction, checkpointed, denoise, invert
+from diffsketching_pipeline.guidance import (
+    ClassifierGuidanceCallback,
+    GuidanceCallback,
+    GuidedPredictor,
+    SketchGuidanceCallback,
 )
-from diffsketching_pipeline.guidance import classifier_noise_delta
 from diffsketching_pipeline.losses import DiffSketchingLosses
+from diffsketching_pipeline.schedulers import check_scheduler, sampling_scheduler
 
 
 logger = logging.getLogger(__name__)
@@ -134,6 +131,7 @@ class FinetuneArguments(TrainingArguments):
     num_fixed_point_iterations: int = argument(3, "network evaluations per inversion step beyond the first")
     sketch_guidance_scale: float = argument(1.0, "classifier-free guidance on the drawing inside the chain; 1 = off")
     classifier_guidance_scale: float = argument(0.0, "eq. 4 inside the chain, not differentiated; 0 = off")
+    perceptual_guidance_scale: float = argument(0.0, "guidance by eq. 5 inside the chain, not differentiated; 0 = off")
 
     backprop: Literal["chain", "per_step"] = argument(
         "chain", "differentiate the chain, or only x_0 as predicted at one random step of it"
@@ -207,6 +205,8 @@ def check_finetune_arguments(args: FinetuneArguments) -> None:
 def check_pipeline(pipeline: DiffSketchingPipeline, args: FinetuneArguments) -> None:
     """Raises `ValueError` for a component that the constraints need and the pipeline lacks, or another resolution."""
     weight, scale = args.identity_weight, args.classifier_guidance_scale
+    perceptual_scale = args.perceptual_guidance_scale
+    guided = f"`perceptual_guidance_scale` other than 0 (it is {perceptual_scale})"
     needs = [
         ("sketcher", weight < 1, f"`identity_weight` below 1 (it is {weight})"),
         (
@@ -220,6 +220,8 @@ def check_pipeline(pipeline: DiffSketchingPipeline, args: FinetuneArguments) -> 
             f"`identity_weight` above 0 (it is {weight})",
         ),
         ("classifier", scale != 0, f"`classifier_guidance_scale` other than 0 (it is {scale})"),
+        ("sketcher", perceptual_scale != 0, guided),
+        ("sketch_encoder", perceptual_scale != 0, guided),
     ]
     for name, is_needed, reason in needs:
         if is_needed and getattr(pipeline, name) is None:
@@ -329,13 +331,9 @@ def invert_photos(
     serves every drawing.
     """
     sampler = sampling_scheduler(scheduler, args.num_train_inference_steps, pixel_values.device)
-    told = Conditioning(class_labels)
-
-    def predict(latents: Tensor, timestep: Tensor, step_index: int) -> NoisePrediction:
-        return predict_noise(unet, unet.config, scheduler, latents, timestep, told, clip_sample=False)
-
+    predictor = GuidedPredictor(unet, unet.config, scheduler, Conditioning(class_labels))
     images = pixel_values if vae is None else encode_photos(vae, pixel_values)
-    return invert(sampler, predict, images, sampler.timesteps, args.num_fixed_point_iterations)
+    return invert(sampler, predictor, images, sampler.timesteps, args.num_fixed_point_iterations)
 
 
 def fill_noise_cache(
@@ -543,7 +541,7 @@ def run_chain(
     scheduler: DDIMScheduler,
     batch: dict[str, Tensor],
     args: FinetuneArguments,
-    classifier: nn.Module | None = None,
+    components: Mapping[str, Any] | None = None,
     null_class: int | None = None,
 ) -> Tensor:
     """
@@ -555,35 +553,30 @@ def run_chain(
         scheduler: owns the noise schedule.
         batch: `latents` (x_T) [B, C, H, W], `sketch` [B, 1, R, R], `class_label` and `chain_step` [B].
         args: says how many steps there are, which of them are differentiated, and how they are guided.
-        classifier: for eq. 4, if `classifier_guidance_scale` is not 0.
+        components: what the guidance that is on needs, by name: `classifier`; `sketcher`, `sketch_encoder` and `vae`.
         null_class: the UNet's "no class", which classifier-free guidance puts in the place of the class, as in sampling.
 
     Returns:
         `Tensor`: [B, C, H, W] in the UNet's own space, unclipped.
     """
     sampler = sampling_scheduler(scheduler, args.num_train_inference_steps, batch["latents"].device)
-    labels, scale = batch["class_label"], args.sketch_guidance_scale
+    labels = batch["class_label"]
     null_labels = None if null_class is None else torch.full_like(labels, null_class)
     conditioning = Conditioning(labels, batch["sketch"], null_class_labels=null_labels)
     called = checkpointed(unet) if args.gradient_checkpointing else unet
-
-    def predict_plainly(latents: Tensor, timestep: Tensor) -> NoisePrediction:
-        return predict_noise(called, unet_config, scheduler, latents, timestep, conditioning, scale, clip_sample=False)
-
-    def predict(latents: Tensor, timestep: Tensor, step_index: int) -> NoisePrediction:
-        prediction = predict_plainly(latents, timestep)
-        if classifier is None or args.classifier_guidance_scale == 0:
-            return prediction
-        alpha_prod = get_alpha_prod(scheduler, timestep, latents)
-        delta = classifier_noise_delta(
-            classifier, latents, timestep, labels, alpha_prod, args.classifier_guidance_scale
-        )
-        return prediction._replace(noise_pred=prediction.noise_pred + delta)
+    told = (called, unet_config, scheduler, conditioning)
+    predictor = GuidedPredictor(
+        *told,
+        sketch_guidance_scale=args.sketch_guidance_scale,
+        callbacks=guidance_callbacks(args),
+        num_steps=len(sampler.timesteps),
+        components=components,
+    )
 
     if args.backprop == "chain":
         return denoise(
             sampler,
-            predict,
+            predictor,
             batch["latents"],
             sampler.timesteps,
             truncate_backprop_steps=args.truncate_backprop_steps,
@@ -596,9 +589,20 @@ def run_chain(
         return latents, True
 
     with torch.no_grad():
-        denoise(sampler, predict, batch["latents"], sampler.timesteps[: int(steps.max())], on_step_end=remember)
+        denoise(sampler, predictor, batch["latents"], sampler.timesteps[: int(steps.max())], on_step_end=remember)
     latents = torch.stack(visited)[steps, torch.arange(len(steps), device=steps.device)]
-    return predict_plainly(latents, sampler.timesteps[steps]).pred_original_sample
+    plain = GuidedPredictor(*told, sketch_guidance_scale=args.sketch_guidance_scale)
+    return plain(latents, sampler.timesteps[steps]).pred_original_sample
+
+
+def guidance_callbacks(args: FinetuneArguments) -> list[GuidanceCallback]:
+    """Return the guidance by gradients that the arguments turn on; the chain is guided by them as sampling is."""
+    callbacks: list[GuidanceCallback] = []
+    if args.classifier_guidance_scale != 0:
+        callbacks.append(ClassifierGuidanceCallback(args.classifier_guidance_scale))
+    if args.perceptual_guidance_scale != 0:
+        callbacks.append(SketchGuidanceCallback(args.perceptual_guidance_scale))
+    return callbacks
 
 
 def decoded(pipeline: DiffSketchingPipeline, images: Tensor) -> Tensor:
@@ -696,7 +700,7 @@ class FinetuneValidation:
         """Eq. 7 of what the chain makes of a batch."""
         pipeline = self.pipeline
         pred = run_chain(
-            unet, unet.config, pipeline.scheduler, batch, self.args, pipeline.classifier, pipeline.null_class
+            unet, unet.config, pipeline.scheduler, batch, self.args, pipeline.components, pipeline.null_class
         )
         return self.loss(decoded(pipeline, pred), batch["pixel_values"], batch["sketch"])
 
@@ -839,7 +843,7 @@ def main(args: FinetuneArguments) -> None:
             pipeline.scheduler,
             batch,
             args,
-            pipeline.classifier,
+            pipeline.components,
             pipeline.null_class,
         )
         losses = loss(decoded(pipeline, pred), batch["pixel_values"], batch["sketch"])

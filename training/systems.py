@@ -41,14 +41,19 @@ import diffusers
 import torch
 import yaml
 from accelerate import Accelerator
-from diffusers import UNet2DModel
 from image_sets import Drawing, save_png, write_text
 from torch import nn
 from tqdm.auto import tqdm
 
 from diffsketching_pipeline import DiffSketchingPipeline
-from diffsketching_pipeline.denoising import SUPPORTED_SCHEDULERS, sampling_scheduler, scheduler_step_kwargs
-from diffsketching_pipeline.pipeline_utils import SamplingOptions
+from diffsketching_pipeline.pipeline_options import SamplingOptions
+from diffsketching_pipeline.schedulers import (
+    SUPPORTED_SCHEDULERS,
+    sampling_scheduler,
+    scheduler_step_kwargs,
+    timesteps_from,
+)
+from diffsketching_pipeline.unet_surgery import without_class, without_sketch
 
 
 SCALE_NAMES = ("sketch_guidance_scale", "classifier_guidance_scale", "perceptual_guidance_scale")
@@ -123,6 +128,11 @@ class System:
         return f"the system {self.name!r}"
 
     @property
+    def _options(self) -> SamplingOptions:
+        names = (*SAMPLING_NAMES, "guidance_start", "guidance_end")
+        return SamplingOptions(**{name: getattr(self, name) for name in names})
+
+    @property
     def call_kwargs(self) -> dict[str, Any]:
         """The arguments of the pipeline's call."""
         names = ("strength", "guidance_start", "guidance_end", *SAMPLING_NAMES)
@@ -130,14 +140,13 @@ class System:
 
     def resolve(self, pipeline: DiffSketchingPipeline) -> dict[str, Any]:
         """What a call comes to, with the checkpoint's recommendations filled in; `pipeline` is the system's own."""
-        steps = self.num_inference_steps or pipeline.recommended.get("num_inference_steps", 50)
-        scales = {name: getattr(self, name) for name in SCALE_NAMES}
+        resolved = self._options.resolve(pipeline, has_sketch=True, has_class=pipeline.num_classes > 0)
         return {
             "scheduler": type(pipeline.scheduler).__name__,
             "timestep_spacing": pipeline.scheduler.config.timestep_spacing,
-            "num_inference_steps": steps,
-            "eta": pipeline._resolve_eta(self.eta, has_latents=False),
-            **pipeline._resolve_scales(scales, has_sketch=True, has_class=pipeline.num_classes > 0),
+            "num_inference_steps": resolved.num_inference_steps,
+            "eta": resolved.eta,
+            **resolved.scales,
             "strength": self.strength,
             "guidance_start": self.guidance_start,
             "guidance_end": self.guidance_end,
@@ -157,13 +166,11 @@ class System:
 
     def check(self, pipeline: DiffSketchingPipeline) -> None:
         """Raises `ValueError` for what its pipeline would refuse in the middle of the work."""
-        names = (*SCALE_NAMES, "guidance_start", "guidance_end", "eta")
-        options = SamplingOptions(**{name: getattr(self, name) for name in names})
         try:
-            pipeline.check_inputs("drawing", None, 1, self.strength, None, None, options)
+            pipeline.check_inputs("drawing", None, 1, self.strength, None, None, self._options)
             steps = self.resolve(pipeline)["num_inference_steps"]
             scheduler = sampling_scheduler(pipeline.scheduler, steps)
-            pipeline.get_timesteps(scheduler, steps, self.strength)
+            timesteps_from(scheduler, steps, self.strength)
             scheduler_step_kwargs(scheduler, self.eta or 0.0, None)
         except ValueError as error:
             raise ValueError(f"{self._place} cannot generate: {error}") from error
@@ -183,28 +190,6 @@ class System:
         return pipeline(
             sketch, class_labels=labels, num_images_per_sketch=1, generator=generators, **self.call_kwargs, **kwargs
         )
-
-
-def without_sketch(unet: UNet2DModel, sample_channels: int = 3) -> UNet2DModel:
-    """
-    A copy of a UNet that takes `sample_channels` (x_t) alone and computes what the other does without a drawing.
-
-    "No drawing" is 0 everywhere, so what the first convolution makes of its channels can be left out.
-    """
-    narrow = UNet2DModel.from_config(unet.config, in_channels=sample_channels)
-    state = {name: tensor.detach().clone() for name, tensor in unet.state_dict().items()}
-    state["conv_in.weight"] = state["conv_in.weight"][:, :sample_channels].contiguous()
-    narrow.load_state_dict(state)
-    return narrow.to(unet.device, unet.dtype).train(unet.training)
-
-
-def without_class(unet: UNet2DModel, null_class: int) -> UNet2DModel:
-    """A copy of a class-conditional UNet that takes every class for "no class"."""
-    blind = UNet2DModel.from_config(unet.config)
-    blind.load_state_dict(unet.state_dict())
-    with torch.no_grad():
-        blind.class_embedding.weight[:] = blind.class_embedding.weight[null_class].clone()
-    return blind.to(unet.device, unet.dtype).train(unet.training)
 
 
 def read_systems(path: str) -> list[System]:

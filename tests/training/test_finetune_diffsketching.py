@@ -48,9 +48,9 @@ from testing_utils import SIZE, kill_when, make_resnet, make_scheduler, make_une
 from trainer import KeyedBatchSampler, Trainer
 
 from diffsketching_pipeline import DiffSketchingPipeline, SketchPerceptualLoss, load_lora
-from diffsketching_pipeline.denoising import sampling_scheduler
 from diffsketching_pipeline.lora import LORA_WEIGHTS_NAME
 from diffsketching_pipeline.losses import LPIPSFeatureMaps
+from diffsketching_pipeline.schedulers import sampling_scheduler
 
 
 SCRIPT = str(Path(finetune_diffsketching.__file__))
@@ -215,11 +215,14 @@ def test_classifier_guidance_steers_the_chain_and_is_not_differentiated(unet, ch
     classifier = tiny_pipeline_factory().classifier.requires_grad_(False)
     args = tiny_args(classifier_guidance_scale=5.0)
     plain, _ = gradients(unet, chain_batch, tiny_args())
-    guided, grads = gradients(unet, chain_batch, args, classifier=classifier)
-    off, _ = gradients(unet, chain_batch, tiny_args(), classifier=classifier)
+    guided, grads = gradients(unet, chain_batch, args, components={"classifier": classifier})
+    off, _ = gradients(unet, chain_batch, tiny_args(), components={"classifier": classifier})
     assert torch.equal(off, plain) and (guided - plain).abs().max() > 1e-3
     checked, rechecked = gradients(
-        unet, chain_batch, dataclasses.replace(args, gradient_checkpointing=True), classifier=classifier
+        unet,
+        chain_batch,
+        dataclasses.replace(args, gradient_checkpointing=True),
+        components={"classifier": classifier},
     )
     torch.testing.assert_close(checked, guided, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(rechecked["conv_in.weight"], grads["conv_in.weight"], atol=1e-7, rtol=1e-4)
@@ -251,6 +254,34 @@ def test_the_chain_guides_as_sampling_does(chain_batch, pretrained_dir):
         ).images
         torch.testing.assert_close(found[scale], expected, atol=1e-5, rtol=1e-4)
     assert (found[1.0] - found[2.5]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("factory", ["tiny_pipeline_factory", "latent_pipeline_factory"])
+def test_the_chain_has_every_guidance_that_sampling_has(factory, request):
+    pipeline, steps = request.getfixturevalue(factory)(), 4
+    latents = randn(2, pipeline.sample_channels, *pipeline.sample_size, seed=1)
+    sketch = torch.ones(2, 1, pipeline.height, pipeline.width)
+    sketch[0, :, 4:12, 5] = sketch[1, :, 8, 2:14] = -1
+    labels = torch.tensor([1, 0])
+    batch = {"latents": latents, "sketch": sketch, "class_label": labels}
+    scales = {"sketch_guidance_scale": 2.0, "classifier_guidance_scale": 1.5, "perceptual_guidance_scale": 0.2}
+    found = {}
+    for name in ("none", *scales, "all"):
+        on = {key: scale for key, scale in scales.items() if name in (key, "all")}
+        args = tiny_args(num_train_inference_steps=steps, resolution=pipeline.height, **on)
+        given = (pipeline.unet, pipeline.unet.config, pipeline.scheduler, batch, args)
+        with torch.no_grad():
+            found[name] = run_chain(*given, pipeline.components, pipeline.null_class)
+        expected = pipeline(
+            *(sketch, labels, 1, steps), latents=latents, clip_sample=False, output_type="latent", **on
+        ).images
+        torch.testing.assert_close(found[name], expected, atol=1e-5, rtol=1e-4)
+        recorded = run_chain(*given, pipeline.components, pipeline.null_class)
+        torch.testing.assert_close(recorded.detach(), expected, atol=1e-5, rtol=1e-4)
+        pipeline.unet.zero_grad()
+        recorded.square().mean().backward()
+        assert pipeline.unet.conv_in.weight.grad.abs().max() > 0
+    assert all((found[name] - found["none"]).abs().max() > 1e-3 for name in (*scales, "all"))
 
 
 # ---- the cache of inverted photos -------------------------------------------------------------------------------------

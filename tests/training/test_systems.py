@@ -26,7 +26,13 @@ from PIL import Image
 from systems import Job, System
 from transformers import ResNetConfig, ResNetForImageClassification
 
-from diffsketching_pipeline import DiffSketchingPipeline, NoisyImageClassifier, PhotoSketcher, SketchProcessor
+from diffsketching_pipeline import (
+    DiffSketchingPipeline,
+    NoisyImageClassifier,
+    PhotoSketcher,
+    SketchProcessor,
+    unet_surgery,
+)
 from diffsketching_pipeline.losses import SketchPerceptualLoss
 
 
@@ -82,7 +88,7 @@ def generators(*seeds):
 def test_a_unet_without_sketch_computes_what_the_null_sketch_gives(pipeline):
     x, t, y = torch.randn(2, 3, 16, 16), torch.tensor([10, 700]), torch.tensor([0, 1])
     expected = pipeline.unet(torch.cat([x, torch.zeros(2, 1, 16, 16)], dim=1), t, y).sample
-    narrow = systems.without_sketch(pipeline.unet)
+    narrow = unet_surgery.without_sketch(pipeline.unet)
     assert narrow.config.in_channels == 3 and pipeline.unet.config.in_channels == 4
     torch.testing.assert_close(narrow(x, t, y).sample, expected)
 
@@ -92,7 +98,7 @@ def test_a_unet_without_class_takes_all_classes_for_none(pipeline):
     x, t = torch.randn(2, 4, 16, 16), torch.tensor([10, 700])
     null = torch.full((2,), pipeline.null_class)
     expected = pipeline.unet(x, t, null).sample
-    blind = systems.without_class(pipeline.unet, pipeline.null_class)
+    blind = unet_surgery.without_class(pipeline.unet, pipeline.null_class)
     torch.testing.assert_close(blind(x, t, torch.tensor([0, 1])).sample, expected)
     assert not torch.allclose(pipeline.unet(x, t, torch.tensor([0, 1])).sample, expected)
 
@@ -124,7 +130,7 @@ def test_a_withheld_drawing_still_starts_guides_and_names_the_class(pipeline, jo
         assert not torch.allclose(images, unconditional, atol=1e-3), change
         assert system.uses_drawing(system.build(pipeline))
     # SDEdit as it is written: noise the drawing, go on without it.
-    narrow = DiffSketchingPipeline.from_pipe(pipeline, unet=systems.without_sketch(pipeline.unet))
+    narrow = DiffSketchingPipeline.from_pipe(pipeline, unet=unet_surgery.without_sketch(pipeline.unet))
     paths = [str(job.sketch) for job in jobs]
     expected = narrow(paths, ["disc", "square"], 1, strength=0.5, generator=generators(5, 6), output_type="pt").images
     images = sample(System("sdedit", ("sketch",), strength=0.5), pipeline, jobs, ["disc", "square"])
