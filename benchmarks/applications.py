@@ -56,7 +56,7 @@ from diffsketching_pipeline import (  # noqa: E402
     DiffSketchingPipeline,
     bundled_checkpoint,
 )
-from diffsketching_pipeline.image_processor import SketchProcessor  # noqa: E402
+from diffsketching_pipeline.images.sketch_processor import SketchProcessor  # noqa: E402
 
 
 EVALUATOR = Path(__file__).resolve().parents[1] / "training" / "evaluators" / "garments-64"

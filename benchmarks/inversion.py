@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 from diffsketching_pipeline import DiffSketchingPipeline, bundled_checkpoint
-from diffsketching_pipeline.image_processor import preprocess_photos
+from diffsketching_pipeline.images.reading import preprocess_photos
 
 
 def psnr(found: torch.Tensor, images: torch.Tensor, peak: float = 2.0) -> torch.Tensor:

@@ -24,8 +24,8 @@ _MODULES = {
     "PhotoSketcher": "modeling_photo_sketcher",
     "SketchGuidanceCallback": "guidance",
     "SketchPerceptualLoss": "losses",
-    "SketchProcessor": "image_processor",
-    "VectorSketch": "vector_sketch",
+    "SketchProcessor": "images.sketch_processor",
+    "VectorSketch": "images.vector_sketch",
     "add_lora": "lora",
     "bundled_checkpoint": "registry",
     "expand_unet_for_sketch": "unet_surgery",
@@ -50,7 +50,8 @@ if TYPE_CHECKING:
     from diffsketching_pipeline.hub import export_pipeline as export_pipeline
     from diffsketching_pipeline.hub import push_folder as push_folder
     from diffsketching_pipeline.hub import push_pipeline as push_pipeline
-    from diffsketching_pipeline.image_processor import SketchProcessor as SketchProcessor
+    from diffsketching_pipeline.images.sketch_processor import SketchProcessor as SketchProcessor
+    from diffsketching_pipeline.images.vector_sketch import VectorSketch as VectorSketch
     from diffsketching_pipeline.lora import add_lora as add_lora
     from diffsketching_pipeline.lora import fuse_lora as fuse_lora
     from diffsketching_pipeline.lora import load_lora as load_lora
@@ -72,7 +73,6 @@ if TYPE_CHECKING:
     from diffsketching_pipeline.registry import bundled_checkpoint as bundled_checkpoint
     from diffsketching_pipeline.unet_surgery import expand_unet_for_sketch as expand_unet_for_sketch
     from diffsketching_pipeline.unet_surgery import interpolate_unets as interpolate_unets
-    from diffsketching_pipeline.vector_sketch import VectorSketch as VectorSketch
 
 
 def __getattr__(name: str) -> Any:

@@ -153,7 +153,7 @@ def generate(
     check_counts(num_images, batch_size, seed)
     negative = parse_negative_label(negative_class_label)
 
-    from diffsketching_pipeline.image_processor import SketchProcessor
+    from diffsketching_pipeline.images.sketch_processor import SketchProcessor
 
     with user_errors():
         # Every drawing is read before the model is loaded: a bad one is an error at once.

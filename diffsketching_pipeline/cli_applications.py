@@ -125,7 +125,7 @@ def edit(
     negative = parse_negative_label(negative_class_label)
     mask_image = mask if box is None else _parse_box(box)
 
-    from diffsketching_pipeline.image_processor import preprocess_mask, read_photo
+    from diffsketching_pipeline.images.reading import preprocess_mask, read_photo
 
     with user_errors():
         # Every file is read before the model is loaded: a bad one is an error at once.
@@ -217,7 +217,8 @@ def interpolate(
 
     import torch
 
-    from diffsketching_pipeline.image_processor import SketchProcessor, preprocess_photos
+    from diffsketching_pipeline.images.reading import preprocess_photos
+    from diffsketching_pipeline.images.sketch_processor import SketchProcessor
 
     with user_errors():
         if photos:
@@ -293,7 +294,7 @@ def matrix(
     metadata_path, sheet_path = output_dir / "metadata.json", output_dir / f"{drawing.stem}_matrix.png"
     earlier = read_metadata(metadata_path)
 
-    from diffsketching_pipeline.image_processor import SketchProcessor
+    from diffsketching_pipeline.images.sketch_processor import SketchProcessor
 
     with user_errors():
         SketchProcessor(BUNDLED_SIZE).preprocess(drawing)
@@ -370,7 +371,7 @@ def invert(
     import torch
     from safetensors.torch import save
 
-    from diffsketching_pipeline.image_processor import preprocess_photos
+    from diffsketching_pipeline.images.reading import preprocess_photos
 
     with user_errors():
         preprocess_photos(list(photos), BUNDLED_SIZE, BUNDLED_SIZE)

@@ -147,7 +147,7 @@ def read_colour_hint(values: list[str] | None) -> Any:
     """A picture's path, or a palette, of `--colour-hint`; refuses what is neither before a model is loaded."""
     if not values:
         return None
-    from diffsketching_pipeline.image_processor import are_colour_strokes, preprocess_colour_strokes
+    from diffsketching_pipeline.images.colours import are_colour_strokes, preprocess_colour_strokes
 
     # Colours have no suffix: a name that has one and is no file is misspelt.
     is_picture = len(values) == 1 and (Path(values[0]).is_file() or Path(values[0]).suffix[1:].isalnum())
@@ -160,7 +160,7 @@ def read_colour_hint(values: list[str] | None) -> Any:
 
 def sketch_fit(colour_hint: Any) -> str | None:
     """The `fit` of [`SketchProcessor`]: beside strokes of colour a drawing keeps its place, as the pipeline has it."""
-    from diffsketching_pipeline.image_processor import are_colour_strokes
+    from diffsketching_pipeline.images.colours import are_colour_strokes
 
     return "page" if are_colour_strokes(colour_hint) else None
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from diffsketching_pipeline.image_processor import is_number, preprocess_mask
+from diffsketching_pipeline.images.reading import is_number, preprocess_mask
 
 
 @dataclass
@@ -292,7 +292,7 @@ def read_sketch_masks(
     Read where each of several drawings of a result rules.
 
     Args:
-        masks: one list per result with a mask for each of its drawings, see [`~image_processor.preprocess_mask`].
+        masks: one list per result with a mask for each of its drawings, see [`~images.reading.preprocess_mask`].
         groups: the drawings of each result, `[K_i, 1, height, width]`.
         size: height and width of the drawings.
         scale_factor: pixels per element of x_t along a side.

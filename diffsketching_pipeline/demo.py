@@ -32,7 +32,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
 from diffsketching_pipeline.cli_utils import class_record, metadata, model_record, png, sampling_record, sketch_image
-from diffsketching_pipeline.image_processor import SketchProcessor
+from diffsketching_pipeline.images.sketch_processor import SketchProcessor
 from diffsketching_pipeline.pipeline_diffsketching import DiffSketchingPipeline
 from diffsketching_pipeline.pipeline_diffsketching_edit import DiffSketchingEditPipeline
 from diffsketching_pipeline.pipeline_diffsketching_interpolation import DiffSketchingInterpolationPipeline

@@ -42,7 +42,7 @@ from diffsketching_pipeline.demo import (
     recall,
     remember,
 )
-from diffsketching_pipeline.image_processor import MAX_SKETCH_PIXELS
+from diffsketching_pipeline.images.reading import MAX_SKETCH_PIXELS
 
 
 # Requests that may wait; whoever comes then is told that the queue is full.

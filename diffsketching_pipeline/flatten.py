@@ -45,7 +45,7 @@ def flatten_modules(names: Iterable[str], description: str) -> str:
     Source code of modules of this package and of those that they import, as one file.
 
     Args:
-        names: module names without the package's, e.g. `"pipeline_diffsketching"`.
+        names: module names without the package's, e.g. `"pipeline_diffsketching"` or `"images.reading"`.
         description: the file's docstring.
 
     Raises:
@@ -60,7 +60,7 @@ def flatten_modules(names: Iterable[str], description: str) -> str:
 
 
 def _read(name: str) -> str:
-    return (Path(__file__).parent / f"{name}.py").read_text(encoding="utf-8")
+    return Path(__file__).parent.joinpath(*name.split(".")).with_suffix(".py").read_text(encoding="utf-8")
 
 
 def _internal(node: ast.stmt) -> str | None:

@@ -35,7 +35,8 @@ from torchvision.transforms.functional import gaussian_blur
 from diffsketching_pipeline.autoencoding import AutoencoderCall, decode_latents, encode_photos
 from diffsketching_pipeline.conditioning import Conditioning
 from diffsketching_pipeline.denoising import NoisePrediction, predict_noise
-from diffsketching_pipeline.image_processor import enclosed_area, parse_palette, preprocess_colour_strokes
+from diffsketching_pipeline.images.colours import parse_palette, preprocess_colour_strokes
+from diffsketching_pipeline.images.edited_region import enclosed_area
 from diffsketching_pipeline.losses import SketchFeatureMaps, SketchPerceptualLoss, clamp_straight_through
 from diffsketching_pipeline.schedulers import MIN_GUIDED_ALPHA_PROD, get_alpha_prod
 
@@ -526,7 +527,7 @@ def read_colours(
         num_images: how many images are made of each result.
         size: height and width of photos in pixels.
         device: of what is returned.
-        box: part of a page of strokes that is stretched to `size`; see [`~image_processor.preprocess_colour_strokes`].
+        box: part of a page of strokes that is stretched to `size`; see [`~images.colours.preprocess_colour_strokes`].
         inside: bool `[1, 1, height, width]`, where colours are guided; everywhere if left out.
 
     Raises:

@@ -26,7 +26,8 @@ from diffsketching_pipeline.conditioning import (
 )
 from diffsketching_pipeline.denoising import UNetInputs, denoise, get_unet_inputs, invert
 from diffsketching_pipeline.guidance import ClassifierGuidanceCallback, GuidedPredictor
-from diffsketching_pipeline.image_processor import SketchProcessor, preprocess_photos
+from diffsketching_pipeline.images.reading import preprocess_photos
+from diffsketching_pipeline.images.sketch_processor import SketchProcessor
 from diffsketching_pipeline.modeling_noisy_classifier import NoisyImageClassifier
 from diffsketching_pipeline.modeling_photo_sketcher import PhotoSketcher
 from diffsketching_pipeline.pipeline_loading import (
@@ -469,7 +470,7 @@ class DiffSketchingMixin(_Base):
 
         Args:
             images (path, `PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of these):
-                Photos, scaled and cropped to the model's size; see [`~image_processor.preprocess_photos`].
+                Photos, scaled and cropped to the model's size; see [`~images.reading.preprocess_photos`].
             class_labels, sketch:
                 As for the call, one per photo. Without a sketch the null sketch is used, so that one x_T serves any
                 drawing of the photo.

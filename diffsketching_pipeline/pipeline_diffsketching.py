@@ -9,7 +9,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 from diffsketching_pipeline.conditioning import as_list, join_conditions, read_sketch_masks
 from diffsketching_pipeline.guidance import read_colours
-from diffsketching_pipeline.image_processor import are_colour_strokes
+from diffsketching_pipeline.images.colours import are_colour_strokes
 from diffsketching_pipeline.pipeline_base import DiffSketchingMixin, warn_if_sketch_is_unused
 from diffsketching_pipeline.pipeline_options import SamplingOptions, check_integer, check_strength, expand_generator
 from diffsketching_pipeline.schedulers import sampling_scheduler, scheduler_step_kwargs, timesteps_from

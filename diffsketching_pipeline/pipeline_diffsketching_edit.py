@@ -16,14 +16,9 @@ from skimage.morphology import convex_hull_image
 
 from diffsketching_pipeline.conditioning import join_conditions
 from diffsketching_pipeline.guidance import read_colours
-from diffsketching_pipeline.image_processor import (
-    SketchProcessor,
-    are_colour_strokes,
-    is_number,
-    preprocess_mask,
-    preprocess_photos,
-    read_photo,
-)
+from diffsketching_pipeline.images.colours import are_colour_strokes
+from diffsketching_pipeline.images.reading import is_number, preprocess_mask, preprocess_photos, read_photo
+from diffsketching_pipeline.images.sketch_processor import SketchProcessor
 from diffsketching_pipeline.pipeline_base import DiffSketchingMixin, warn_if_sketch_is_unused
 from diffsketching_pipeline.pipeline_options import (
     SamplingOptions,
@@ -289,7 +284,7 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
 
         Args:
             image (path, `PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
-                One photo of any size and mode; see [`~image_processor.read_photo`].
+                One photo of any size and mode; see [`~images.reading.read_photo`].
             mask_image (path, `PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or four numbers, *optional*):
                 What may change: white (above 127 of 255) in an image of the photo's size, or a box `(left, top, right,
                 bottom)` in pixels. `None` is what the strokes enclose or span, grown by `mask_padding`.

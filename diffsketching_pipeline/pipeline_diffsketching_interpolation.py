@@ -11,7 +11,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.schedulers import DDPMScheduler
 
 from diffsketching_pipeline.conditioning import Condition, as_list, join_conditions
-from diffsketching_pipeline.image_processor import preprocess_photos
+from diffsketching_pipeline.images.reading import preprocess_photos
 from diffsketching_pipeline.pipeline_base import DiffSketchingMixin, warn_if_sketch_is_unused
 from diffsketching_pipeline.pipeline_options import SamplingOptions, check_integer, check_invertible, expand_generator
 from diffsketching_pipeline.schedulers import sampling_scheduler, scheduler_step_kwargs

@@ -22,7 +22,7 @@ from diffsketching_pipeline.guidance import (
     SketchGuidanceCallback,
     check_guidance_interval,
 )
-from diffsketching_pipeline.image_processor import is_number
+from diffsketching_pipeline.images.reading import is_number
 
 
 logger = logging.get_logger(__name__)

@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 
 from diffsketching_pipeline import DiffSketchingPipeline, bundled_checkpoint
-from diffsketching_pipeline.image_processor import preprocess_photos
+from diffsketching_pipeline.images.reading import preprocess_photos
 
 
 def main() -> None:

@@ -11,7 +11,8 @@ from diffsketching_pipeline import ColourGuidanceCallback, GuidanceCallback
 from diffsketching_pipeline.conditioning import Conditioning
 from diffsketching_pipeline.denoising import predict_noise
 from diffsketching_pipeline.guidance import Colours, blur
-from diffsketching_pipeline.image_processor import enclosed_area, parse_palette, preprocess_colour_strokes
+from diffsketching_pipeline.images.colours import parse_palette, preprocess_colour_strokes
+from diffsketching_pipeline.images.edited_region import enclosed_area
 
 
 ONE_STEP = {"num_inference_steps": 1, "output_type": "latent", "clip_sample": False, "eta": 0.0}

@@ -18,7 +18,8 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from diffsketching_pipeline import SketchProcessor, VectorSketch, vector_sketch
+from diffsketching_pipeline import SketchProcessor, VectorSketch
+from diffsketching_pipeline.images import vector_sketch
 
 
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 100 100">{}</svg>'

@@ -397,7 +397,7 @@ def load_drawings(folder: Path, label2id: dict[str, int], resolution: int) -> di
     Returns:
         `dict[str, tuple[Tensor, Tensor]]`: per half, drawings [N, 1, R, R] and their class indices [N].
     """
-    from diffsketching_pipeline.image_processor import SketchProcessor
+    from diffsketching_pipeline.images.sketch_processor import SketchProcessor
 
     files = sorted(file for file in folder.glob("*/*.png") if file.parent.name in label2id)
     if not files:

@@ -26,13 +26,13 @@ import torch
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from diffsketching_pipeline.image_processor import (
+from diffsketching_pipeline.images.reading import (
     MAX_SKETCH_SIDE,
-    SketchProcessor,
     preprocess_mask,
     preprocess_photos,
     read_photo,
 )
+from diffsketching_pipeline.images.sketch_processor import SketchProcessor
 
 
 DRAWINGS = Path(__file__).parents[1] / "examples" / "drawings"

@@ -1,0 +1,29 @@
+# Copyright 2026 The DiffSketching Pipeline Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The part of a photo that an edit may change."""
+
+import torch
+from scipy import ndimage
+from skimage.morphology import convex_hull_image
+
+
+def enclosed_area(sketch: torch.Tensor) -> torch.Tensor:
+    """
+    What drawings `[K, 1, height, width]` of one result enclose together, `[1, height, width]` of 0 and 1: what a line
+    shuts off from the border or, where outlines have gaps, the convex hull of the lines.
+    """
+    lines = (sketch.amin(dim=(0, 1)) < 0).cpu().numpy()
+    filled, hull = ndimage.binary_fill_holes(lines), convex_hull_image(lines)
+    area = filled if filled.sum() > 0.5 * hull.sum() else hull
+    return torch.from_numpy(area)[None].float()
