@@ -38,7 +38,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 from diffsketching_pipeline import NoisyImageClassifier, PhotoSketcher, expand_unet_for_sketch
 from diffsketching_pipeline.autoencoding import get_scale_factor
-from diffsketching_pipeline.convert_guided_diffusion import networks_of_preset
+from diffsketching_pipeline.converters.guided_diffusion import networks_of_preset
 
 
 GIBIBYTE = 2**30

@@ -33,8 +33,8 @@ import torch
 from safetensors.torch import load_file
 
 from diffsketching_pipeline import DiffSketchingPipeline, PhotoSketcher
-from diffsketching_pipeline.convert_guided_diffusion import convert_guided_diffusion
-from diffsketching_pipeline.convert_photosketch import convert_photosketch
+from diffsketching_pipeline.converters.guided_diffusion import convert_guided_diffusion
+from diffsketching_pipeline.converters.photosketch import convert_photosketch
 
 
 # What float32 can promise: a single pass, and five steps with guidance.

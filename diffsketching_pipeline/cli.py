@@ -395,7 +395,7 @@ def convert_guided_diffusion_command(
     """Convert checkpoints of openai/guided-diffusion (ADM) to a pipeline folder."""
     if (flags is None) == (preset is None):
         raise UserError("give either `--flags` or `--preset`.")
-    from diffsketching_pipeline.convert_guided_diffusion import convert_guided_diffusion
+    from diffsketching_pipeline.converters.guided_diffusion import convert_guided_diffusion
 
     with user_errors((ValueError, OSError)):
         convert_guided_diffusion(
@@ -418,7 +418,7 @@ def convert_photosketch_command(
     ] = "per_sample",
 ) -> None:
     """Convert a Photo-Sketching generator to a PhotoSketcher folder."""
-    from diffsketching_pipeline.convert_photosketch import convert_photosketch
+    from diffsketching_pipeline.converters.photosketch import convert_photosketch
 
     with user_errors((ValueError, OSError)):
         convert_photosketch(checkpoint, output_dir, statistics=statistics)

@@ -257,7 +257,7 @@ def test_convert_commands_refuse_in_one_line(monkeypatch, capsys, tmp_path):
 
 def test_convert_commands_pass_their_options_on(monkeypatch, capsys, tmp_path):
     seen = {}
-    module = importlib.import_module("diffsketching_pipeline.convert_guided_diffusion")
+    module = importlib.import_module("diffsketching_pipeline.converters.guided_diffusion")
     monkeypatch.setattr(module, "convert_guided_diffusion", lambda *args, **kw: seen.update(kw))
     common = ("convert-guided-diffusion", "--unet-checkpoint", "u.pt", "--output-dir", tmp_path / "out")
     assert run(monkeypatch, *common, "--preset", "256", "--sketch-channel") == 0

@@ -23,16 +23,16 @@ from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 
 from diffsketching_pipeline import DiffSketchingPipeline
-from diffsketching_pipeline.convert_guided_diffusion import (
-    PRESETS,
+from diffsketching_pipeline.converters.guided_diffusion import (
     convert_classifier_checkpoint,
     convert_guided_diffusion,
     convert_unet_checkpoint,
-    expand_unet_for_sketch,
     networks_of_preset,
-    read_checkpoint,
-    staged_folder,
 )
+from diffsketching_pipeline.converters.guided_diffusion_flags import PRESETS
+from diffsketching_pipeline.converters.reading import read_checkpoint
+from diffsketching_pipeline.files import staged_folder
+from diffsketching_pipeline.unet_surgery import expand_unet_for_sketch
 
 
 ADM_MINI = Path(__file__).parent / "fixtures" / "adm_mini"

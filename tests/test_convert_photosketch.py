@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 from safetensors.torch import load_file, save_file
 
-from diffsketching_pipeline.convert_photosketch import convert_photosketch, convert_photosketch_checkpoint
+from diffsketching_pipeline.converters.photosketch import convert_photosketch, convert_photosketch_checkpoint
 from diffsketching_pipeline.modeling_photo_sketcher import PhotoSketcher
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from diffsketching_pipeline.convert_guided_diffusion import read_checkpoint
+from diffsketching_pipeline.converters.reading import read_checkpoint
 from diffsketching_pipeline.files import check_output_dir, staged_folder
 from diffsketching_pipeline.modeling_photo_sketcher import PhotoSketcher
 
