@@ -29,17 +29,17 @@ _MODULES = {
     "add_lora": "lora",
     "bundled_checkpoint": "registry",
     "expand_unet_for_sketch": "unet_surgery",
-    "export_pipeline": "hub",
+    "export_pipeline": "hub.export",
     "fuse_lora": "lora",
     "interpolate_unets": "unet_surgery",
     "load_lora": "lora",
-    "push_folder": "hub",
-    "push_pipeline": "hub",
+    "push_folder": "hub.push",
+    "push_pipeline": "hub.push",
     "save_lora": "lora",
     "unload_lora": "lora",
 }
 # They import diffusers when it is needed, and what is saved or loaded with it registers itself.
-_WITHOUT_DIFFUSERS = ("hub", "registry")
+_WITHOUT_DIFFUSERS = ("hub.export", "hub.push", "registry")
 __all__ = ["__version__", *sorted(_MODULES)]
 
 if TYPE_CHECKING:
@@ -47,9 +47,9 @@ if TYPE_CHECKING:
     from diffsketching_pipeline.guidance import ColourGuidanceCallback as ColourGuidanceCallback
     from diffsketching_pipeline.guidance import GuidanceCallback as GuidanceCallback
     from diffsketching_pipeline.guidance import SketchGuidanceCallback as SketchGuidanceCallback
-    from diffsketching_pipeline.hub import export_pipeline as export_pipeline
-    from diffsketching_pipeline.hub import push_folder as push_folder
-    from diffsketching_pipeline.hub import push_pipeline as push_pipeline
+    from diffsketching_pipeline.hub.export import export_pipeline as export_pipeline
+    from diffsketching_pipeline.hub.push import push_folder as push_folder
+    from diffsketching_pipeline.hub.push import push_pipeline as push_pipeline
     from diffsketching_pipeline.images.sketch_processor import SketchProcessor as SketchProcessor
     from diffsketching_pipeline.images.vector_sketch import VectorSketch as VectorSketch
     from diffsketching_pipeline.lora import add_lora as add_lora

@@ -236,7 +236,7 @@ def info(
     from rich.console import Console
     from rich.table import Table
 
-    from diffsketching_pipeline.model_card import input_names
+    from diffsketching_pipeline.hub.model_card import input_names
 
     pipe = load_pipeline(model, "cpu")
     console = Console()

@@ -132,7 +132,7 @@ def push_folder(task):
 
 
 def push_component(task):
-    from diffsketching_pipeline.hub import push_component as push
+    from diffsketching_pipeline.hub.push import push_component as push
 
     return push(task["source"], task["repo_id"], **task.get("kwargs", {}))
 

@@ -34,7 +34,7 @@ from diffsketching_pipeline import (
     export_pipeline,
     fuse_lora,
 )
-from diffsketching_pipeline.flatten import flatten_modules
+from diffsketching_pipeline.hub.flatten import flatten_modules
 from diffsketching_pipeline.manifest import read_manifest
 
 
@@ -141,7 +141,7 @@ def test_an_export_brings_the_code_of_the_pipeline_that_was_exported(tiny_pipeli
 
 
 def test_modules_that_do_not_fit_into_one_file_are_refused(tmp_path, monkeypatch):
-    from diffsketching_pipeline import flatten
+    from diffsketching_pipeline.hub import flatten
 
     sources = {
         "one": "import math\n\nSIZE = 1\n",

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from diffsketching_pipeline.model_card import read_metrics
+from diffsketching_pipeline.hub.model_card import read_metrics
 
 
 ROOT = Path(__file__).parents[1]

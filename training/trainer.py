@@ -67,7 +67,7 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from diffsketching_pipeline import DiffSketchingPipeline, push_pipeline
-from diffsketching_pipeline.hub import create_repo, push_component
+from diffsketching_pipeline.hub.push import create_repo, push_component
 from diffsketching_pipeline.lora import LORA_WEIGHTS_NAME, fuse_lora, has_lora, load_lora_state_dict, save_lora
 
 

@@ -1,16 +1,4 @@
-# Copyright 2026 The DiffSketching Pipeline Authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """Joins modules of this package into one file that needs nothing of it: the code that travels with a checkpoint."""
 
 import ast
@@ -21,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 
-_PACKAGE = __package__
+_PACKAGE = __name__.split(".")[0]
 # It registers the installed package with diffusers, so a file that stands for the package has no use for it.
 _LEFT_OUT = ("registry",)
 _LINE_LENGTH = 119
@@ -60,7 +48,7 @@ def flatten_modules(names: Iterable[str], description: str) -> str:
 
 
 def _read(name: str) -> str:
-    return Path(__file__).parent.joinpath(*name.split(".")).with_suffix(".py").read_text(encoding="utf-8")
+    return Path(__file__).parents[1].joinpath(*name.split(".")).with_suffix(".py").read_text(encoding="utf-8")
 
 
 def _internal(node: ast.stmt) -> str | None:
