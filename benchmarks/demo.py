@@ -40,8 +40,8 @@ from guidance import NetworkClock
 from PIL import Image
 
 from diffsketching_pipeline import DiffSketchingPipeline, bundled_checkpoint
-from diffsketching_pipeline.demo import Studio
-from diffsketching_pipeline.demo_page import launch
+from diffsketching_pipeline.demo.page import launch
+from diffsketching_pipeline.demo.service import Studio
 
 
 # Memory is read this often while there is load.

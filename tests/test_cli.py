@@ -23,7 +23,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from diffsketching_pipeline import cli
-from diffsketching_pipeline.cli_utils import write_atomically
+from diffsketching_pipeline.cli.running import write_atomically
 
 
 @pytest.fixture(scope="module")
@@ -270,7 +270,9 @@ def test_evaluate_is_the_script_of_the_source_tree(monkeypatch, capfd, tmp_path)
     words = ["--sketches", "a", "--reference", "b", "--train", "c", "--evaluator", "d"]
     assert run(monkeypatch, "evaluate", *words) == 2
     assert capfd.readouterr().err.startswith("evaluate.py: error: give `model` to generate images")
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "site-packages" / "diffsketching_pipeline" / "cli.py"))
+    monkeypatch.setattr(
+        cli.evaluate, "__file__", str(tmp_path / "site-packages" / "diffsketching_pipeline" / "cli" / "evaluate.py")
+    )
     assert run(monkeypatch, "evaluate", *words) == 2
     assert "the evaluation is a script of the source tree, which is not installed" in capfd.readouterr().err
 

@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
 from diffsketching_pipeline import DiffSketchingEditPipeline, DiffSketchingPipeline, cli
-from diffsketching_pipeline.cli_utils import contact_sheet
+from diffsketching_pipeline.results import contact_sheet
 
 
 SIZE = (48, 40)

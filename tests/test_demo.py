@@ -26,8 +26,8 @@ from PIL import Image, ImageChops, ImageDraw
 
 pytest.importorskip("gradio", reason="Gradio is not installed: pip install .[demo]")
 
-from diffsketching_pipeline import demo  # noqa: E402
-from diffsketching_pipeline.demo import PhotoRequest, Photos, Progress, Studio, more_like_this  # noqa: E402
+from diffsketching_pipeline.demo import service as demo  # noqa: E402
+from diffsketching_pipeline.demo.service import PhotoRequest, Photos, Progress, Studio, more_like_this  # noqa: E402
 
 
 STEPS = {"num_inference_steps": 6, "eta": 1.0}

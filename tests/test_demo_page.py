@@ -38,8 +38,9 @@ from PIL import Image, ImageDraw, ImageOps
 
 gradio_client = pytest.importorskip("gradio_client", reason="Gradio is not installed: pip install .[demo]")
 
-from diffsketching_pipeline import DiffSketchingPipeline, SketchProcessor, bundled_checkpoint, demo_page  # noqa: E402
-from diffsketching_pipeline.demo import CANVAS_SIZE, PhotoRequest, Studio, example_drawings  # noqa: E402
+from diffsketching_pipeline import DiffSketchingPipeline, SketchProcessor, bundled_checkpoint  # noqa: E402
+from diffsketching_pipeline.demo import page as demo_page  # noqa: E402
+from diffsketching_pipeline.demo.service import CANVAS_SIZE, PhotoRequest, Studio, example_drawings  # noqa: E402
 
 
 ROOT = Path(__file__).parents[1]

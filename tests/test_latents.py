@@ -638,7 +638,7 @@ def test_the_command_line_refuses_an_abstraction_that_is_none(checkpoint, drawin
 
 def test_the_page_previews_photos_of_latents(latent_pipeline_factory, drawing, photo):
     pytest.importorskip("gradio", reason="Gradio is not installed: pip install .[demo]")
-    from diffsketching_pipeline.demo import PhotoRequest, Studio, more_like_this
+    from diffsketching_pipeline.demo.service import PhotoRequest, Studio, more_like_this
 
     studio = Studio(latent_pipeline_factory(recommended={"num_inference_steps": 5, "sketch_abstraction": 0.25}))
     assert studio.call_settings(0.5)["sketch_guidance_scale"] == 2.0

@@ -27,8 +27,8 @@ except ModuleNotFoundError as error:
     ) from None
 
 from diffsketching_pipeline import DiffSketchingPipeline, bundled_checkpoint
-from diffsketching_pipeline.demo import Studio
-from diffsketching_pipeline.demo_page import launch
+from diffsketching_pipeline.demo.page import launch
+from diffsketching_pipeline.demo.service import Studio
 
 
 model = os.environ.get("DIFFSKETCHING_MODEL")

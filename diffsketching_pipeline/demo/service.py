@@ -1,16 +1,4 @@
-# Copyright 2026 The DiffSketching Pipeline Authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """What the drawing page does, without its looks: one model that reads drawings and makes photos for everybody who asks."""
 
 import base64
@@ -31,11 +19,11 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
-from diffsketching_pipeline.cli_utils import class_record, metadata, model_record, png, sampling_record, sketch_image
 from diffsketching_pipeline.images.sketch_processor import SketchProcessor
 from diffsketching_pipeline.pipeline_diffsketching import DiffSketchingPipeline
 from diffsketching_pipeline.pipeline_diffsketching_edit import DiffSketchingEditPipeline
 from diffsketching_pipeline.pipeline_diffsketching_interpolation import DiffSketchingInterpolationPipeline
+from diffsketching_pipeline.results import class_record, metadata, model_record, png, sampling_record, sketch_image
 from diffsketching_pipeline.schedulers import sampling_scheduler
 
 
@@ -408,7 +396,7 @@ class Studio:
 
 def example_drawings() -> list[Path]:
     """The drawings that come with the package; in a checkout they lie beside it."""
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     folders = (here / "drawings", here.parent / "examples" / "drawings")
     return next((drawings for folder in folders if (drawings := sorted(folder.glob("*.png")))), [])
 

@@ -1,17 +1,5 @@
-# Copyright 2026 The DiffSketching Pipeline Authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
-"""The drawing page: what is on it, and which part of it calls what in `demo.py`."""
+# SPDX-License-Identifier: Apache-2.0
+"""The drawing page: what is on it, and which part of it calls what in `service.py`."""
 
 import os
 import secrets
@@ -26,8 +14,7 @@ from gradio.processing_utils import hash_bytes
 from gradio.utils import LRUCache, get_upload_folder
 from PIL import Image, ImageOps
 
-from diffsketching_pipeline.cli_utils import png, write_atomically
-from diffsketching_pipeline.demo import (
+from diffsketching_pipeline.demo.service import (
     CANVAS_SIZE,
     MAX_FRAMES,
     MAX_IMAGES,
@@ -42,7 +29,9 @@ from diffsketching_pipeline.demo import (
     recall,
     remember,
 )
+from diffsketching_pipeline.files import write_file
 from diffsketching_pipeline.images.reading import MAX_SKETCH_PIXELS
+from diffsketching_pipeline.results import png
 
 
 # Requests that may wait; whoever comes then is told that the queue is full.
@@ -261,7 +250,8 @@ def _cached(content: bytes, name: str) -> str:
     request. Only the last part of the name counts: a history that a browser kept may say anything.
     """
     path = Path(get_upload_folder()) / hash_bytes(content) / Path(name).name
-    write_atomically(path, content)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, content)
     return str(path)
 
 

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `edit`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from diffsketching_pipeline.cli.options import (
+    BatchSize,
+    ClassifierScale,
+    ColourHint,
+    Device,
+    Dtype,
+    DtypeName,
+    Eta,
+    Model,
+    NegativeClass,
+    OutputDir,
+    Overwrite,
+    PerceptualScale,
+    SketchAbstraction,
+    SketchScale,
+    Steps,
+    UserError,
+    check_counts,
+    check_labels,
+    check_output,
+    parse_label,
+    parse_negative_label,
+    read_colour_hint,
+    read_metadata,
+    user_errors,
+)
+from diffsketching_pipeline.cli.running import (
+    generate_images,
+    load_pipeline,
+    progress,
+    write_atomically,
+    write_metadata,
+)
+from diffsketching_pipeline.results import (
+    caption,
+    class_record,
+    contact_sheet,
+    file_record,
+    model_record,
+    png,
+    sampling_record,
+)
+
+
+if TYPE_CHECKING:
+    pass
+
+
+def edit(
+    photo: Annotated[Path, typer.Argument(help="Photo of any size.")],
+    sketch: Annotated[
+        Optional[Path], typer.Option(help="New lines, drawn on a page of the photo's proportions.")
+    ] = None,
+    mask: Annotated[
+        Optional[Path], typer.Option(help="Picture of the photo's size, white where it may change. [default: found]")
+    ] = None,
+    box: Annotated[
+        Optional[str], typer.Option(help="left,top,right,bottom in pixels, in the place of a mask.")
+    ] = None,
+    class_label: Annotated[
+        Optional[str], typer.Option(help="Class by name or number, or a mixture. Guessed if not given.")
+    ] = None,
+    num_images: Annotated[int, typer.Option(help="Results.")] = 4,
+    steps: Steps = None,
+    seed: Annotated[int, typer.Option(help="Result k uses seed + k.")] = 0,
+    model: Model = None,
+    output_dir: OutputDir = Path("outputs"),
+    strength: Annotated[float, typer.Option(help="From 0, a small change, to 1.0, something new.")] = 0.9,
+    mask_padding: Annotated[float, typer.Option(help="Growth of a mask that is found, share of the photo.")] = 0.05,
+    crop_margin: Annotated[float, typer.Option(help="Surroundings the model sees, share of the mask.")] = 0.5,
+    feather: Annotated[float, typer.Option(help="Width of the blended border, share of what it sees.")] = 0.05,
+    resample_steps: Annotated[int, typer.Option(help="How often each step is taken; 1 is fastest.")] = 3,
+    sketch_guidance_scale: SketchScale = None,
+    classifier_guidance_scale: ClassifierScale = None,
+    perceptual_guidance_scale: PerceptualScale = None,
+    sketch_abstraction: SketchAbstraction = None,
+    eta: Eta = None,
+    negative_class_label: NegativeClass = None,
+    colour_hint: ColourHint = None,
+    batch_size: BatchSize = 8,
+    device: Device = "auto",
+    dtype: Dtype = DtypeName.float32,
+    overwrite: Overwrite = False,
+) -> None:
+    """Change a part of a photo into the shape of a drawing; outside the mask it stays as it is, bit for bit."""
+    check_counts(num_images, batch_size, seed)
+    if mask is not None and box is not None:
+        raise UserError("`--mask` and `--box` say the same: give one of them.")
+    seeds = range(seed, seed + num_images)
+    files = [output_dir / f"{photo.stem}_{k}.png" for k in seeds]
+    sheet_path, metadata_path = output_dir / f"{photo.stem}_sheet.png", output_dir / "metadata.json"
+    check_output(output_dir, [*files, sheet_path], overwrite)
+    earlier = read_metadata(metadata_path)
+
+    label = None if class_label is None else parse_label(class_label)
+    negative = parse_negative_label(negative_class_label)
+    mask_image = mask if box is None else _parse_box(box)
+
+    from diffsketching_pipeline.images.reading import preprocess_mask, read_photo
+
+    with user_errors():
+        # Every file is read before the model is loaded: a bad one is an error at once.
+        opened = {name: read_photo(path, name) for name, path in (("photo", photo), ("drawing", sketch)) if path}
+        if mask is not None:
+            preprocess_mask(mask, "mask")
+    hint = read_colour_hint(colour_hint)
+    pipe = load_pipeline(model, device, "DiffSketchingEditPipeline", dtype)
+    check_labels(pipe, [label], negative)
+    settings = {
+        "num_inference_steps": steps,
+        "strength": strength,
+        "mask_padding": mask_padding,
+        "crop_margin": crop_margin,
+        "feather": feather,
+        "num_resample_steps": resample_steps,
+        "sketch_guidance_scale": sketch_guidance_scale,
+        "classifier_guidance_scale": classifier_guidance_scale,
+        "perceptual_guidance_scale": perceptual_guidance_scale,
+        "sketch_abstraction": sketch_abstraction,
+        "eta": eta,
+        "negative_class_labels": negative,
+        "colour_hint": hint,
+    }
+    inputs = {"image": photo, "mask_image": mask_image, "sketch": sketch}
+    with user_errors():
+        shown = pipe.prepare_mask_image(**inputs, mask_padding=mask_padding)
+        with progress(num_images) as advance:
+            images, out = generate_images(pipe, seeds, batch_size, advance, class_labels=label, **inputs, **settings)
+    record = {
+        **file_record("photo", photo),
+        **file_record("drawing", sketch),
+        **file_record("mask", mask),
+        "box": None if box is None else mask_image,
+        **class_record(label, out),
+        **sampling_record(pipe, settings),
+    }
+    for image, path in zip(images, files, strict=True):
+        write_atomically(path, png(image))
+    tiles = [(image, name) for name, image in opened.items()] + [(shown, "may change")]
+    tiles += [(image, f"seed {k}") for image, k in zip(images, seeds, strict=True)]
+    write_atomically(sheet_path, png(contact_sheet(tiles, caption(photo.name, record))))
+    records = [{"file": path.name, "seed": k, **record} for path, k in zip(files, seeds, strict=True)]
+    write_metadata(metadata_path, earlier, records, model_record(pipe, model))
+    print(sheet_path)
+
+
+def _parse_box(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(value) for value in text.split(","))
+    except ValueError as error:
+        raise UserError(f"`--box` has to be left,top,right,bottom in pixels but is {text!r}.") from error

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `generate`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from diffsketching_pipeline.cli.options import (
+    BUNDLED_SIZE,
+    BatchSize,
+    ClassifierScale,
+    ColourHint,
+    Device,
+    Dtype,
+    DtypeName,
+    Eta,
+    Invert,
+    Model,
+    NegativeClass,
+    OutputDir,
+    Overwrite,
+    PerceptualScale,
+    SketchAbstraction,
+    SketchScale,
+    Steps,
+    check_counts,
+    check_labels,
+    check_output,
+    labels_for_each,
+    numbered_names,
+    parse_negative_label,
+    read_colour_hint,
+    read_metadata,
+    sketch_fit,
+    unique_names,
+    user_errors,
+)
+from diffsketching_pipeline.cli.running import (
+    generate_images,
+    load_pipeline,
+    progress,
+    write_atomically,
+    write_metadata,
+)
+from diffsketching_pipeline.results import (
+    caption,
+    class_record,
+    contact_sheet,
+    file_record,
+    model_record,
+    png,
+    sampling_record,
+    sketch_image,
+)
+
+
+if TYPE_CHECKING:
+    pass
+
+
+def generate(
+    drawings: Annotated[
+        list[Path],
+        typer.Argument(help="Drawings: PNG, JPEG, ... dark strokes on light paper; SVG; ndjson of Quick, Draw!"),
+    ],
+    class_label: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            help="Class by name or number, or a mixture like shirt=0.7,dress=0.3: once for all drawings, or once per"
+            " drawing. Guessed if not given."
+        ),
+    ] = None,
+    num_images: Annotated[int, typer.Option(help="Photos per drawing.")] = 4,
+    steps: Steps = None,
+    seed: Annotated[int, typer.Option(help="Photo k of each drawing uses seed + k.")] = 0,
+    model: Model = None,
+    output_dir: OutputDir = Path("outputs"),
+    sketch_guidance_scale: SketchScale = None,
+    classifier_guidance_scale: ClassifierScale = None,
+    perceptual_guidance_scale: PerceptualScale = None,
+    sketch_abstraction: SketchAbstraction = None,
+    eta: Eta = None,
+    strength: Annotated[float, typer.Option(help="1.0 starts from noise, less from the noised drawing.")] = 1.0,
+    negative_class_label: NegativeClass = None,
+    colour_hint: ColourHint = None,
+    invert: Invert = None,
+    batch_size: BatchSize = 8,
+    device: Device = "auto",
+    dtype: Dtype = DtypeName.float32,
+    overwrite: Overwrite = False,
+) -> None:
+    """Photos of each drawing: PNGs, a contact sheet per drawing, and metadata.json to reproduce each of them."""
+    check_counts(num_images, batch_size, seed)
+    negative = parse_negative_label(negative_class_label)
+
+    from diffsketching_pipeline.images.sketch_processor import SketchProcessor
+
+    with user_errors():
+        # Every drawing is read before the model is loaded: a bad one is an error at once.
+        counts = [len(SketchProcessor(BUNDLED_SIZE).preprocess(path, invert=invert)) for path in drawings]
+    names = numbered_names(unique_names(drawings), counts)
+    labels = labels_for_each(class_label, len(names), "drawings")
+    files = {name: [output_dir / f"{name}_{seed + k}.png" for k in range(num_images)] for name in names}
+    sheets = {name: output_dir / f"{name}_sheet.png" for name in names}
+    check_output(output_dir, [*(path for paths in files.values() for path in paths), *sheets.values()], overwrite)
+    metadata_path = output_dir / "metadata.json"
+    earlier = read_metadata(metadata_path)
+
+    hint = read_colour_hint(colour_hint)
+    pipe = load_pipeline(model, device, dtype=dtype)
+    check_labels(pipe, labels, negative)
+    options = {"invert": invert, "fit": sketch_fit(hint)}
+    with user_errors():
+        sketches = [
+            (path, index, sketch)
+            for path in drawings
+            for index, sketch in enumerate(
+                pipe.sketch_processor.preprocess(path, pipe.height, pipe.width, **options).split(1)
+            )
+        ]
+
+    settings = {
+        "num_inference_steps": steps,
+        "sketch_guidance_scale": sketch_guidance_scale,
+        "classifier_guidance_scale": classifier_guidance_scale,
+        "perceptual_guidance_scale": perceptual_guidance_scale,
+        "sketch_abstraction": sketch_abstraction,
+        "eta": eta,
+        "strength": strength,
+        "negative_class_labels": negative,
+        "colour_hint": hint,
+    }
+    weights = model_record(pipe, model)
+    records: list[dict[str, Any]] = []
+    seeds = range(seed, seed + num_images)
+    with progress(len(names) * num_images) as advance:
+        for (drawing, index, sketch), name, label in zip(sketches, names, labels, strict=True):
+            with user_errors():
+                images, out = generate_images(
+                    pipe, seeds, batch_size, advance, sketch=sketch, class_labels=label, **settings
+                )
+            record = {
+                **file_record("drawing", drawing),
+                "drawing_index": index,
+                "invert": invert,
+                **class_record(label, out),
+                **sampling_record(pipe, settings),
+            }
+            for image, path, used_seed in zip(images, files[name], seeds, strict=True):
+                write_atomically(path, png(image))
+                records.append({"file": path.name, "seed": used_seed, **record})
+            tiles = [(sketch_image(sketch), "drawing")]
+            tiles += [(image, f"seed {used_seed}") for image, used_seed in zip(images, seeds, strict=True)]
+            write_atomically(sheets[name], png(contact_sheet(tiles, caption(drawing.name, record))))
+            write_metadata(metadata_path, earlier, records, weights)
+    for sheet_path in sheets.values():
+        print(sheet_path)
