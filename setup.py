@@ -13,17 +13,20 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "diffsketching_pipeline/_
     1
 )
 
-TRAIN = [
-    "datasets>=3.0",
-    "h5py>=3.9",
+EVALUATE = [
     "lpips>=0.1.4",
     "matplotlib>=3.7",
-    "peft>=0.15",
     "pyyaml>=6.0",
-    "tensorboard>=2.14",
     "torch-fidelity>=0.3",
     "torchmetrics>=1.4",
     "tqdm>=4.65",
+]
+TRAIN = [
+    *EVALUATE,
+    "datasets>=3.0",
+    "h5py>=3.9",
+    "peft>=0.15",
+    "tensorboard>=2.14",
     "webdataset>=1.0",
 ]
 DEMO = ["gradio>=6.31"]
@@ -88,7 +91,7 @@ setup(
         "typer>=0.16",
     ],
     cmdclass={"build_py": BuildWithModelCard},
-    extras_require={"demo": DEMO, "train": TRAIN, "test": TEST},
+    extras_require={"demo": DEMO, "evaluate": EVALUATE, "train": TRAIN, "test": TEST},
     entry_points={"console_scripts": ["diffsketching=diffsketching_pipeline.cli:main"]},
     classifiers=[
         "Development Status :: 4 - Beta",

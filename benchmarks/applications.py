@@ -17,7 +17,7 @@
         [--output_dir applications] [--dtype bfloat16] [--num_inference_steps 25] [--num_drawings N]
 
 `--photos` and `--sketches` hold one folder per class. Only the *report* half of the drawings is used (see
-`training/image_sets.py`). Each part writes its pictures and `<part>.json` to `--output_dir`, and prints the numbers:
+`diffsketching_pipeline/evaluation/image_sets.py`). Each part writes its pictures and `<part>.json` to `--output_dir`, and prints the numbers:
 
 - `edit`: six edits of photos of the Clothing dataset's validation part, drawn here.
 - `retrieve`: each drawing put into a photo; R@1 of the crop around the mask among all drawings of the half.
@@ -33,7 +33,6 @@ of the mask: this is what tells whether the result fits into its surroundings.
 import argparse
 import json
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,20 +42,16 @@ import torch
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
-
-from evaluation_network import Evaluator  # noqa: E402
-from image_sets import Drawing, read_drawings, select_drawings, squash  # noqa: E402
-from metrics import CONTOUR_RESOLUTION, contour_distances, edge_map, retrieval_ranks  # noqa: E402
-
-from diffsketching_pipeline import (  # noqa: E402
+from diffsketching_pipeline import (
     DiffSketchingEditPipeline,
     DiffSketchingInterpolationPipeline,
     DiffSketchingPipeline,
     bundled_checkpoint,
 )
-from diffsketching_pipeline.images.sketch_processor import SketchProcessor  # noqa: E402
+from diffsketching_pipeline.evaluation.extractors import Evaluator
+from diffsketching_pipeline.evaluation.image_sets import Drawing, read_drawings, select_drawings, squash
+from diffsketching_pipeline.evaluation.metrics import CONTOUR_RESOLUTION, contour_distances, edge_map, retrieval_ranks
+from diffsketching_pipeline.images.sketch_processor import SketchProcessor
 
 
 EVALUATOR = Path(__file__).resolve().parents[1] / "training" / "evaluators" / "garments-64"

@@ -16,13 +16,12 @@
     python benchmarks/autoencoder.py VAE PHOTO_DIR [--resolution 256] [--unet PIPELINE]
 
 The middle squares of the photos below PHOTO_DIR/validation are compared as 8-bit images: PSNR, and the distance of colors and
-textures (training/patches.py). The first row is the photos themselves, the last one a bicubic reduction by the
+textures (diffsketching_pipeline/images/patches.py). The first row is the photos themselves, the last one a bicubic reduction by the
 autoencoder's factor and back. Times are of one photo at a time, the least of several; with `--unet` also as a ratio to one
 pass of that pipeline's UNet.
 """
 
 import argparse
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,12 +32,8 @@ from torch import Tensor
 
 from diffsketching_pipeline import DiffSketchingPipeline
 from diffsketching_pipeline.autoencoding import decode_latents, encode_photos, get_scale_factor
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
-
-from latents import load_vae  # noqa: E402
-from train_autoencoder import PhotoDataset, reconstruct, reconstruction_metrics  # noqa: E402
+from diffsketching_pipeline.training.latents import load_vae
+from diffsketching_pipeline.training.reconstruction import PhotoDataset, reconstruct, reconstruction_metrics
 
 
 def shrunk_and_enlarged(photos: Tensor, factor: int) -> Tensor:

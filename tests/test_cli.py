@@ -266,15 +266,16 @@ def test_convert_commands_pass_their_options_on(monkeypatch, capsys, tmp_path):
     assert (seen["preset"], seen["sketch_channel"]) == ("64", False)
 
 
-def test_evaluate_is_the_script_of_the_source_tree(monkeypatch, capfd, tmp_path):
+def test_evaluate_is_part_of_the_package_and_says_what_it_needs(monkeypatch, capfd):
     words = ["--sketches", "a", "--reference", "b", "--train", "c", "--evaluator", "d"]
     assert run(monkeypatch, "evaluate", *words) == 2
-    assert capfd.readouterr().err.startswith("evaluate.py: error: give `model` to generate images")
-    monkeypatch.setattr(
-        cli.evaluate, "__file__", str(tmp_path / "site-packages" / "diffsketching_pipeline" / "cli" / "evaluate.py")
-    )
+    assert capfd.readouterr().err.startswith("diffsketching evaluate: error: give `model` to generate images")
+    assert run(monkeypatch, "evaluate", "--help") == 0
+    assert capfd.readouterr().out.startswith("usage: diffsketching evaluate ")
+    monkeypatch.delitem(sys.modules, "diffsketching_pipeline.evaluation.run")
+    monkeypatch.setitem(sys.modules, "torchmetrics", None)
     assert run(monkeypatch, "evaluate", *words) == 2
-    assert "the evaluation is a script of the source tree, which is not installed" in capfd.readouterr().err
+    assert "this needs torchmetrics: `pip install 'diffsketching_pipeline[evaluate]'`" in capfd.readouterr().err
 
 
 def test_the_command_is_cheap_to_ask_for_help():

@@ -440,8 +440,7 @@ def test_phone_width_keyboard_and_labels(browser, address):
 
 def test_a_drawn_shape_is_followed(start_browser, browser, monkeypatch):
     """Of the examples, the photo's contours are nearest to the one that was drawn; with the bundled model."""
-    monkeypatch.syspath_prepend(str(ROOT / "training"))
-    import metrics
+    from diffsketching_pipeline.evaluation import metrics
 
     pipe = DiffSketchingPipeline.from_pretrained(bundled_checkpoint())
     page = demo_page.launch(Studio(pipe))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SNIPPET = """
-from data import bounding_box
+from diffsketching_pipeline.images.contours import bounding_box
 from diffsketching_pipeline import DiffSketchingEditPipeline, DiffSketchingPipeline
 
 pipe = DiffSketchingPipeline.from_pretrained("x")

@@ -28,10 +28,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from command_line import parse_arguments, user_errors
-from image_sets import required, write_text
-from metrics import MIN_GROUPS, percentile_interval
-from trainer import argument
+
+from diffsketching_pipeline.command_line import argument, parse_arguments, required, user_errors
+from diffsketching_pipeline.evaluation.image_sets import write_text
+from diffsketching_pipeline.evaluation.metrics import MIN_GROUPS, percentile_interval
 
 
 PSEUDO_WINS = 0.5

@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from latents import encoder_sha256, load_vae
-from trainer import write_folder
 from transformers import HfArgumentParser, ResNetForImageClassification
 
 from diffsketching_pipeline import DiffSketchingPipeline, NoisyImageClassifier, PhotoSketcher
+from diffsketching_pipeline.training.latents import encoder_sha256, load_vae
+from diffsketching_pipeline.training.run_folder import write_folder
 
 
 COMPONENTS: dict[str, Any] = {

@@ -28,13 +28,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from command_line import parse_arguments, user_errors
-from data import CONTOUR_NAMES, CONTOUR_SIZE, photo_to_contours
-from image_sets import Drawing, check_settings, list_class_folders, open_image, read_drawings, required, save_png
 from PIL import Image
 from tqdm.auto import tqdm
-from train_encoders import in_first_half
-from trainer import argument
+
+from diffsketching_pipeline.command_line import argument, parse_arguments, required, user_errors
+from diffsketching_pipeline.evaluation.image_sets import (
+    Drawing,
+    check_settings,
+    list_class_folders,
+    open_image,
+    read_drawings,
+    save_png,
+)
+from diffsketching_pipeline.images.contours import CONTOUR_NAMES, CONTOUR_SIZE, photo_to_contours
+from diffsketching_pipeline.splits import in_first_half
 
 
 MIN_INK = CONTOUR_SIZE

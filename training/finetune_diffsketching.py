@@ -23,8 +23,8 @@ L = λ L_i(x_0, x̂_0) + (1-λ) L_p(P(x̂_0), s_0) runs back through the chain o
 
 The data is one of: a folder with `train` and `validation`, each with photos in class folders (the drawings are then contours
 of the photos, redrawn as an unskilled hand would); a folder with `photo` and `sketch`, matched by name; a dataset with a
-column of photos and one of drawings (`--conditioning_image_column`), see `pairs.py` for these two; webdataset shards of
-pairs (`--train_shards`), streamed, see `shards.py`: nothing of them is kept on disk, so x_T is made anew in each step.
+column of photos and one of drawings (`--conditioning_image_column`), see `diffsketching_pipeline/training/pairs.py` for these
+two; webdataset shards of pairs (`--train_shards`), streamed, see `shards.py` there: nothing of them is kept on disk, so x_T is made anew in each step.
 
 Memory: `--gradient_checkpointing` keeps one step's activations however long the chain is, `--truncate_backprop_steps K`
 goes back through the last K steps only, and `--backprop per_step` through one step, drawn at random.
@@ -46,39 +46,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from data import (
-    DEFAULT_LINE_GAIN,
-    Box,
-    PhotoSketchDataset,
-    check_free_hand,
-    contour_to_sketch,
-    free_hand_distortion,
-    half_size,
-)
 from diffusers import DDIMScheduler
-from pairs import (
-    PairedPhotoDataset,
-    PairReader,
-    PhotoSketchPair,
-    find_pairs,
-    load_dataset_pairs,
-    split_pairs,
-)
 from safetensors.torch import load_file, save_file
-from shards import ShardStream, list_shards, validation_pairs
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from trainer import (
-    Sample,
-    Trainer,
-    TrainingArguments,
-    argument,
-    class_balanced_weights,
-    image_grid,
-    parse_args,
-    resolve_data_dir,
-    write_folder,
-)
 from transformers import ResNetForImageClassification
 from transformers.image_processing_utils import ImageProcessingMixin
 
@@ -91,6 +62,7 @@ from diffsketching_pipeline import (
     save_lora,
 )
 from diffsketching_pipeline.autoencoding import decode_latents, encode_photos
+from diffsketching_pipeline.command_line import argument
 from diffsketching_pipeline.conditioning import Conditioning
 from diffsketching_pipeline.denoising import NoisePrediction, checkpointed, denoise, invert
 from diffsketching_pipeline.guidance import (
@@ -99,8 +71,25 @@ from diffsketching_pipeline.guidance import (
     GuidedPredictor,
     SketchGuidanceCallback,
 )
+from diffsketching_pipeline.images.contours import DEFAULT_LINE_GAIN, Box, contour_to_sketch
+from diffsketching_pipeline.images.free_hand import check_free_hand, free_hand_distortion, half_size
 from diffsketching_pipeline.losses import DiffSketchingLosses
 from diffsketching_pipeline.schedulers import check_scheduler, sampling_scheduler
+from diffsketching_pipeline.training.arguments import TrainingArguments, parse_args, resolve_data_dir
+from diffsketching_pipeline.training.dataset import PhotoSketchDataset
+from diffsketching_pipeline.training.keyed import Sample, class_balanced_weights
+from diffsketching_pipeline.training.pairs import (
+    PairedPhotoDataset,
+    PairReader,
+    PhotoSketchPair,
+    find_pairs,
+    load_dataset_pairs,
+    split_pairs,
+)
+from diffsketching_pipeline.training.pictures import image_grid
+from diffsketching_pipeline.training.run_folder import write_folder
+from diffsketching_pipeline.training.shards import ShardStream, list_shards, validation_pairs
+from diffsketching_pipeline.training.trainer import Trainer
 
 
 logger = logging.getLogger(__name__)

@@ -32,11 +32,18 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from command_line import parse_arguments, user_errors
-from evaluate import parse_images
-from image_sets import Drawing, match_images, open_image, read_drawings, required, select_drawings, write_text
 from PIL import Image
-from trainer import argument
+
+from diffsketching_pipeline.command_line import argument, parse_arguments, required, user_errors
+from diffsketching_pipeline.evaluation.arguments import parse_images
+from diffsketching_pipeline.evaluation.image_sets import (
+    Drawing,
+    match_images,
+    open_image,
+    read_drawings,
+    select_drawings,
+    write_text,
+)
 
 
 QUESTIONS = {

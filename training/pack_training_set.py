@@ -32,20 +32,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from data import (
-    CONTOUR_NAMES,
-    CONTOUR_SIZE,
-    PhotoSketchDataset,
-    cache_photo,
-    decode_photo,
-    resized_to_short_side,
-)
 from PIL import Image
 from scipy import ndimage
 from skimage.morphology import disk
 from tqdm.auto import tqdm
 
+from diffsketching_pipeline.images.contours import CONTOUR_NAMES, CONTOUR_SIZE, resized_to_short_side
+from diffsketching_pipeline.images.photo_files import decode_photo
 from diffsketching_pipeline.manifest import is_inside
+from diffsketching_pipeline.training.cache import cache_photo
+from diffsketching_pipeline.training.dataset import PhotoSketchDataset
 
 
 FORMAT = "packed-photos-1"

@@ -27,12 +27,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
-from command_line import parse_arguments, user_errors
-from image_sets import required
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from scoring import METRICS
-from trainer import argument
+
+from diffsketching_pipeline.command_line import argument, parse_arguments, required, user_errors
+from diffsketching_pipeline.evaluation.measurements import METRICS
 
 
 GUIDANCE_SETTINGS = (

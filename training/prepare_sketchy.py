@@ -33,11 +33,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from data import decode_photo
-from pairs import find_pair_files
 from tqdm.auto import tqdm
-from trainer import write_folder
 from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from diffsketching_pipeline.images.photo_files import decode_photo
+from diffsketching_pipeline.training.pairs import find_pair_files
+from diffsketching_pipeline.training.run_folder import write_folder
 
 
 def read_exclusions(files: Iterable[Path]) -> set[str]:

@@ -1,16 +1,4 @@
-# Copyright 2026 The DiffSketching Pipeline Authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """Trains the autoencoder of a latent pipeline: photos of 256 pixels to a grid of 32 x 32 latents and back.
 
     accelerate launch training/train_autoencoder.py training/configs/autoencoder_garments256.yaml --train_data_dir DIR
@@ -24,7 +12,6 @@ A second phase with `--freeze_encoder true --pretrained_model_name_or_path OUTPU
 leaves the latents as they are: a UNet that was trained on them can go on with the new decoder.
 """
 
-import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,30 +19,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from data import IMAGE_ERRORS, decode_photo, list_images
 from diffusers import AutoencoderTiny
-from patches import patch_distance, patch_projections, patch_quantiles, pyramid_levels
-from perceptual_networks import load_perceptual_network, perceptual_distance
-from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import Dataset
-from train_sketcher import PatchDiscriminator, discriminator_distance
-from trainer import (
-    Trainer,
-    TrainingArguments,
-    argument,
-    image_grid,
-    load_pretrained,
-    parse_args,
-    resolve_data_dir,
-    write_folder,
-)
 
-from diffsketching_pipeline.autoencoding import decode_latents, encode_photos, get_scale_factor
-
-
-MAX_SHRINK = 1.5
-"""Crops are taken at the photo's own scale or scaled down by at most this factor."""
+from diffsketching_pipeline.autoencoding import get_scale_factor
+from diffsketching_pipeline.command_line import argument
+from diffsketching_pipeline.training.arguments import TrainingArguments, parse_args, resolve_data_dir
+from diffsketching_pipeline.training.discriminators import PatchDiscriminator, discriminator_distance
+from diffsketching_pipeline.training.modules import load_pretrained
+from diffsketching_pipeline.training.perceptual_networks import load_perceptual_network, perceptual_distance
+from diffsketching_pipeline.training.pictures import image_grid
+from diffsketching_pipeline.training.reconstruction import PhotoDataset, reconstruct, reconstruction_metrics
+from diffsketching_pipeline.training.run_folder import write_folder
+from diffsketching_pipeline.training.trainer import Trainer
 
 
 @dataclass
@@ -119,60 +95,6 @@ def check_autoencoder_arguments(args: AutoencoderArguments) -> None:
             raise ValueError(f"`{name}` must be at least 1, but got {getattr(args, name)}.")
     if args.freeze_encoder and args.pretrained_model_name_or_path is None:
         raise ValueError("`freeze_encoder` needs `pretrained_model_name_or_path`, whose encoder is kept.")
-
-
-class PhotoDataset(Dataset):
-    """
-    Photos of an imagefolder `root/split/<class>/*.jpg` without drawings: random crops, or the middle of each.
-
-    Every random choice of `sample(index, epoch)` comes from `np.random.default_rng([seed, epoch, index])`. Files that cannot
-    be decoded are left out.
-
-    Args:
-        root (`str` or `Path`): the imagefolder.
-        split (`str`): the name of the split's folder.
-        resolution (`int`): side of the square samples in pixels.
-        seed (`int`): first word of the random key.
-        train (`bool`): crops, flipped for half of the draws, of a photo scaled down by up to `MAX_SHRINK`; else the
-            largest square in the middle.
-
-    Raises:
-        ValueError: the folder is missing or holds no readable image.
-    """
-
-    def __init__(self, root: str | Path, split: str, resolution: int, seed: int = 0, train: bool = True):
-        self.resolution, self.seed, self.train = resolution, seed, train
-        self.files: list[Path] = []
-        self._contents: list[bytes] = []
-        for file in list_images(Path(root), split)[0]:
-            content = file.read_bytes()
-            try:
-                with Image.open(io.BytesIO(content)) as opened:
-                    opened.verify()
-            except IMAGE_ERRORS:
-                continue
-            self.files.append(file)
-            self._contents.append(content)
-        if not self.files:
-            raise ValueError(f"`train_data_dir` has no readable photo in {split}.")
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def sample(self, index: int, epoch: int = 0) -> dict[str, Any]:
-        """`pixel_values` float32 [3, R, R] in [-1, 1], and `id`, the file's stem."""
-        photo = decode_photo(self._contents[index])
-        rng = np.random.default_rng([self.seed, epoch, index])
-        side = float(min(photo.size))
-        if self.train:
-            side = min(side, self.resolution * MAX_SHRINK ** rng.random())
-        left, top = ((length - side) * (rng.random() if self.train else 0.5) for length in photo.size)
-        box = (left, top, left + side, top + side)
-        crop = photo.resize((self.resolution,) * 2, Image.Resampling.BICUBIC, box=box)
-        pixels = torch.from_numpy(np.array(crop, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
-        if self.train and rng.random() < 0.5:
-            pixels = pixels.flip(-1)
-        return {"pixel_values": pixels.contiguous(), "id": self.files[index].stem}
 
 
 class TrainableAutoencoder(AutoencoderTiny):
@@ -273,33 +195,6 @@ def autoencoder_losses(
         if args.gan_weight > 0
         else {"vae": autoencoder_loss}
     )
-
-
-@torch.no_grad()
-def reconstruct(vae: Any, photos: Tensor, batch_size: int = 8) -> Tensor:
-    """Photos `[N, 3, H, W]` in [-1, 1] after encoding and decoding, clamped, on the CPU."""
-    parts = [decode_latents(vae, encode_photos(vae, part.to(vae.device))) for part in photos.split(batch_size)]
-    return torch.cat([part.clamp(-1, 1).cpu() for part in parts])
-
-
-def to_bytes(photos: Tensor) -> Tensor:
-    """Photos in [-1, 1] as uint8."""
-    return ((photos.clamp(-1, 1) + 1) * 127.5).round().byte()
-
-
-def reconstruction_metrics(reconstructions: Tensor, photos: Tensor) -> dict[str, float]:
-    """
-    How near reconstructions `[N, 3, H, W]` in [-1, 1] are to photos: `psnr` in dB, the mean over photos, of 8-bit images, and
-    `patch_distance` (see `patches.py`, on as many levels as photos of this side have: 5 at 256 pixels) of the two sets.
-    """
-    ours, theirs, levels = to_bytes(reconstructions), to_bytes(photos), pyramid_levels(photos.shape[-1])
-    squared = (ours.float() - theirs.float()).square().flatten(1).mean(1)
-    return {
-        "psnr": float((10 * torch.log10(255**2 / squared.clamp_min(1e-3))).mean()),
-        "patch_distance": patch_distance(
-            patch_projections(ours, num_levels=levels), patch_quantiles(patch_projections(theirs, num_levels=levels))
-        ),
-    }
 
 
 @torch.no_grad()

@@ -28,29 +28,27 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from data import PhotoSketchDataset
 from diffusers import DDPMScheduler, UNet2DModel
-from latents import LatentDataset, load_vae
 from PIL import Image, ImageDraw
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
-from trainer import (
-    Trainer,
-    TrainingArguments,
-    add_noise_and_timestep,
-    argument,
-    class_balanced_weights,
-    clean_images,
-    image_grid,
-    keyed_generator,
-    load_pretrained,
-    parse_args,
-    resolve_data_dir,
-    write_folder,
-)
 
 from diffsketching_pipeline import NoisyImageClassifier
 from diffsketching_pipeline.autoencoding import decode_latents, get_scale_factor
+from diffsketching_pipeline.command_line import argument
+from diffsketching_pipeline.training.arguments import TrainingArguments, parse_args, resolve_data_dir
+from diffsketching_pipeline.training.dataset import PhotoSketchDataset
+from diffsketching_pipeline.training.keyed import (
+    add_noise_and_timestep,
+    class_balanced_weights,
+    clean_images,
+    keyed_generator,
+)
+from diffsketching_pipeline.training.latents import LatentDataset, load_vae
+from diffsketching_pipeline.training.modules import load_pretrained
+from diffsketching_pipeline.training.pictures import image_grid
+from diffsketching_pipeline.training.run_folder import write_folder
+from diffsketching_pipeline.training.trainer import Trainer
 
 
 NUM_QUARTERS = 4

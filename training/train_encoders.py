@@ -16,7 +16,7 @@
     python training/train_encoders.py training/configs/sketch_encoder_garments64.yaml --train_data_dir DIR
 
 `--task sketch`: F_s, a `ResNetForImageClassification` with one channel that names the class of a drawing. It learns on
-contours of photos, and on doodles of the classes that `doodles.py` knows, redrawn as an unskilled hand would. `--task
+contours of photos, and on doodles of the classes that `training/doodles.py` of the package knows, redrawn as an unskilled hand would. `--task
 image`: F_i, the same on photos. `--task evaluation`: a RegNet or MobileNetV2 on photos, for `evaluate.py` and for no loss,
 trained on one half of the training photos (by the SHA-256 of their file names): no number may be computed by a network that
 a loss has used. Its `preprocessor_config.json` says at which side it judges.
@@ -24,7 +24,6 @@ a loss has used. Its `preprocessor_config.json` says at which side it judges.
 The result is a folder in `output_dir` that `from_pretrained` loads: `sketch_encoder`, `image_encoder` or `evaluation`.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -36,36 +35,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from data import (
-    DEFAULT_LINE_GAIN,
-    STRAIGHTENED_SHARE,
-    CachedPhoto,
-    PhotoSketchDataset,
-    check_contour_source,
-    check_stroke_deletion,
-    contour_distribution,
-    contour_to_sketch,
-    decode_photo,
-    delete_strokes,
-    free_hand_distortion,
-    half_size,
-    maybe_straightened,
-    resized_to_short_side,
-)
-from doodles import DOODLES, draw_doodle
 from torch import Tensor, nn
 from torch.utils.data import default_collate
-from trainer import (
-    Trainer,
-    TrainingArguments,
-    argument,
-    class_balanced_weights,
-    image_grid,
-    load_pretrained,
-    parse_args,
-    resolve_data_dir,
-    write_folder,
-)
 from transformers import (
     MobileNetV2Config,
     MobileNetV2ForImageClassification,
@@ -74,6 +45,34 @@ from transformers import (
     ResNetConfig,
     ResNetForImageClassification,
 )
+
+from diffsketching_pipeline.command_line import argument
+from diffsketching_pipeline.images.contours import (
+    DEFAULT_LINE_GAIN,
+    check_contour_source,
+    contour_distribution,
+    contour_to_sketch,
+    resized_to_short_side,
+)
+from diffsketching_pipeline.images.free_hand import (
+    STRAIGHTENED_SHARE,
+    check_stroke_deletion,
+    delete_strokes,
+    free_hand_distortion,
+    half_size,
+    maybe_straightened,
+)
+from diffsketching_pipeline.images.photo_files import decode_photo
+from diffsketching_pipeline.splits import in_first_half
+from diffsketching_pipeline.training.arguments import TrainingArguments, parse_args, resolve_data_dir
+from diffsketching_pipeline.training.cache import CachedPhoto
+from diffsketching_pipeline.training.dataset import PhotoSketchDataset
+from diffsketching_pipeline.training.doodles import DOODLES, draw_doodle
+from diffsketching_pipeline.training.keyed import class_balanced_weights
+from diffsketching_pipeline.training.modules import load_pretrained
+from diffsketching_pipeline.training.pictures import image_grid
+from diffsketching_pipeline.training.run_folder import write_folder
+from diffsketching_pipeline.training.trainer import Trainer
 
 
 logger = logging.getLogger(__name__)
@@ -111,29 +110,23 @@ class EncoderArguments(TrainingArguments):
     class_balance_power: float = argument(0.5, "0 = classes as frequent as they are, 1 = all equally often")
     free_hand_strength: float = argument(1.0, "largest strength of the free-hand distortion of drawings")
     doodle_share: float = argument(
-        0.4, "share of the training drawings of a class known to `doodles.py` that it makes, instead of from a photo"
+        0.4,
+        "share of the training drawings of a class known to `doodles.DOODLES` that it makes, instead of from a photo",
     )
     stroke_deletion_share: float = argument(0.0, "share of the training drawings that lack strokes")
     max_stroke_deletion: float = argument(0.5, "largest share of the strokes that these lack")
     contours: Literal["classical", "hed", "both"] = argument(
         "classical", "who draws the contours of photos for the sketch encoder"
     )
-    hed_weights: str | None = argument(None, "file of HED weights, see `hed_contours.py`")
+    hed_weights: str | None = argument(
+        None, "file of HED weights, see `diffsketching_pipeline/training/hed_contours.py`"
+    )
     validation_drawings_dir: str | None = argument(
         None, "folder with one folder of human drawings per class, to measure the sketch encoder on; never trained on"
     )
 
 
 # ---- data -----------------------------------------------------------------------------------------------------------
-
-
-def in_first_half(name: str) -> bool:
-    """
-    Splits photos or drawings in two: the parity of the first eight hexadecimal digits of the SHA-256 of a file's stem.
-
-    The low digits are left alone because the split into train, validation and test is made with them.
-    """
-    return int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) % 2 == 0
 
 
 def fit_to_page(ink: np.ndarray, margin: float) -> np.ndarray:

@@ -30,15 +30,17 @@ from typing import Literal
 
 import torch
 from accelerate import PartialState
-from image_sets import check_settings, file_digest, read_drawings, save_png
 from PIL import Image
-from systems import CostMeter
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from train_sketcher import SketcherArguments, minimum_l1, train
-from trainer import argument, load_pretrained, parse_args
 
 from diffsketching_pipeline import PhotoSketcher, SketchProcessor
+from diffsketching_pipeline.command_line import argument
+from diffsketching_pipeline.evaluation.cost import CostMeter
+from diffsketching_pipeline.evaluation.image_sets import check_settings, file_digest, read_drawings, save_png
+from diffsketching_pipeline.training.arguments import parse_args
+from diffsketching_pipeline.training.image_to_image import SketcherArguments, minimum_l1, train
+from diffsketching_pipeline.training.modules import load_pretrained
 
 
 @dataclass

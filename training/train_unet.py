@@ -34,30 +34,30 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from data import PhotoSketchDataset, check_contour_source, check_free_hand, check_stroke_deletion
 from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DModel
 from diffusers.training_utils import compute_snr
-from latents import LatentDataset, load_vae
 from torch import Tensor
-from trainer import (
-    Sample,
-    Trainer,
-    TrainingArguments,
-    add_noise_and_timestep,
-    argument,
-    class_balanced_weights,
-    clean_images,
-    image_grid,
-    keyed_generator,
-    load_pretrained,
-    parse_args,
-    resolve_data_dir,
-    write_folder,
-)
 
 from diffsketching_pipeline import DiffSketchingPipeline
 from diffsketching_pipeline.autoencoding import decode_latents, get_scale_factor
+from diffsketching_pipeline.command_line import argument
 from diffsketching_pipeline.denoising import join_unet_inputs
+from diffsketching_pipeline.images.contours import check_contour_source
+from diffsketching_pipeline.images.free_hand import check_free_hand, check_stroke_deletion
+from diffsketching_pipeline.training.arguments import TrainingArguments, parse_args, resolve_data_dir
+from diffsketching_pipeline.training.dataset import PhotoSketchDataset
+from diffsketching_pipeline.training.keyed import (
+    Sample,
+    add_noise_and_timestep,
+    class_balanced_weights,
+    clean_images,
+    keyed_generator,
+)
+from diffsketching_pipeline.training.latents import LatentDataset, load_vae
+from diffsketching_pipeline.training.modules import load_pretrained
+from diffsketching_pipeline.training.pictures import image_grid
+from diffsketching_pipeline.training.run_folder import write_folder
+from diffsketching_pipeline.training.trainer import Trainer
 
 
 @dataclass
@@ -121,10 +121,10 @@ class UNetTrainingArguments(TrainingArguments):
         "share of the drawings that are redrawn as an unskilled hand would: wrong proportions, gaps, straight lines",
     )
     free_hand_strength: float = argument(1.0, "largest strength of that")
-    contours: Literal["classical", "hed", "both"] = argument(
-        "classical", "who draws the photos' contours, see data.py"
+    contours: Literal["classical", "hed", "both"] = argument("classical", "who draws the photos' contours")
+    hed_weights: str | None = argument(
+        None, "file of HED's weights for `contours`, see `diffsketching_pipeline/training/hed_contours.py`"
     )
-    hed_weights: str | None = argument(None, "file of HED's weights for `contours`, see hed_contours.py")
     stroke_deletion_share: float = argument(
         0.0,
         "share of the drawings that lack up to 90%% of their strokes: a half-made drawing still means a whole photo",

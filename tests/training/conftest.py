@@ -12,7 +12,6 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +25,7 @@ from transformers import RegNetConfig, RegNetForImageClassification, ResNetConfi
 from diffsketching_pipeline import DiffSketchingPipeline
 
 
-# The scripts import `trainer` and `data` as a script does: from their own folder.
 TRAINING = Path(__file__).parents[2] / "training"
-sys.path.insert(0, str(TRAINING))
 
 
 @pytest.fixture(autouse=True)
@@ -164,7 +161,7 @@ def arguments(drawings_dir, photos_dir, evaluator_dir, tmp_path):
         paths = {"sketches": drawings_dir, "reference": photos_dir / "validation", "train": photos_dir / "train"}
         paths |= {"evaluator": evaluator_dir, "output_dir": tmp_path / "out"}
         values = {name: str(path) for name, path in paths.items()}
-        from evaluate import EvaluationArguments
+        from diffsketching_pipeline.evaluation.arguments import EvaluationArguments
 
         return EvaluationArguments(**values | {"resolution": 32, "num_bootstrap_samples": 20} | changes)
 

@@ -24,7 +24,9 @@ import torch
 from test_trainer import Points, TinyNet, add_target, train
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from trainer import Trainer, TrainingArguments
+
+from diffsketching_pipeline.training.arguments import TrainingArguments
+from diffsketching_pipeline.training.trainer import Trainer
 
 
 class ShardedTrainer(Trainer):

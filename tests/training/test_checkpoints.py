@@ -13,16 +13,16 @@
 # limitations under the License.
 import torch
 from conftest import TRAINING
-from latents import load_vae
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 from torchvision.transforms.functional import pil_to_tensor
-from train_autoencoder import reconstruct, reconstruction_metrics
 from train_unet import UNetTrainingArguments, check_unet_arguments, make_unet
-from trainer import parse_args
 
 from diffsketching_pipeline.autoencoding import encode_photos, get_scale_factor
 from diffsketching_pipeline.manifest import check_manifest, listed_files
+from diffsketching_pipeline.training.arguments import parse_args
+from diffsketching_pipeline.training.latents import load_vae
+from diffsketching_pipeline.training.reconstruction import reconstruct, reconstruction_metrics
 
 
 FOLDER = TRAINING / "checkpoints" / "garments-256"

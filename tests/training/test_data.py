@@ -15,21 +15,25 @@ import io
 import logging
 import os
 
-import data
 import numpy as np
 import pytest
 import torch
-from data import (
+from PIL import Image, ImageDraw
+from scipy import ndimage
+
+from diffsketching_pipeline.images import free_hand
+from diffsketching_pipeline.images.contours import (
     CONTOUR_NAMES,
     CONTOUR_SIZE,
-    PhotoSketchDataset,
+    DEFAULT_LINE_GAIN,
     contour_to_sketch,
-    free_hand_distortion,
     photo_to_contours,
     photo_to_sketch,
 )
-from PIL import Image, ImageDraw
-from scipy import ndimage
+from diffsketching_pipeline.images.free_hand import free_hand_distortion
+from diffsketching_pipeline.training import cache
+from diffsketching_pipeline.training import dataset as data
+from diffsketching_pipeline.training.dataset import PhotoSketchDataset
 
 
 def rectangle_photo(size=(96, 128), box=(24, 30, 71, 97), color=(30, 60, 160)):
@@ -100,7 +104,7 @@ def test_jitter_moves_strokes_by_at_most_its_bound():
     columns = (np.arange(64) + 0.5)[None, :]
     furthest = 0.0
     for seed in range(30):
-        sketch = data._render_jittered(contour, 64, (0, 0, 1, 1), 1.0, 1.0, np.random.default_rng(seed))
+        sketch = free_hand.render_jittered(contour, 64, (0, 0, 1, 1), 1.0, 1.0, np.random.default_rng(seed))
         ink = (1 - sketch) / 2
         ink = ink[3:-3]  # at the rim a stroke may leave the page
         assert (ink.sum(1) > 0.4).all()
@@ -144,21 +148,21 @@ def test_distortion_grows_with_strength():
 def test_straightened_outline_has_few_corners_near_the_drawing():
     disc = np.hypot(*np.mgrid[-64:64, -64:64]) < 40
     ring = disc & ~ndimage.binary_erosion(disc, iterations=2)
-    polygon = data.straightened_outline(ring, tolerance=5.0)
+    polygon = free_hand.straightened_outline(ring, tolerance=5.0)
     distance = ndimage.distance_transform_edt(~ring)[polygon]
     assert 2 < distance.max() < 8
     # Lines of 2 pixels about as long as the circle: chords, but all the way round.
     assert 0.8 * 40 * 2 * np.pi < polygon.sum() / 2 < 1.1 * 40 * 2 * np.pi
-    closer = ndimage.distance_transform_edt(~ring)[data.straightened_outline(ring, tolerance=1.0)]
+    closer = ndimage.distance_transform_edt(~ring)[free_hand.straightened_outline(ring, tolerance=1.0)]
     assert closer.mean() < distance.mean()
     ring[60:68] = False
-    assert data.straightened_outline(ring, tolerance=5.0) is None
+    assert free_hand.straightened_outline(ring, tolerance=5.0) is None
 
 
 def test_dropped_parts_are_never_the_largest():
     ink, kept_small = two_part_drawing(), []
     for seed in range(60):
-        parts = data._drop_parts(ink, np.random.default_rng(seed), 1.0)
+        parts = free_hand._drop_parts(ink, np.random.default_rng(seed), 1.0)
         assert parts[30:100, 30:33].all()
         kept_small.append(parts[65, 60])
     assert 0.3 < np.mean(kept_small) < 0.8
@@ -167,18 +171,18 @@ def test_dropped_parts_are_never_the_largest():
 def test_deleted_strokes_are_a_share_of_what_was_drawn():
     ink = two_part_drawing()
     for seed in range(20):
-        assert np.array_equal(data.delete_strokes(ink, np.random.default_rng(seed), 0.0), ink)
+        assert np.array_equal(free_hand.delete_strokes(ink, np.random.default_rng(seed), 0.0), ink)
         half, most, but_one = (
-            data.delete_strokes(ink, np.random.default_rng(seed), share) for share in (0.5, 0.9, 1.0)
+            free_hand.delete_strokes(ink, np.random.default_rng(seed), share) for share in (0.5, 0.9, 1.0)
         )
-        np.testing.assert_array_equal(half, data.delete_strokes(ink, np.random.default_rng(seed), 0.5))
+        np.testing.assert_array_equal(half, free_hand.delete_strokes(ink, np.random.default_rng(seed), 0.5))
         assert not (half & ~ink).any() and not (most & ~half).any() and not (but_one & ~most).any()
         assert but_one.any() and 0.1 < half.sum() / ink.sum() < 0.95
         # The square is one connected part of which a stroke stays: it is cut.
         assert but_one.sum() < 0.9 * ink.sum()
-    assert not data.delete_strokes(np.zeros((8, 8)), np.random.default_rng(0), 0.5).any()
+    assert not free_hand.delete_strokes(np.zeros((8, 8)), np.random.default_rng(0), 0.5).any()
     with pytest.raises(ValueError, match="`share` must be in .*, but got 1.5"):
-        data.delete_strokes(ink, np.random.default_rng(0), 1.5)
+        free_hand.delete_strokes(ink, np.random.default_rng(0), 1.5)
 
 
 def test_distortion_refuses_what_is_no_drawing():
@@ -296,7 +300,7 @@ def test_abstraction_is_the_strength_in_use_over_the_largest(shapes_dir, cache_d
         return ink
 
     monkeypatch.setattr(data, "free_hand_distortion", distort)
-    monkeypatch.setattr(data, "straightened_outline", lambda ink, tolerance: ink.copy())
+    monkeypatch.setattr(free_hand, "straightened_outline", lambda ink, tolerance: ink.copy())
 
     def abstractions(straightened_share, **options):
         monkeypatch.setattr(data, "STRAIGHTENED_SHARE", straightened_share)
@@ -313,7 +317,7 @@ def test_abstraction_is_the_strength_in_use_over_the_largest(shapes_dir, cache_d
     half_made = abstractions(0.0, free_hand_share=1.0, free_hand_strength=0.5, stroke_deletion_share=1.0)
     np.testing.assert_allclose(half_made, np.array(strengths) / 0.5, rtol=1e-6)
     values = abstractions(1.0, free_hand_share=1.0, free_hand_strength=0.5)
-    np.testing.assert_allclose(values, np.maximum(strengths, data.STRAIGHTENED_STRENGTH) / 0.5, rtol=1e-6)
+    np.testing.assert_allclose(values, np.maximum(strengths, free_hand.STRAIGHTENED_STRENGTH) / 0.5, rtol=1e-6)
     assert (values == 0.5).sum() > 5
     assert (abstractions(1.0, free_hand_share=1.0, free_hand_strength=0.0) == 1).all()
     mixed = abstractions(0.0, free_hand_share=0.5)
@@ -324,10 +328,10 @@ def test_photos_are_not_enlarged_for_large_samples(tmp_path):
     photo = rectangle_photo((150, 200), box=(30, 30, 99, 149))
     content = io.BytesIO()
     photo.save(content, "png")
-    assert data.prepare_photo(content.getvalue(), 512).image.shape == (200, 150, 3)
+    assert cache.prepare_photo(content.getvalue(), 512).image.shape == (200, 150, 3)
     # Small sizes stay as they were, or all that was made at them would change.
-    assert data.prepare_photo(content.getvalue(), 256).image.shape == (341, 256, 3)
-    np.testing.assert_array_equal(data.photo_to_keep(photo, 512), np.asarray(photo))
+    assert cache.prepare_photo(content.getvalue(), 256).image.shape == (341, 256, 3)
+    np.testing.assert_array_equal(cache.photo_to_keep(photo, 512), np.asarray(photo))
 
 
 def test_crops_squash_by_at_most_four_to_three(tmp_path):
@@ -366,7 +370,7 @@ def test_all_contours_come_in_one_stack(shapes_dir, cache_dir):
         cache_dir=cache_dir,
         contours="all",
         jitter=0.0,
-        line_gain=(data.DEFAULT_LINE_GAIN,) * 2,
+        line_gain=(DEFAULT_LINE_GAIN,) * 2,
     )
     for draw in range(6):
         sample = dataset.sample(1, draw)

@@ -15,8 +15,18 @@
 
 import numpy as np
 import pytest
-from doodles import DOODLES, ONE_LINE, _arc, _mirrored, _outlined, _redrawn_ends, _rounded, draw_doodle
 from scipy import ndimage
+
+from diffsketching_pipeline.training.doodles import (
+    DOODLES,
+    ONE_LINE,
+    _arc,
+    _mirrored,
+    _outlined,
+    _redrawn_ends,
+    _rounded,
+    draw_doodle,
+)
 
 
 def doodles(class_name, count=40, side=96):

@@ -18,25 +18,24 @@ import subprocess
 import sys
 from pathlib import Path
 
-import evaluate
-import evaluation_report
-import image_sets
 import lpips
-import metrics
 import numpy as np
-import patches
 import pytest
-import scoring
 import torch
 import torchvision
-from evaluate import main
-from evaluation_network import Evaluator
-from evaluation_report import Tile
+from conftest import TRAINING
 from PIL import Image
 from scipy import ndimage
 from transformers import RegNetForImageClassification, ResNetConfig, ResNetForImageClassification
 
 from diffsketching_pipeline import DiffSketchingPipeline, SketchProcessor
+from diffsketching_pipeline.evaluation import image_sets, metrics, perceptual, scoring
+from diffsketching_pipeline.evaluation import report as evaluation_report
+from diffsketching_pipeline.evaluation import run as evaluate
+from diffsketching_pipeline.evaluation.extractors import Evaluator
+from diffsketching_pipeline.evaluation.report import Tile
+from diffsketching_pipeline.evaluation.run import main
+from diffsketching_pipeline.images import patches
 
 
 LABELS = ["disc", "square"]
@@ -141,18 +140,18 @@ def test_images_of_several_sizes_or_broken_or_alone_are_errors(drawings_dir, tmp
 def test_lpips_needs_its_backbone_and_equals_the_lpips_package(evaluator_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     name = "squeezenet1_1-b8a52dc0.pth"
-    assert scoring.load_lpips("squeeze") == (
+    assert perceptual.load_lpips("squeeze") == (
         None,
         f"no backbone weights: {name} is not in `checkpoints` of the torch hub folder",
     )
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
     torch.manual_seed(0)
     torch.save(torchvision.models.squeezenet1_1().state_dict(), tmp_path / "hub" / "checkpoints" / name)
-    network, reason = scoring.load_lpips("squeeze")
+    network, reason = perceptual.load_lpips("squeeze")
     assert reason is None
     pixels = torch.randint(0, 256, (4, 3, SIZE, SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     images = image_sets.ImageSet("x", pixels, ["disc"] * 4, np.array([0, 0, 0, 1]), [])
-    means = scoring.lpips_means(network, images, "cpu")
+    means = perceptual.lpips_means(network, images, "cpu")
     package = lpips.LPIPS(net="squeeze", verbose=False)
     inputs = pixels / 127.5 - 1
     with torch.no_grad():
@@ -177,7 +176,7 @@ def test_two_processes_generate_and_one_scores(arguments, model_dir, tmp_path, s
     options = [part for key, value in dataclasses.asdict(args).items() for part in as_option(key, value)]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     run = subprocess.run(
-        [*launch, evaluate.__file__, *options],
+        [*launch, str(TRAINING / "evaluate.py"), *options],
         env={**script_env, "ACCELERATE_USE_CPU": "true"},
         capture_output=True,
         text=True,

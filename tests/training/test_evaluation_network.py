@@ -13,15 +13,12 @@
 # limitations under the License.
 import json
 import pickle
-from pathlib import Path
 
-import evaluation_network
-import image_sets
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from evaluation_network import INCEPTION_WEIGHTS, Evaluator
+from conftest import TRAINING
 from torchmetrics.image.fid import NoTrainInceptionV3
 from transformers import (
     BertConfig,
@@ -32,6 +29,10 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
 )
+
+from diffsketching_pipeline.evaluation import extractors as evaluation_network
+from diffsketching_pipeline.evaluation import image_sets
+from diffsketching_pipeline.evaluation.extractors import INCEPTION_WEIGHTS, Evaluator
 
 
 SIZE = 32
@@ -79,7 +80,7 @@ def test_a_size_of_its_own_is_an_evaluators_input_at_any_resolution(evaluator_di
     assert Evaluator(str(tmp_path), 96).conditions["resize"] == "squash4:3-bicubic-48px"
 
 
-@pytest.mark.parametrize("folder", sorted((Path(evaluation_network.__file__).parent / "evaluators").iterdir()))
+@pytest.mark.parametrize("folder", sorted((TRAINING / "evaluators").iterdir()))
 def test_published_judges_name_their_side(folder):
     evaluator = Evaluator(str(folder), 256)
     assert folder.name == f"garments-{evaluator.resolution}" and len(evaluator.labels) == 15

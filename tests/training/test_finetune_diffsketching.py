@@ -28,7 +28,6 @@ import finetune_diffsketching
 import pytest
 import torch
 import yaml
-from data import PhotoSketchDataset
 from finetune_diffsketching import (
     ChainDataset,
     FinetuneArguments,
@@ -45,12 +44,14 @@ from finetune_diffsketching import (
 from PIL import Image
 from safetensors.torch import load_file
 from testing_utils import SIZE, kill_when, make_resnet, make_scheduler, make_unet, randn
-from trainer import KeyedBatchSampler, Trainer
 
 from diffsketching_pipeline import DiffSketchingPipeline, SketchPerceptualLoss, load_lora
 from diffsketching_pipeline.lora import LORA_WEIGHTS_NAME
 from diffsketching_pipeline.losses import LPIPSFeatureMaps
 from diffsketching_pipeline.schedulers import sampling_scheduler
+from diffsketching_pipeline.training.dataset import PhotoSketchDataset
+from diffsketching_pipeline.training.keyed import KeyedBatchSampler
+from diffsketching_pipeline.training.trainer import Trainer
 
 
 SCRIPT = str(Path(finetune_diffsketching.__file__))

@@ -14,16 +14,17 @@
 import json
 
 import draw_contours
-import free_hand_gap
 import numpy as np
 import pytest
-from data import CONTOUR_NAMES, photo_to_contours
 from draw_contours import ContourArguments
-from evaluate import main
-from image_sets import read_drawings
 from PIL import Image
-from scoring import Measurement
-from train_encoders import in_first_half
+
+from diffsketching_pipeline.evaluation import free_hand_gap
+from diffsketching_pipeline.evaluation.image_sets import read_drawings
+from diffsketching_pipeline.evaluation.measurements import Measurement
+from diffsketching_pipeline.evaluation.run import main
+from diffsketching_pipeline.images.contours import CONTOUR_NAMES, photo_to_contours
+from diffsketching_pipeline.splits import in_first_half
 
 
 @pytest.fixture(scope="module")

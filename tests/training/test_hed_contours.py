@@ -1,15 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """HED: weights as Keras keeps them, drawings of known edges, and a cache beside the one of the classical contours."""
 
-import data
-import hed_contours
 import numpy as np
 import pytest
 import torch
-from data import HED_CONTOUR_NAMES, PhotoSketchDataset, contour_distribution
-from hed_contours import HEDNetwork, photo_to_edge_map, photo_to_hed_contours, thin_edges
 from PIL import Image
 from scipy import ndimage
+
+from diffsketching_pipeline.images.contours import HED_CONTOUR_NAMES, contour_distribution, contour_to_sketch
+from diffsketching_pipeline.training import hed_contours
+from diffsketching_pipeline.training.dataset import PhotoSketchDataset
+from diffsketching_pipeline.training.hed_contours import (
+    HEDNetwork,
+    photo_to_edge_map,
+    photo_to_hed_contours,
+    thin_edges,
+)
 
 
 h5py = pytest.importorskip("h5py")
@@ -178,7 +184,7 @@ def test_each_source_draws_its_share(shapes_dir, cache_dir, tmp_path, monkeypatc
     monkeypatch.setattr(hed_contours, "photo_to_hed_contours", lambda *args: bars)
     weights = write_weights(tmp_path / "a.weights.h5")
     dataset = make_dataset(shapes_dir, None, "hed", weights, train=True, jitter=0.0)
-    assert (data.contour_to_sketch(dataset.photo(0).contours[1], 32)[:, 8:16] < 0).any()
+    assert (contour_to_sketch(dataset.photo(0).contours[1], 32)[:, 8:16] < 0).any()
     assert all((dataset.sample(0, epoch)["sketch"] < 0).any() for epoch in range(5))
 
 

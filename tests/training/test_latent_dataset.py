@@ -14,11 +14,12 @@
 import numpy as np
 import pytest
 import torch
-from data import PhotoSketchDataset, contour_to_sketch
 from diffusers import AutoencoderTiny
-from latents import LatentDataset, encoder_sha256
 
 from diffsketching_pipeline.autoencoding import encode_photos
+from diffsketching_pipeline.images.contours import contour_to_sketch
+from diffsketching_pipeline.training.dataset import PhotoSketchDataset
+from diffsketching_pipeline.training.latents import LatentDataset, encoder_sha256
 
 
 OPTIONS = {"jitter": 0.0, "line_gain": (1.8, 1.8), "contour_probabilities": (1, 0, 0, 0, 0)}

@@ -14,14 +14,15 @@
 import itertools
 import math
 
-import metrics
 import numpy as np
-import patches
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from scipy.stats import wasserstein_distance
+
+from diffsketching_pipeline.evaluation import metrics
+from diffsketching_pipeline.images import patches
 
 
 # -- distances between sets --

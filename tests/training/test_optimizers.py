@@ -16,8 +16,9 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from optimizers import Muon, orthogonalized, split_parameters
 from torch import nn
+
+from diffsketching_pipeline.training.optimizers import Muon, orthogonalized, split_parameters
 
 
 def small_network():

@@ -18,10 +18,11 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from data import PhotoSketchDataset
 from pack_training_set import decode_contours, encode_contours, main, unpack
 from scipy import ndimage
 from skimage.morphology import disk
+
+from diffsketching_pipeline.training.dataset import PhotoSketchDataset
 
 
 def test_contours_come_back_exactly():
@@ -44,7 +45,9 @@ def test_unpacked_photos_train_with_the_contours_of_the_originals(
     assert capsys.readouterr().out == f"{packed}: {size:.1f} MiB\n{folder}: 24 photos\n"
 
     original = PhotoSketchDataset(shapes_dir, "validation", 32, train=False, cache_dir=cache_dir)
-    monkeypatch.setattr("data._find_contours", lambda image: pytest.fail("contours are made again"))
+    monkeypatch.setattr(
+        "diffsketching_pipeline.training.cache.contours_and_box", lambda image: pytest.fail("contours are made again")
+    )
     for split, count in (("train", 16), ("validation", 8)):
         dataset = PhotoSketchDataset(folder, split, 32, train=False, cache_dir=folder / "cache")
         assert len(dataset) == count and dataset.id2label == original.id2label

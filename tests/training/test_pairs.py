@@ -21,14 +21,10 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from pairs import (
-    PairedPhotoDataset,
-    find_pairs,
-    in_validation,
-    load_dataset_pairs,
-    split_pairs,
-)
 from PIL import Image, ImageDraw
+
+from diffsketching_pipeline.splits import in_validation
+from diffsketching_pipeline.training.pairs import PairedPhotoDataset, find_pairs, load_dataset_pairs, split_pairs
 
 
 SIZE = (96, 64)  # width, height: the drawing covers the photo's frame, whatever its shape

@@ -18,13 +18,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from perceptual_networks import (
+from transformers import ResNetConfig, ResNetModel, ViTConfig, ViTModel
+
+from diffsketching_pipeline.training.perceptual_networks import (
     SqueezeNetFeatures,
     load_perceptual_network,
     perceptual_distance,
     read_array_pickle,
 )
-from transformers import ResNetConfig, ResNetModel, ViTConfig, ViTModel
 
 
 def squeezenet_weights():

@@ -21,7 +21,8 @@ import yaml
 from conftest import TRAINING
 from hub_server import READ_TOKEN, WRITE_TOKEN, HubServer
 from test_train_unet import TINY
-from trainer import TrainingArguments, check_arguments, public_arguments
+
+from diffsketching_pipeline.training.arguments import TrainingArguments, check_arguments, public_arguments
 
 
 @pytest.fixture

@@ -21,17 +21,18 @@ import subprocess
 
 import pytest
 from conftest import TRAINING
-from trainer import TrainingArguments, parse_args
+
+from diffsketching_pipeline.training.arguments import TrainingArguments, parse_args
 
 
 RECIPES = sorted((TRAINING / "recipes").glob("*.sh"))
 
 
 def arguments_class(script):
-    """The dataclass of arguments that a training script reads, the last that it defines."""
+    """The dataclass of arguments that a training script reads, the last that it defines or imports."""
     module = importlib.import_module(script.removesuffix(".py"))
-    own = [value for value in vars(module).values() if isinstance(value, type) and value.__module__ == module.__name__]
-    return [value for value in own if issubclass(value, TrainingArguments)][-1]
+    classes = [value for value in vars(module).values() if isinstance(value, type)]
+    return [value for value in classes if issubclass(value, TrainingArguments)][-1]
 
 
 def calls(recipe):

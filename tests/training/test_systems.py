@@ -12,18 +12,14 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
-import systems
 import torch
 import yaml
+from conftest import TRAINING
 from diffusers import AutoencoderTiny, DDIMScheduler, DPMSolverMultistepScheduler, UNet2DModel
-from evaluate import main
-from image_sets import open_image, read_drawings, squash
 from PIL import Image
-from systems import Job, System
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from diffsketching_pipeline import (
@@ -33,6 +29,12 @@ from diffsketching_pipeline import (
     SketchProcessor,
     unet_surgery,
 )
+from diffsketching_pipeline.evaluation import systems
+from diffsketching_pipeline.evaluation.cost import CostMeter, count_evaluations, measure_memory
+from diffsketching_pipeline.evaluation.generation import Plan
+from diffsketching_pipeline.evaluation.image_sets import open_image, read_drawings, squash
+from diffsketching_pipeline.evaluation.run import main
+from diffsketching_pipeline.evaluation.systems import Job, System
 from diffsketching_pipeline.losses import SketchPerceptualLoss
 
 
@@ -213,7 +215,7 @@ def test_unreadable_systems_are_errors(text, message, tmp_path):
 
 
 def test_shipped_systems_are_readable_and_floors_see_no_drawing(pipeline):
-    folder = Path(systems.__file__).parent / "configs"
+    folder = TRAINING / "configs"
     paths = sorted(folder.glob("systems_*.yaml"))
     assert len(paths) >= 3
     for path in paths:
@@ -230,8 +232,8 @@ def test_evaluations_are_counted_for_every_network(pipeline, jobs):
     def evaluations(**settings):
         system = System("x", **settings)
         built = system.build(pipeline)
-        networks = systems.Plan(system, built, jobs).networks
-        with systems.CostMeter(networks, len(jobs), torch.device("cpu")) as meter:
+        networks = Plan(system, built, jobs).networks
+        with CostMeter(networks, len(jobs), torch.device("cpu")) as meter:
             system.sample(built, jobs, None)
         assert meter.cost["seconds"] > 0 and meter.cost["batch_size"] == 2 and "cpu" in meter.cost["machine"]
         return meter.cost["network_evaluations"]
@@ -251,16 +253,14 @@ def test_evaluations_are_counted_for_every_network(pipeline, jobs):
 
 def test_memory_is_that_of_one_batch_in_a_fresh_process(pipeline, jobs, tmp_path):
     pipeline.save_pretrained(tmp_path / "model")
-    memory = systems.measure_memory(
-        str(tmp_path / "model"), torch.float32, System("x"), jobs * 32, None, tmp_path / "small"
-    )
+    memory = measure_memory(str(tmp_path / "model"), torch.float32, System("x"), jobs * 32, None, tmp_path / "small")
     assert memory["batch_size"] == 64
     if memory["peak_memory"] is None:
         pytest.skip(memory["reason"])
     # 128 rows of at least one map of 8 channels at 16 x 16 in float32; the machine's own noise is smaller.
     assert 128 * 8 * 16 * 16 * 4 < memory["peak_memory"] < 2**31
     (tmp_path / "small" / "memory.json").write_text(json.dumps({"batch_size": 1, "peak_memory": 7}))
-    again = systems.measure_memory(str(tmp_path / "model"), torch.float32, System("x"), jobs, None, tmp_path / "small")
+    again = measure_memory(str(tmp_path / "model"), torch.float32, System("x"), jobs, None, tmp_path / "small")
     assert again["peak_memory"] == 7
 
 
@@ -367,7 +367,7 @@ def test_bad_systems_are_errors_before_any_work(changes, message, arguments, mod
 def test_what_an_autoencoder_decodes_is_counted():
     widths = {"encoder_block_out_channels": (4,), "decoder_block_out_channels": (4,)}
     vae = AutoencoderTiny(**widths, num_encoder_blocks=(1,), num_decoder_blocks=(1,), latent_channels=4)
-    with systems.count_evaluations({"vae": vae}) as counts, torch.no_grad():
+    with count_evaluations({"vae": vae}) as counts, torch.no_grad():
         vae.decode(torch.zeros(3, 4, 8, 8))
         vae.decode(torch.zeros(1, 4, 8, 8))
         vae.encode(torch.zeros(2, 3, 8, 8))

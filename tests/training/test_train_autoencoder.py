@@ -24,18 +24,17 @@ from safetensors.torch import load_file
 from testing_utils import kill_when
 from train_autoencoder import (
     AutoencoderArguments,
-    PhotoDataset,
     TrainableAutoencoder,
     autoencoder_losses,
     check_autoencoder_arguments,
     main,
     make_models,
     measure_latents,
-    reconstruction_metrics,
 )
-from trainer import Trainer
 
 from diffsketching_pipeline.autoencoding import decode_latents, encode_photos, get_scale_factor
+from diffsketching_pipeline.training.reconstruction import PhotoDataset, reconstruction_metrics
+from diffsketching_pipeline.training.trainer import Trainer
 
 
 SCRIPT = str(TRAINING / "train_autoencoder.py")

@@ -18,9 +18,7 @@ import pytest
 import torch
 import yaml
 from conftest import TRAINING
-from data import PhotoSketchDataset
 from diffusers import DDIMScheduler, UNet2DModel
-from latents import LatentDataset
 from PIL import Image
 from testing_utils import make_vae
 from train_classifier import (
@@ -34,6 +32,8 @@ from train_classifier import (
 )
 
 from diffsketching_pipeline import NoisyImageClassifier
+from diffsketching_pipeline.training.dataset import PhotoSketchDataset
+from diffsketching_pipeline.training.latents import LatentDataset
 
 
 ID2LABEL = {0: "disc", 1: "square"}

@@ -16,22 +16,21 @@ import subprocess
 import sys
 from pathlib import Path
 
-import image_sets
 import numpy as np
 import pytest
 import torch
 import train_encoders
-from data import PhotoSketchDataset, half_size
-from doodles import DOODLES
-from evaluation_network import Evaluator
 from PIL import Image, ImageDraw
 from torch import nn
-from train_encoders import EncoderArguments, FreeHandDataset, fit_to_page, in_first_half, make_model
-from transformers import (
-    MobileNetV2ForImageClassification,
-    RegNetForImageClassification,
-    ResNetForImageClassification,
-)
+from train_encoders import EncoderArguments, FreeHandDataset, fit_to_page, make_model
+from transformers import MobileNetV2ForImageClassification, RegNetForImageClassification, ResNetForImageClassification
+
+from diffsketching_pipeline.evaluation import image_sets
+from diffsketching_pipeline.evaluation.extractors import Evaluator
+from diffsketching_pipeline.images.free_hand import half_size
+from diffsketching_pipeline.splits import in_first_half
+from diffsketching_pipeline.training.dataset import PhotoSketchDataset
+from diffsketching_pipeline.training.doodles import DOODLES
 
 
 SCRIPT = Path(train_encoders.__file__)
@@ -178,7 +177,7 @@ def test_arguments_that_cannot_be_are_errors(changes, message):
 
 
 def test_published_judge_of_128_pixels_has_the_intended_shape():
-    from trainer import parse_args
+    from diffsketching_pipeline.training.arguments import parse_args
 
     args = parse_args(EncoderArguments, [str(CONFIGS / "evaluation_garments128.yaml")])
     model = make_model(args, {i: str(i) for i in range(15)}).eval()
@@ -193,7 +192,7 @@ def test_published_judge_of_128_pixels_has_the_intended_shape():
 
 @pytest.mark.parametrize("name", ["sketch_encoder", "image_encoder", "evaluation"])
 def test_published_configs_have_the_intended_shapes(name):
-    from trainer import parse_args
+    from diffsketching_pipeline.training.arguments import parse_args
 
     args = parse_args(EncoderArguments, [str(CONFIGS / f"{name}_garments64.yaml")])
     model = make_model(args, {i: str(i) for i in range(15)}).eval()

@@ -20,13 +20,13 @@ import pytest
 import torch
 import train_gan_baseline
 from accelerate.state import AcceleratorState
-from evaluate import main
-from image_sets import read_drawings
 from PIL import Image
 from train_gan_baseline import GanBaselineArguments, photo_metrics, with_dropout
-from trainer import parse_args
 
 from diffsketching_pipeline import PhotoSketcher, SketchProcessor
+from diffsketching_pipeline.evaluation.image_sets import read_drawings
+from diffsketching_pipeline.evaluation.run import main
+from diffsketching_pipeline.training.arguments import parse_args
 
 
 TINY = (

@@ -20,9 +20,16 @@ import numpy as np
 import pytest
 import torch
 import train_sketcher
-from train_sketcher import PatchDiscriminator, SketcherArguments, check_sketcher_arguments, make_dataset, minimum_l1
 
 from diffsketching_pipeline.modeling_photo_sketcher import PhotoSketcher
+from diffsketching_pipeline.training import image_to_image
+from diffsketching_pipeline.training.discriminators import PatchDiscriminator
+from diffsketching_pipeline.training.image_to_image import (
+    SketcherArguments,
+    check_sketcher_arguments,
+    make_dataset,
+    minimum_l1,
+)
 
 
 SCRIPT = Path(train_sketcher.__file__)
@@ -133,14 +140,14 @@ def test_reverse_direction_makes_photos_from_sketches(shapes_dir, cache_dir, tmp
     run_main(monkeypatch, *paths, "--max_train_steps", "1", "--direction", "sketch_to_photo")
     model = PhotoSketcher.from_pretrained(tmp_path / "sketcher")
     assert model(torch.zeros(1, 1, 32, 32)).shape == (1, 3, 32, 32)
-    args = train_sketcher.SketcherArguments(
+    args = image_to_image.SketcherArguments(
         direction="sketch_to_photo", pretrained_model_name_or_path=str(tmp_path / "sketcher")
     )
-    continued = train_sketcher.make_models(args)["sketcher"]
+    continued = image_to_image.make_models(args)["sketcher"]
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), continued.parameters(), strict=True))
     args.direction = "photo_to_sketch"
     with pytest.raises(ValueError, match="must make 1 channels of 3"):
-        train_sketcher.make_models(args)
+        image_to_image.make_models(args)
 
 
 @pytest.mark.parametrize(
@@ -171,8 +178,8 @@ def test_losses_are_those_of_the_least_squares_gan():
     torch.manual_seed(0)
     batch = {"pixel_values": torch.randn(2, 3, 32, 32), "sketch": torch.randn(2, 1, 32, 32)}
     batch["sketches"] = torch.randn(2, 5, 1, 32, 32)
-    args = train_sketcher.SketcherArguments(ngf=4, n_blocks=1, ndf=4, l1_weight=7.0, gan_weight=3.0, stroke_weight=2.5)
-    models = train_sketcher.make_models(args)
+    args = image_to_image.SketcherArguments(ngf=4, n_blocks=1, ndf=4, l1_weight=7.0, gan_weight=3.0, stroke_weight=2.5)
+    models = image_to_image.make_models(args)
 
     class Bare:
         modules = models
@@ -180,7 +187,7 @@ def test_losses_are_those_of_the_least_squares_gan():
         def unwrap(self, name):
             return models[name]
 
-    losses = train_sketcher.gan_losses(Bare(), args)
+    losses = image_to_image.gan_losses(Bare(), args)
     fake = models["sketcher"](batch["pixel_values"])
     real_scores = models["discriminator"](batch["pixel_values"], batch["sketch"])
     fake_scores = models["discriminator"](batch["pixel_values"], fake)

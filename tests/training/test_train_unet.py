@@ -24,7 +24,6 @@ import train_unet
 import yaml
 from conftest import TRAINING
 from diffusers import UNet2DModel
-from latents import load_vae
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -39,9 +38,11 @@ from train_unet import (
     make_scheduler,
     make_unet,
 )
-from trainer import keyed_generator, parse_args
 
 from diffsketching_pipeline import DiffSketchingPipeline
+from diffsketching_pipeline.training.arguments import parse_args
+from diffsketching_pipeline.training.keyed import keyed_generator
+from diffsketching_pipeline.training.latents import load_vae
 
 
 ID2LABEL = {0: "disc", 1: "square"}
@@ -423,7 +424,7 @@ def test_what_is_no_autoencoder_is_refused(tmp_path):
 
 
 def test_swapped_sketch_loss_tells_a_network_that_ignores_drawings(shapes_dir):
-    from data import PhotoSketchDataset
+    from diffsketching_pipeline.training.dataset import PhotoSketchDataset
 
     args = tiny_args(resolution=32)
     dataset = PhotoSketchDataset(shapes_dir, "validation", 32, train=False)

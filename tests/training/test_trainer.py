@@ -26,7 +26,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import trainer as trainer_module
 import yaml
 from accelerate.utils import DistributedType
 from conftest import TRAINING
@@ -34,21 +33,19 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from PIL import Image
 from safetensors.torch import load_file
-from trainer import (
+
+from diffsketching_pipeline.command_line import argument
+from diffsketching_pipeline.training.arguments import TrainingArguments, parse_args, resolve_data_dir
+from diffsketching_pipeline.training.keyed import (
     KeyedBatchSampler,
     KeyedDataset,
-    Trainer,
-    TrainingArguments,
     class_balanced_weights,
-    image_grid,
     keyed_generator,
-    learning_rate_factor,
-    load_pretrained,
-    parse_args,
-    resolve_data_dir,
-    save_png,
-    write_folder,
 )
+from diffsketching_pipeline.training.modules import load_pretrained
+from diffsketching_pipeline.training.pictures import image_grid, save_png
+from diffsketching_pipeline.training.run_folder import write_folder
+from diffsketching_pipeline.training.trainer import Trainer, learning_rate_factor
 
 
 class TinyNet(ModelMixin, ConfigMixin):
@@ -117,7 +114,7 @@ def assert_same_checkpoint(one, other):
 class ScriptArguments(TrainingArguments):
     """Adds a list, as the scripts do."""
 
-    block_out_channels: list[int] = trainer_module.argument([8, 16], "widths")
+    block_out_channels: list[int] = argument([8, 16], "widths")
 
 
 def test_command_line_overrides_config_overrides_default(tmp_path):
@@ -590,7 +587,7 @@ def strategy(trainer, monkeypatch, kind, zero_stage=2, mixed_precision="no", pas
         is_fsdp2=is_fsdp2,
     )
     monkeypatch.setattr(trainer, "accelerator", accelerator)
-    monkeypatch.setattr("trainer.has_lora", lambda module: module == "lora")
+    monkeypatch.setattr("diffsketching_pipeline.training.trainer.has_lora", lambda module: module == "lora")
     return plugin
 
 

@@ -25,9 +25,10 @@ import make_user_study
 import numpy as np
 import pytest
 from analyse_user_study import AnalysisArguments
-from image_sets import read_drawings, save_png
 from make_user_study import StudyArguments
 from PIL import Image
+
+from diffsketching_pipeline.evaluation.image_sets import read_drawings, save_png
 
 
 STRENGTHS = {"ours": 1.0, "gan": -0.2, "floor": -0.8}

@@ -5,7 +5,7 @@
 #
 # Each step resumes where it was stopped: run the same line again (`MINUTES=60` limits each step to that long). Without
 # AVX-512 or a GPU the autoencoder takes an hour and the UNet days: 5 samples a second on one thread, a million in all.
-# PERCEPTUAL names the network of the autoencoder's perceptual loss (see perceptual_networks.py); `none` works, but blurs.
+# PERCEPTUAL names the network of the autoencoder's perceptual loss (see diffsketching_pipeline/training/perceptual_networks.py); `none` works, but blurs.
 set -euo pipefail
 checkout=$(realpath "$1")
 mkdir -p "$2"

@@ -1,16 +1,4 @@
-# Copyright 2026 The DiffSketching Pipeline Authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """What the training scripts share: arguments, keyed randomness, and a loop that can be killed at any step.
 
 A script builds its modules, says how one sample is prepared and what the loss of one batch is, and hands both to
@@ -30,10 +18,6 @@ dropped conditions. So a run that was killed and resumed, or spread over several
 exactly the samples of one that was not. (A dataset that is streamed depends on who reads it, see `shards.py`.)
 """
 
-import copy
-import dataclasses
-import difflib
-import itertools
 import json
 import logging
 import os
@@ -41,450 +25,47 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import yaml
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedType, ProjectConfiguration, send_to_device
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from optimizers import Muon
-from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
-from torch.utils.data import DataLoader, Dataset
-from torchvision.utils import make_grid
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser
 
 from diffsketching_pipeline import DiffSketchingPipeline, push_pipeline
+from diffsketching_pipeline.files import commit_folder
 from diffsketching_pipeline.hub.push import create_repo, push_component
-from diffsketching_pipeline.lora import LORA_WEIGHTS_NAME, fuse_lora, has_lora, load_lora_state_dict, save_lora
+from diffsketching_pipeline.lora import LORA_WEIGHTS_NAME, fuse_lora, has_lora, load_lora_state_dict
+from diffsketching_pipeline.training.arguments import TrainingArguments, check_arguments, public_arguments
+from diffsketching_pipeline.training.keyed import (
+    LAYER_STREAM,
+    KeyedBatchSampler,
+    KeyedDataset,
+    SampleTransform,
+    keyed_seed,
+)
+from diffsketching_pipeline.training.modules import empty_clone, load_pretrained, save_module
+from diffsketching_pipeline.training.optimizers import Muon
+from diffsketching_pipeline.training.pictures import save_png
+from diffsketching_pipeline.training.run_folder import remove_folder
 
 
 logger = get_logger(__name__)
 
-Sample = dict[str, Any]
-SampleTransform = Callable[[Sample, torch.Generator], Sample]
 LossFunction = Callable[[dict[str, Any]], dict[str, Tensor]]
 ValidationFunction = Callable[[], tuple[dict[str, float], dict[str, Tensor]]]
-ArgumentsT = TypeVar("ArgumentsT", bound="TrainingArguments")
-
-ORDER_STREAM, SAMPLE_STREAM, LAYER_STREAM = range(3)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Arguments
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def argument(default: Any, help: str) -> Any:
-    """A dataclass field with a help text; lists are copied for each instance."""
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
-
-
-@dataclass
-class TrainingArguments:
-    """Arguments every script has, named as in diffusers' `train_unconditional.py` and `train_controlnet.py`.
-
-    A script subclasses this to add its own and to change defaults.
-    """
-
-    train_data_dir: str | None = argument(
-        None, "an imagefolder with `train` and `validation`, each holding one folder of photos per class"
-    )
-    dataset_name: str | None = argument(
-        None, "instead of `train_data_dir`: the id of a dataset repository on the Hub with the same folders"
-    )
-    cache_dir: str | None = argument(None, "where the dataset and what is computed from it are cached")
-    output_dir: str = argument("output", "where checkpoints, samples, logs and the final weights are written")
-    overwrite_output_dir: bool = argument(False, "delete the checkpoints that `output_dir` already holds")
-    pretrained_model_name_or_path: str | None = argument(
-        None, "start from these weights (a pipeline folder, a model folder or a Hub id) with a fresh optimizer"
-    )
-    seed: int = argument(0, "the seed of everything random, at least 0")
-    resolution: int = argument(64, "side of the training images in pixels")
-
-    train_batch_size: int = argument(16, "samples per process and forward pass")
-    max_train_steps: int | None = argument(None, "optimizer steps; overrides `num_train_epochs`")
-    num_train_epochs: int = argument(100, "passes over the data")
-    max_train_minutes: float | None = argument(
-        None, "stop with a checkpoint after this much wall time; resume with `--resume_from_checkpoint latest`"
-    )
-    gradient_accumulation_steps: int = argument(1, "forward passes per optimizer step")
-    dataloader_num_workers: int = argument(0, "worker processes that prepare samples; 0 = the main process does")
-
-    learning_rate: float = argument(1e-4, "the learning rate after the warm-up")
-    scale_lr: bool = argument(False, "multiply it by processes x accumulation steps x batch size")
-    lr_scheduler: str = argument(
-        "constant_with_warmup", "linear, cosine, cosine_with_restarts, polynomial, constant or constant_with_warmup"
-    )
-    lr_warmup_steps: int = argument(500, "steps over which the learning rate rises from 0")
-    lr_num_cycles: int = argument(1, "hard restarts of `cosine_with_restarts`")
-    lr_power: float = argument(1.0, "power of `polynomial`")
-    lr_decay_steps: int | None = argument(
-        None, "keep the rate constant and apply `lr_scheduler` to this many last steps only"
-    )
-    optimizer: Literal["adamw", "muon"] = argument(
-        "adamw", "muon orthogonalizes the steps of hidden matrices and flattened kernels, see optimizers.py"
-    )
-    adam_beta1: float = argument(0.9, "AdamW's beta 1")
-    adam_beta2: float = argument(0.999, "AdamW's beta 2")
-    adam_weight_decay: float = argument(1e-3, "AdamW's weight decay")
-    adam_epsilon: float = argument(1e-8, "AdamW's epsilon")
-    max_grad_norm: float = argument(1.0, "the gradient is scaled down to this norm")
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = argument(
-        None, "autocast the forward passes; the weights stay float32. Left out: what `accelerate config` says"
-    )
-    allow_tf32: bool = argument(False, "let float32 matrix products use TensorFloat-32 where a GPU has it")
-
-    use_ema: bool = argument(True, "publish and validate an exponential moving average of the weights")
-    ema_inv_gamma: float = argument(1.0, "the decay at step n is 1 - (1 + n / inv_gamma) ** -power")
-    ema_power: float = argument(3 / 4, "see `ema_inv_gamma`")
-    ema_max_decay: float = argument(0.9999, "upper bound of the decay")
-    further_ema_max_decays: list[float] | None = argument(
-        None, "further averages with these upper bounds, kept in each checkpoint to choose from afterwards"
-    )
-
-    checkpointing_steps: int = argument(500, "steps between two checkpoints")
-    checkpoints_total_limit: int | None = argument(None, "checkpoints to keep, the oldest are deleted first")
-    resume_from_checkpoint: str | None = argument(
-        None, "a checkpoint folder, or `latest`: the newest in `output_dir`, from the start if there is none"
-    )
-    validation_steps: int = argument(500, "steps between two validations; 0 = only at the end")
-    logging_steps: int = argument(10, "steps over which the logged values are averaged")
-    logging_dir: str = argument("logs", "tracker directory inside `output_dir`")
-    report_to: str = argument("tensorboard", "`tensorboard`, any other tracker accelerate knows, `all` or `none`")
-    save_dtype: Literal["float32", "float16", "bfloat16"] = argument("float32", "type of the final weights")
-
-    push_to_hub: bool = argument(False, "upload the final weights to the Hub")
-    hub_model_id: str | None = argument(None, "repository to upload to, user/name; made if there is none")
-    hub_private_repo: bool = argument(False, "make a new repository private")
-    hub_strategy: Literal["end", "every_save"] = argument(
-        "end",
-        "every_save also uploads the averaged weights of each checkpoint, as branch `step-<n>` of the repository",
-    )
-    # Not in the text of the arguments either, which errors and logs may show.
-    hub_token: str | None = field(
-        default=None,
-        repr=False,
-        metadata={"help": "token to upload with, instead of that of `hf auth login` or HF_TOKEN"},
-    )
-
-
-def parse_args(
-    arguments_class: type[ArgumentsT], args: Sequence[str] | None = None, description: str | None = None
-) -> ArgumentsT:
-    """Reads `[config.yaml | --config config.yaml] [--name value ...]`; the command line wins over the file.
-
-    Args:
-        arguments_class: dataclass that lists the arguments.
-        args: the command line without the program, `sys.argv[1:]` when left out.
-        description: text of `--help`.
-
-    Raises:
-        ValueError: an argument that does not exist (with the closest ones that do), a config that is no mapping, or a
-            value out of range.
-    """
-    remaining = list(sys.argv[1:] if args is None else args)
-    usage = "%(prog)s [CONFIG.yaml] [--ARGUMENT VALUE ...]"
-    parser = HfArgumentParser(cast(Any, arguments_class), description=description, usage=usage, allow_abbrev=False)
-    parser.add_argument("--config", help="YAML file of arguments; it may also be given first, without `--config`")
-    names = [f.name for f in dataclasses.fields(arguments_class)]
-
-    config = remaining.pop(0) if remaining and not remaining[0].startswith("-") else None
-    if "--config" in remaining:
-        position = remaining.index("--config")
-        config = remaining[position + 1] if len(remaining) > position + 1 else ""
-        del remaining[position : position + 2]
-    from_file = _config_to_args(config, names) if config is not None else []
-    *parsed, unknown = parser.parse_args_into_dataclasses(
-        from_file + remaining, return_remaining_strings=True, look_for_args_file=False
-    )
-    if unknown:
-        raise ValueError(_unknown_argument(unknown[0].lstrip("-").split("=")[0], names, "the command line"))
-    arguments = parsed[0]
-    check_arguments(arguments)
-    return arguments
-
-
-def _unknown_argument(name: str, known: Sequence[str], where: str) -> str:
-    close = difflib.get_close_matches(name.replace("-", "_"), known)
-    hint = f"did you mean {' or '.join(f'`{c}`' for c in close)}?" if close else "`--help` lists the arguments."
-    return f"`{name}` on {where} is not an argument of this script: {hint}"
-
-
-def _config_to_args(path: str, names: Sequence[str]) -> list[str]:
-    """Turns a YAML mapping into command-line words, so that both go through one conversion and one set of checks."""
-    if not os.path.isfile(path):
-        raise ValueError(f"`config` must be a YAML file, but {path!r} is not a file.")
-    with open(path, encoding="utf-8") as file:
-        config = yaml.safe_load(file) or {}
-    if not isinstance(config, dict):
-        raise ValueError(f"`config` must hold `name: value` lines, but {path!r} holds a {type(config).__name__}.")
-    words: list[str] = []
-    for name, value in config.items():
-        if name not in names:
-            raise ValueError(_unknown_argument(str(name), names, path))
-        if isinstance(value, (list, tuple)):
-            words += [f"--{name}", *map(str, value)]
-        elif value is not None:
-            words.append(f"--{name}={value}")
-    return words
-
-
-def check_arguments(args: TrainingArguments) -> None:
-    """Raises `ValueError` for a value that would only fail, or be silently wrong, after work has begun."""
-    at_least: dict[str, float] = {"seed": 0, "validation_steps": 0, "lr_warmup_steps": 0, "dataloader_num_workers": 0}
-    at_least |= dict.fromkeys(("train_batch_size", "gradient_accumulation_steps", "checkpointing_steps"), 1)
-    at_least |= dict.fromkeys(("checkpoints_total_limit", "logging_steps", "resolution", "num_train_epochs"), 1)
-    at_least |= {"max_train_steps": 1, "lr_decay_steps": 1}
-    for name, minimum in at_least.items():
-        value = getattr(args, name)
-        if value is not None and value < minimum:
-            raise ValueError(f"`{name}` must be at least {minimum}, but got {value}.")
-    for name in ("learning_rate", "max_grad_norm", "max_train_minutes"):
-        value = getattr(args, name)
-        if value is not None and not value > 0:
-            raise ValueError(f"`{name}` must be positive, but got {value}.")
-    for name, decays in (
-        ("ema_max_decay", [args.ema_max_decay]),
-        ("further_ema_max_decays", args.further_ema_max_decays or []),
-    ):
-        for decay in decays:
-            if not 0 <= decay < 1:
-                raise ValueError(f"`{name}` must be in [0, 1), but got {decay}.")
-    if args.further_ema_max_decays and not args.use_ema:
-        raise ValueError("`further_ema_max_decays` needs `use_ema`, but got `use_ema` false.")
-    if args.push_to_hub and not args.hub_model_id:
-        raise ValueError("`push_to_hub` needs `hub_model_id`, the repository to upload to: user/name.")
-
-
-def public_arguments(args: TrainingArguments) -> dict[str, Any]:
-    """The arguments that may be written down: all but the token."""
-    return {name: value for name, value in dataclasses.asdict(args).items() if name != "hub_token"}
-
-
-def resolve_data_dir(args: TrainingArguments) -> Path:
-    """The imagefolder to train on: `train_data_dir`, or the downloaded snapshot of `dataset_name`.
-
-    Raises:
-        ValueError: neither or both are given, or the folder has no `train` folder.
-    """
-    if (args.train_data_dir is None) == (args.dataset_name is None):
-        raise ValueError("give either `train_data_dir` or `dataset_name`: exactly one says what to train on.")
-    if args.dataset_name is not None:
-        from huggingface_hub import snapshot_download
-
-        root = Path(snapshot_download(args.dataset_name, repo_type="dataset", cache_dir=args.cache_dir))
-    else:
-        root = Path(str(args.train_data_dir))
-    if not (root / "train").is_dir():
-        raise ValueError(f"`train_data_dir` must hold `train/<class>/<photos>`, but {root} has no `train` folder.")
-    return root
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Keyed randomness: what is drawn depends on a key, never on what was drawn before
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def keyed_seed(*key: int) -> int:
-    """A well-mixed 63-bit seed for a key of non-negative integers."""
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def keyed_generator(*key: int) -> torch.Generator:
-    """A CPU generator for a key of non-negative integers; the same key always gives the same numbers."""
-    return torch.Generator().manual_seed(keyed_seed(*key))
-
-
-def class_balanced_weights(labels: Sequence[int], power: float) -> np.ndarray:
-    """Sampling weights `n_c ** -power` of samples with these class labels, `n_c` being the size of their class.
-
-    Power 0 leaves the frequencies as they are, 1 shows every class equally often.
-    """
-    counts = np.bincount(np.asarray(labels))
-    return counts[np.asarray(labels)] ** -float(power)
-
-
-def clean_images(sample: Mapping[str, Any]) -> Tensor:
-    """What is noised and denoised: the `latents` of a sample or batch where it has them, else its `pixel_values`."""
-    return sample["latents"] if "latents" in sample else sample["pixel_values"]
-
-
-def add_noise_and_timestep(sample: Sample, generator: torch.Generator, num_train_timesteps: int) -> Sample:
-    """Completes a sample by `noise` ~ N(0, I), shaped as its [`clean_images`], and a uniform `timestep`."""
-    noise = torch.randn(clean_images(sample).shape, generator=generator)
-    timestep = int(torch.randint(num_train_timesteps, (), generator=generator))
-    return sample | {"noise": noise, "timestep": timestep}
-
-
-class KeyedBatchSampler:
-    """Endless batches of `(index, draw)` for one process.
-
-    Draw n belongs to epoch `n // num_samples`. Every epoch is a fresh permutation of the samples or, with
-    `sample_weights`, a systematic sample of the same length in which sample i appears `num_samples * w_i / sum(w)`
-    times, rounded up or down at random. Successive batches of `batch_size` go to the processes in turn, so that
-    P processes see together what one process with P times the batch size sees.
-
-    Args:
-        num_samples: size of the dataset.
-        batch_size: samples per process and batch.
-        seed: keys the order of every epoch.
-        start: the first draw, a resumed run goes on where the last one stopped.
-        process_index, num_processes: this process among all.
-        sample_weights: `[num_samples]`, positive, need not sum to 1.
-    """
-
-    def __init__(
-        self,
-        num_samples: int,
-        batch_size: int,
-        seed: int,
-        start: int = 0,
-        process_index: int = 0,
-        num_processes: int = 1,
-        sample_weights: np.ndarray | None = None,
-    ):
-        if num_samples < 1:
-            raise ValueError("`num_samples` must be at least 1, but the dataset is empty.")
-        if sample_weights is not None and len(sample_weights) != num_samples:
-            raise ValueError(f"`sample_weights` must have {num_samples} entries, but got {len(sample_weights)}.")
-        self.num_samples = num_samples
-        self.batch_size = batch_size
-        self.seed = seed
-        self.first = start + process_index * batch_size
-        self.stride = num_processes * batch_size
-        self.sample_weights = sample_weights
-
-    def epoch_order(self, epoch: int) -> np.ndarray:
-        """Indices of the samples of one epoch, `[num_samples]`."""
-        rng = np.random.default_rng(keyed_seed(self.seed, ORDER_STREAM, epoch))
-        if self.sample_weights is None:
-            return rng.permutation(self.num_samples)
-        cumulative = np.cumsum(self.sample_weights) / np.sum(self.sample_weights)
-        points = (np.arange(self.num_samples) + rng.random()) / self.num_samples
-        indices = np.searchsorted(cumulative, points, side="right").clip(max=self.num_samples - 1)
-        return rng.permutation(indices)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order, order_epoch = np.empty(0, int), -1
-        for first in itertools.count(self.first, self.stride):
-            batch = []
-            for draw in range(first, first + self.batch_size):
-                epoch, position = divmod(draw, self.num_samples)
-                if epoch != order_epoch:
-                    order, order_epoch = self.epoch_order(epoch), epoch
-                batch.append((int(order[position]), draw))
-            yield batch
-
-
-class KeyedDataset(Dataset):
-    """Maps `(index, draw)` to `dataset.sample(index, draw)`, completed by `transform(sample, generator)`.
-
-    The draw takes the place of the epoch number that keys the augmentation of the dataset, because a sample that is
-    drawn twice in one epoch should not look the same twice. The generator is keyed by (seed, draw).
-    """
-
-    def __init__(self, dataset: Any, seed: int, transform: SampleTransform | None = None):
-        self.dataset = dataset
-        self.seed = seed
-        self.transform = transform
-
-    def __getitem__(self, key: tuple[int, int]) -> Sample:
-        index, draw = key
-        sample = self.dataset.sample(index, draw)
-        if self.transform is not None:
-            sample = self.transform(sample, keyed_generator(self.seed, SAMPLE_STREAM, draw))
-        return sample
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Files
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _commit_folder(temporary: Path, path: Path) -> None:
-    """Makes a written folder durable, then puts it in the place of `path`."""
-    for entry in temporary.rglob("*"):
-        _fsync(entry)
-    _fsync(temporary)
-    replaced = path.with_name(f".{path.name}.old")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if path.exists():
-        path.rename(replaced)
-    temporary.rename(path)
-    _fsync(path.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _remove_folder(path: Path) -> None:
-    """Deletes a folder so that a kill on the way never leaves half of it under its name."""
-    removed = path.with_name(f".{path.name}.old")
-    shutil.rmtree(removed, ignore_errors=True)
-    path.rename(removed)
-    shutil.rmtree(removed)
-
-
-@contextmanager
-def write_folder(path: Path) -> Iterator[Path]:
-    """Yields a temporary folder that becomes `path` when the block ends well and vanishes when it does not."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        _commit_folder(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def image_grid(rows: Sequence[Tensor], scale: int = 1) -> Tensor:
-    """Lays out rows of pictures `[N, 1 or 3, H, W]` in [-1, 1] (sketches or photos) as one `[3, H', W']`."""
-    pictures = torch.cat([row.detach().float().cpu().expand(-1, 3, -1, -1) for row in rows])
-    pictures = F.interpolate(pictures, scale_factor=float(scale))
-    return make_grid(pictures, nrow=rows[0].shape[0], padding=2, pad_value=1.0).clamp(-1, 1)
-
-
-def save_png(picture: Tensor, path: Path) -> None:
-    """Writes a picture `[3, H, W]` in [-1, 1]; the file appears complete or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    pixels = ((picture.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
-    Image.fromarray(pixels).save(temporary, format="PNG")
-    os.replace(temporary, path)
-
-
-def load_pretrained(model_class: Any, name_or_path: str, subfolder: str, **kwargs: Any) -> Any:
-    """Loads a component in float32 from a pipeline (folder or Hub id) or from a folder that holds just the model."""
-    is_model_folder = os.path.isfile(os.path.join(name_or_path, "config.json"))
-    location = {} if is_model_folder else {"subfolder": subfolder}
-    return model_class.from_pretrained(name_or_path, **location, **kwargs).float()
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# The loop
-# --------------------------------------------------------------------------------------------------------------------
 
 
 def learning_rate_factor(args: TrainingArguments, max_train_steps: int) -> Callable[[int], float]:
@@ -515,21 +96,6 @@ def learning_rate_factor(args: TrainingArguments, max_train_steps: int) -> Calla
     decay = factor(args.lr_scheduler, 0, args.lr_decay_steps)
     decay_start = max_train_steps - args.lr_decay_steps
     return lambda step: warmup(step) * decay(max(0, step - decay_start))
-
-
-def _empty_clone(module: Any) -> Any:
-    """An untrained copy of a diffusers or transformers model."""
-    if hasattr(module, "register_to_config"):
-        return type(module).from_config(module.config)
-    return type(module)(copy.deepcopy(module.config))
-
-
-def _save_module(module: Any, folder: str) -> None:
-    """Writes a model or, of one that carries an adapter, the adapter."""
-    if has_lora(module):
-        save_lora(module, folder)
-    else:
-        module.save_pretrained(folder)
 
 
 class Trainer:
@@ -718,7 +284,7 @@ class Trainer:
         state = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         if not self.accelerator.is_main_process:
             return None
-        clone = _empty_clone(module)
+        clone = empty_clone(module)
         clone.load_state_dict(state)
         return clone
 
@@ -761,7 +327,7 @@ class Trainer:
             with self.ema_weights(max_decay):
                 clone = fuse_lora(module).cpu()
         else:
-            clone = _empty_clone(module)
+            clone = empty_clone(module)
             clone.load_state_dict(module.state_dict())
             if name in averages:
                 averages[name].copy_to(clone.parameters())
@@ -816,13 +382,13 @@ class Trainer:
         for name in self.modules:
             module = self.whole(name)
             if is_main:
-                _save_module(module, os.path.join(output_dir, name))
+                save_module(module, os.path.join(output_dir, name))
         for max_decay, (suffix, averages) in zip((None, *self.further_ema), self._averages(), strict=True):
             with self.ema_weights(max_decay):
                 for name in averages:
                     module = self.whole(name)
                     if is_main:
-                        _save_module(module, os.path.join(output_dir, name + suffix))
+                        save_module(module, os.path.join(output_dir, name + suffix))
         if not is_main:
             return
         state = {
@@ -863,7 +429,7 @@ class Trainer:
             )
 
     def _load_module(self, name: str, folder: str) -> None:
-        """Puts what `_save_module` wrote into a module, each process its part."""
+        """Puts what `save_module` wrote into a module, each process its part."""
         module = self.unwrap(name)
         if has_lora(module):
             load_lora_state_dict(module, load_file(os.path.join(folder, LORA_WEIGHTS_NAME)))
@@ -897,10 +463,10 @@ class Trainer:
         self.accelerator.save_state(str(temporary))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            _commit_folder(temporary, folder)
+            commit_folder(temporary, folder)
             limit = self.args.checkpoints_total_limit
             for old in self.checkpoints()[:-limit] if limit else []:
-                _remove_folder(old)
+                remove_folder(old)
         self.accelerator.wait_for_everyone()
         self._last_checkpoint_step = self.global_step
         if self.args.push_to_hub and self.args.hub_strategy == "every_save":
@@ -914,7 +480,7 @@ class Trainer:
                 shutil.rmtree(leftover)
             if self.resume_folder is None:
                 for old in self.checkpoints():
-                    _remove_folder(old)
+                    remove_folder(old)
             if self.args.push_to_hub:
                 # Now rather than after days of training: a wrong name or token is an error.
                 create_repo(str(self.args.hub_model_id), **self._hub_options())

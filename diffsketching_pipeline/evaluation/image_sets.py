@@ -1,16 +1,4 @@
-# Copyright 2026 The DiffSketching Pipeline Authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """What `evaluate.py` scores: drawings, sets of images and the files they come from."""
 
 import hashlib
@@ -25,17 +13,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from data import IMAGE_ERRORS, IMAGE_SUFFIXES, MAX_SQUASH
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from tqdm.auto import tqdm
-from train_encoders import in_first_half
 
-
-def required(help: str) -> Any:
-    """A dataclass field without a default, with a help text."""
-    return field(metadata={"help": help})
+from diffsketching_pipeline.images.photo_files import IMAGE_ERRORS, IMAGE_SUFFIXES, MAX_SQUASH
+from diffsketching_pipeline.splits import in_first_half
 
 
 class Drawing(NamedTuple):

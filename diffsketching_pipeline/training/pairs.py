@@ -1,16 +1,4 @@
-# Copyright 2026 The DiffSketching Pipeline Authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """Photos with drawings that people made of them, in the layouts that people have them in.
 
 - Two folders, `photo` and `sketch`, matched by file name: `photo/<class>/<id>.jpg` with `sketch/<class>/<id>-<k>.png`
@@ -33,27 +21,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from data import (
-    CONTOUR_SIZE,
-    IMAGE_ERRORS,
-    IMAGE_SUFFIXES,
-    Box,
-    CachedPhoto,
-    PhotoSketchDataset,
-    bounding_box,
-    decode_photo,
-    photo_to_keep,
-    resized_to_short_side,
-)
 from PIL import Image
 from torch import Tensor
 
 from diffsketching_pipeline import SketchProcessor
+from diffsketching_pipeline.images.contours import CONTOUR_SIZE, Box, bounding_box, resized_to_short_side
+from diffsketching_pipeline.images.photo_files import IMAGE_ERRORS, IMAGE_SUFFIXES, decode_photo
+from diffsketching_pipeline.splits import in_validation
+from diffsketching_pipeline.training.cache import CachedPhoto, photo_to_keep
+from diffsketching_pipeline.training.dataset import PhotoSketchDataset
 
 
 logger = logging.getLogger(__name__)
 
-VALIDATION_PERCENT = 8
 _PAIR_VERSION = "pair-1"
 _LENGTH_BYTES = 8
 
@@ -78,11 +58,6 @@ class PhotoSketchPair:
     def name(self) -> str:
         """What a message calls it."""
         return self.stem
-
-
-def in_validation(stem: str) -> bool:
-    """Whether a photo validates: 8 of 100, by the SHA-256 of its name."""
-    return int(hashlib.sha256(stem.encode()).hexdigest(), 16) % 100 < VALIDATION_PERCENT
 
 
 def split_pairs(pairs: Sequence[PhotoSketchPair]) -> dict[str, list[PhotoSketchPair]]:

@@ -1,16 +1,4 @@
-# Copyright 2026 The DiffSketching Pipeline Authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """Photos as latents of an autoencoder, encoded once: what a UNet on latents is trained on.
 
 Encoding a photo takes longer than a training step on it. So several crops of each photo, each also mirrored, are encoded
@@ -26,14 +14,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from data import Box, PhotoSketchDataset, load_arrays, save_arrays
 from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
 from tqdm.auto import tqdm
-from trainer import load_pretrained
 
 from diffsketching_pipeline.autoencoding import encode_photos, get_scale_factor
+from diffsketching_pipeline.images.contours import Box
 from diffsketching_pipeline.manifest import weights_sha256
+from diffsketching_pipeline.training.cache import load_arrays, save_arrays
+from diffsketching_pipeline.training.dataset import PhotoSketchDataset
+from diffsketching_pipeline.training.modules import load_pretrained
 
 
 _LATENTS_VERSION = "latents-1"

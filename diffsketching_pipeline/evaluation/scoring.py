@@ -1,39 +1,26 @@
-# Copyright 2026 The DiffSketching Pipeline Authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """Every metric of `evaluate.py`, with all that its value depends on."""
 
-import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
-from evaluation_network import Evaluator
-from image_sets import Drawing, ImageSet, squash
-from metrics import (
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from diffsketching_pipeline.evaluation.extractors import Evaluator
+from diffsketching_pipeline.evaluation.image_sets import Drawing, ImageSet
+from diffsketching_pipeline.evaluation.measurements import METRICS, Measurement, Scores, base_metric
+from diffsketching_pipeline.evaluation.metrics import (
     CANNY_SIGMA,
     CHAMFER_CAP,
     CONTOUR_RESOLUTION,
     MANIFOLD_NEIGHBOURS,
     SET_DISTANCES,
-    THIS_PROCESS,
     THUMBNAIL_SIDE,
     bootstrap_distances,
     bootstrap_means,
@@ -51,7 +38,8 @@ from metrics import (
     retrieval_ranks,
     thumbnails,
 )
-from patches import (
+from diffsketching_pipeline.evaluation.perceptual import load_lpips, lpips_means
+from diffsketching_pipeline.images.patches import (
     PATCH_SIZE,
     PATCHES_PER_IMAGE,
     patch_distance,
@@ -59,12 +47,6 @@ from patches import (
     patch_quantiles,
     pyramid_levels,
 )
-from torch import Tensor, nn
-from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
-from tqdm.auto import tqdm
-
-from diffsketching_pipeline import DiffSketchingPipeline, SketchProcessor
-from diffsketching_pipeline.losses import SketchPerceptualLoss
 
 
 MIN_DISTANCE_SAMPLES = 32
@@ -73,80 +55,10 @@ Fewest images on either side of a Fréchet or kernel distance: of 16 images of a
 those of 16 real photos; of 32 they are three standard deviations apart.
 """
 
+
 MAX_DISTANCE_RESAMPLES = 100
 NUM_HALVES = 10
 NEAR_COPY_QUANTILE = 0.05
-
-METRICS = {
-    "class_agreement": ("class agreement", "higher"),
-    "class_agreement_reweighted": ("class agreement, classes as frequent as among the drawings", "higher"),
-    "class_agreement_relative": ("class agreement relative to real photos'", "higher"),
-    "conditioning_class_agreement": ("agreement with the class an image was generated with", "higher"),
-    "conditioning_class_accuracy": ("share generated with the drawing's own class", "higher"),
-    "retrieval_at_1": ("nearest-drawing retrieval R@1", "higher"),
-    "retrieval_at_5": ("nearest-drawing retrieval R@5", "higher"),
-    "contour_distance": ("contour distance to the drawing", "lower"),
-    "frechet_distance": ("Fréchet distance", "lower"),
-    "frechet_distance_drawn_classes": ("Fréchet distance, classes of the drawings", "lower"),
-    "kernel_distance": ("kernel distance", "lower"),
-    "kernel_distance_drawn_classes": ("kernel distance, classes of the drawings", "lower"),
-    "patch_distance": ("distance of colours and textures (sliced Wasserstein)", "lower"),
-    "precision": ("improved precision", "higher"),
-    "precision_drawn_classes": ("improved precision, classes of the drawings", "higher"),
-    "recall": ("improved recall", "higher"),
-    "recall_drawn_classes": ("improved recall, classes of the drawings", "higher"),
-    "pairwise_distance": ("mean pairwise feature distance", "higher"),
-    "pairwise_distance_same_class": ("mean pairwise feature distance within a class", "higher"),
-    "pairwise_lpips": ("mean pairwise LPIPS", "higher"),
-    "nearest_training_distance": ("nearest training photo, feature distance", "higher"),
-    "nearest_training_pixel_distance": ("nearest training photo, pixel distance", "higher"),
-    "near_copy_share": ("share of near copies of training photos", "lower"),
-    "perceptual_sketch_distance": ("perceptual distance L_p to the drawing, eq. 5 (a loss, not a judge)", "lower"),
-    "network_evaluations": ("network evaluations per image", "lower"),
-    "seconds_per_image": ("seconds per image", "lower"),
-    "peak_memory": ("peak memory while generating, MiB", "lower"),
-}
-"""Title and better direction of each metric, in the order of the table."""
-
-
-@dataclass
-class Measurement:
-    """A number with everything it depends on; `value` is None for a `reason`."""
-
-    title: str
-    value: float | None
-    n: int
-    interval: tuple[float, float] | None = None
-    conditions: dict[str, str] = field(default_factory=dict)
-    reason: str | None = None
-
-    @property
-    def judge(self) -> str | None:
-        """The network that the number is of, or the side of the pictures where there is none; None for neither."""
-        return self.conditions.get("extractor") or self.conditions.get("side")
-
-    @property
-    def name(self) -> str:
-        """The name to quote the number with."""
-        return f"{self.title} [{'; '.join(f'{k}: {v}' for k, v in {**self.conditions, 'N': self.n}.items())}]"
-
-
-Scores = dict[str, Measurement]
-
-
-def base_metric(key: str) -> str:
-    """Return the entry of `METRICS` for a key: a second judge's numbers are `metric (judge)`, a second size's `metric (side)`."""
-    return key.partition(" (")[0]
-
-
-def add_judge(scores: Scores, others: Scores) -> Scores:
-    """Scores with those of another judge, each under a key that names it; what does not depend on the judge stays as it is."""
-    more = {
-        f"{base_metric(key)} ({measured.judge})": measured
-        for key, measured in others.items()
-        if measured.judge is not None and (key not in scores or scores[key].judge != measured.judge)
-    }
-    return {**scores, **more}
 
 
 class Scorer:
@@ -582,60 +494,9 @@ class Scorer:
         return self.measure("peak_memory", mebibytes, images, conditions, reason=reason)
 
 
-def load_lpips(net: Literal["alex", "vgg", "squeeze"]) -> tuple[nn.Module | None, str | None]:
-    """LPIPS on a pretrained backbone, or why there is none: its weights are never downloaded and never random."""
-    model_name = {"alex": "AlexNet", "vgg": "VGG16", "squeeze": "SqueezeNet1_1"}[net]
-    weights = getattr(torchvision.models, f"{model_name}_Weights").DEFAULT
-    path = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[-1]
-    if not path.is_file():
-        return None, f"no backbone weights: {path.name} is not in `checkpoints` of the torch hub folder"
-    return LearnedPerceptualImagePatchSimilarity(net_type=net, reduction="none", **THIS_PROCESS).eval(), None
-
-
-@torch.no_grad()
-def lpips_means(lpips: Any, images: ImageSet, device: torch.device | str) -> dict[int, float]:
-    """Mean LPIPS between two images of a drawing, for each drawing with at least two."""
-    lpips.to(device)
-    means = {}
-    for group in tqdm(np.unique(images.groups), desc="LPIPS", leave=False):
-        pixels = images.pixels[torch.from_numpy(images.groups == group)].to(device).float() / 127.5 - 1
-        if len(pixels) > 1:
-            first, second = torch.triu_indices(len(pixels), len(pixels), offset=1)
-            means[int(group)] = float(lpips(pixels[first], pixels[second]).mean())
-    return means
-
-
 def make_noise(images: ImageSet, seed: int = 0, side: int | None = None) -> ImageSet:
     """Uniform noise instead of a system's images, of `side` pixels or theirs: what every metric says about nothing."""
     generator = torch.Generator().manual_seed(seed)
     shape = images.pixels.shape if side is None else (len(images), 3, side, side)
     pixels = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
     return ImageSet("noise", pixels, images.labels, images.groups, [])
-
-
-def check_perceptual_components(pipeline: DiffSketchingPipeline) -> None:
-    """Raises `ValueError` for a pipeline without the networks of L_p."""
-    for name in ("sketcher", "sketch_encoder"):
-        if getattr(pipeline, name) is None:
-            raise ValueError(f"`perceptual_sketch_distance` needs a `model` with the component `{name}`.")
-
-
-@torch.no_grad()
-def perceptual_sketch_distances(
-    pipeline: DiffSketchingPipeline, images: ImageSet, drawings: list[Drawing], batch_size: int
-) -> np.ndarray:
-    """
-    L_p(P(x), s) of eq. 5 for each image and its drawing, `[N]`, by the pipeline's sketcher and sketch encoder.
-    """
-    # In float32 whatever was sampled with.
-    sketcher, sketch_encoder = (copy.deepcopy(net).float() for net in (pipeline.sketcher, pipeline.sketch_encoder))
-    loss = SketchPerceptualLoss(sketch_encoder)
-    device, side = next(sketcher.parameters()).device, max(pipeline.height, pipeline.width)
-    distances = []
-    for first in tqdm(range(0, len(images), batch_size), desc=f"L_p of {images.name}", leave=False):
-        indices = range(first, min(first + batch_size, len(images)))
-        photos = np.stack([np.asarray(squash(images.image(i), side)) for i in indices])
-        pixels = torch.from_numpy(photos).permute(0, 3, 1, 2).to(device, torch.float32) / 127.5 - 1
-        sketch = SketchProcessor(side).preprocess([str(drawings[images.groups[i]].path) for i in indices]).to(device)
-        distances.append(loss(sketcher(pixels), sketch).float().cpu())
-    return torch.cat(distances).numpy()

@@ -12,7 +12,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from data import (
+from PIL import Image
+from scipy import ndimage
+from skimage.filters import apply_hysteresis_threshold
+from skimage.morphology import disk, skeletonize
+from torch import Tensor, nn
+
+from diffsketching_pipeline.images.contours import (
     CONTOUR_SIZE,
     MAX_CONTOUR_SIDE,
     is_plausible_mask,
@@ -22,11 +28,6 @@ from data import (
     resized_to_short_side,
     without_small_parts,
 )
-from PIL import Image
-from scipy import ndimage
-from skimage.filters import apply_hysteresis_threshold
-from skimage.morphology import disk, skeletonize
-from torch import Tensor, nn
 
 
 _MEAN_BGR = (104.007, 116.669, 122.679)

@@ -1,16 +1,4 @@
-# Copyright 2026 The DiffSketching Pipeline Authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """Pairs of photo and drawing in webdataset shards, read as they arrive, for sets that do not fit a disk.
 
 A shard is a tar file. The files of a pair stand next to each other and share their name up to the first dot:
@@ -33,10 +21,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from data import IMAGE_ERRORS, IMAGE_SUFFIXES
-from pairs import PhotoSketchPair, in_validation
 from torch.utils.data import IterableDataset, default_collate, get_worker_info
-from trainer import Sample, keyed_seed
+
+from diffsketching_pipeline.images.photo_files import IMAGE_ERRORS, IMAGE_SUFFIXES
+from diffsketching_pipeline.splits import in_validation
+from diffsketching_pipeline.training.keyed import Sample, keyed_seed
+from diffsketching_pipeline.training.pairs import PhotoSketchPair
 
 
 logger = logging.getLogger(__name__)

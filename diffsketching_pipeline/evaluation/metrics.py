@@ -1,16 +1,4 @@
-# Copyright 2026 The DiffSketching Pipeline Authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """The statistics behind the numbers of `evaluate.py`: functions of features, contours and groups of images."""
 
 import warnings
@@ -21,13 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from image_sets import squash
 from PIL import Image
 from scipy import ndimage
 from skimage.feature import canny
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
+
+from diffsketching_pipeline.evaluation.image_sets import squash
 
 
 CONTOUR_RESOLUTION = 128

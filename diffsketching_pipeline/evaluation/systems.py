@@ -1,16 +1,4 @@
-# Copyright 2026 The DiffSketching Pipeline Authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """Ways to generate photos with one model that `evaluate.py` compares, and what each costs.
 
 A file for `--systems` maps names to what differs from a plain call of the pipeline:
@@ -25,14 +13,8 @@ guess the class; the class still serves the classifier's guidance.
 """
 
 import difflib
-import json
-import multiprocessing
 import re
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,12 +22,9 @@ from typing import Any, NamedTuple
 import diffusers
 import torch
 import yaml
-from accelerate import Accelerator
-from image_sets import Drawing, save_png, write_text
-from torch import nn
-from tqdm.auto import tqdm
 
 from diffsketching_pipeline import DiffSketchingPipeline
+from diffsketching_pipeline.evaluation.image_sets import Drawing
 from diffsketching_pipeline.pipeline_options import SamplingOptions
 from diffsketching_pipeline.schedulers import (
     SUPPORTED_SCHEDULERS,
@@ -60,9 +39,6 @@ SCALE_NAMES = ("sketch_guidance_scale", "classifier_guidance_scale", "perceptual
 SAMPLING_NAMES = ("num_inference_steps", "eta", *SCALE_NAMES)
 CLIPPING_NAMES = ("clip_sample", "clip_sample_range")
 
-MEMORY_STEPS = 3
-"""Steps over which memory is measured: the solvers of higher order hold the predictions of up to three."""
-
 
 class Job(NamedTuple):
     """One image to generate: from which file, for which drawing, to where."""
@@ -71,9 +47,6 @@ class Job(NamedTuple):
     sketch: Path
     seed: int
     path: Path
-
-
-# ---- one model, several systems -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -241,176 +214,3 @@ def _read_system(name: str, settings: Any, path: str) -> System:
 def with_defaults(system: System, defaults: dict[str, Any]) -> System:
     """A system with `defaults` in the place of what it leaves to the checkpoint."""
     return replace(system, **{name: value for name, value in defaults.items() if getattr(system, name) is None})
-
-
-# ---- cost -----------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def count_evaluations(networks: dict[str, nn.Module]) -> Iterator[Counter]:
-    """
-    Counts the samples that each network is given inside the block, by name.
-
-    A network is evaluated whenever its first convolution is: that also sees calls of a part of it, as the perceptual loss
-    makes of F_s. Of an autoencoder, encoder and decoder count each, because sampling calls the second alone.
-    """
-    counts: Counter = Counter()
-
-    def counter(name: str) -> Callable[..., None]:
-        def count(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            counts[name] += len(inputs[0])
-
-        return count
-
-    handles = []
-    for name, network in networks.items():
-        parts: list[Any] = [network.encoder, network.decoder] if hasattr(network, "decode") else [network]
-        for part in parts:
-            first = next(module for module in part.modules() if isinstance(module, nn.Conv2d))
-            handles.append(first.register_forward_pre_hook(counter(name)))
-    try:
-        yield counts
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def describe_machine(device: torch.device) -> str:
-    """What a time depends on, in words."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} thread(s)"
-
-
-class CostMeter:
-    """
-    Seconds and network evaluations per image of what runs inside a `with` block; on a GPU also its peak memory.
-
-    Args:
-        networks: the networks whose evaluations count, by name.
-        num_images: images that the block makes.
-        device: where they are made.
-    """
-
-    def __init__(self, networks: dict[str, nn.Module], num_images: int, device: torch.device):
-        self.networks, self.num_images, self.device = networks, num_images, device
-        self.cost: dict[str, Any] = {}
-
-    def __enter__(self) -> "CostMeter":
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        self._counting = count_evaluations(self.networks)
-        self._counts, self._start = self._counting.__enter__(), time.perf_counter()
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        seconds = time.perf_counter() - self._start
-        self._counting.__exit__(*exception)
-        self.cost = {
-            "seconds": seconds / self.num_images,
-            "network_evaluations": {name: count / self.num_images for name, count in self._counts.items()},
-            "batch_size": self.num_images,
-            "machine": describe_machine(self.device),
-        }
-        if self.device.type == "cuda":
-            self.cost["peak_memory"] = torch.cuda.max_memory_allocated(self.device)
-
-
-def _resident(field: str) -> int:
-    """`VmRSS` or `VmHWM` of this process in bytes."""
-    status = Path("/proc/self/status").read_text()
-    match = re.search(rf"^{field}:\s+(\d+) kB", status, re.M)
-    if match is None:
-        raise OSError(f"no {field} in /proc/self/status")
-    return 1024 * int(match[1])
-
-
-def _peak_memory(
-    model: str, dtype: torch.dtype, system: System, jobs: list[Job], class_labels: list[str] | None, threads: int
-) -> int:
-    """What one batch needs beyond the loaded model, in bytes; run in a process of its own."""
-    torch.set_num_threads(threads)
-    pipeline = system.build(DiffSketchingPipeline.from_pretrained(model, torch_dtype=dtype))
-    # The high-water mark of loading is forgotten, so that only that of sampling is seen.
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _resident("VmRSS")
-
-    def stop(pipe: Any, step_index: int, timestep: Any, callback_kwargs: dict[str, Any]) -> dict[str, Any]:
-        pipe._interrupt = step_index + 1 >= MEMORY_STEPS
-        return {}
-
-    system.sample(pipeline, jobs, class_labels, callback_on_step_end=stop)
-    return _resident("VmHWM") - before
-
-
-def measure_memory(
-    model: str, dtype: torch.dtype, system: System, jobs: list[Job], class_labels: list[str] | None, folder: Path
-) -> dict[str, Any]:
-    """
-    Peak resident memory of one batch on the CPU in a fresh process, minus its level after loading; kept in
-    `folder/memory.json`, so that a second call need not measure again.
-    """
-    path = folder / "memory.json"
-    if path.is_file():
-        return json.loads(path.read_text())
-    memory: dict[str, Any] = {"batch_size": len(jobs), "peak_memory": None}
-    try:
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            arguments = (model, dtype, system, jobs, class_labels, torch.get_num_threads())
-            memory["peak_memory"] = pool.submit(_peak_memory, *arguments).result()
-    except OSError as error:
-        memory["reason"] = f"the system does not tell ({error})"
-    write_text(json.dumps(memory) + "\n", path)
-    return memory
-
-
-# ---- generating -----------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Plan:
-    """A system, the pipeline that generates for it, and the images it is to make."""
-
-    system: System
-    pipeline: DiffSketchingPipeline
-    jobs: list[Job]
-
-    @property
-    def networks(self) -> dict[str, nn.Module]:
-        return {name: c for name, c in self.pipeline.components.items() if isinstance(c, nn.Module)}
-
-
-def labels_to_give(jobs: Sequence[Job], class_labels: str) -> list[str] | None:
-    """The class of each drawing's folder, or `None` to let the pipeline guess."""
-    return [job.drawing.label for job in jobs] if class_labels == "folder" else None
-
-
-def generate(plan: Plan, class_labels: str, batch_size: int, accelerator: Accelerator) -> None:
-    """Generates the images that do not exist yet, shared among the processes; each file says what it cost."""
-    plan.pipeline.to(accelerator.device)
-    uses_class = plan.system.uses_class(plan.pipeline)
-    # Shared out before looking what exists, or a slow process would see a fast one's images and share differently.
-    accelerator.wait_for_everyone()
-    with accelerator.split_between_processes(plan.jobs) as share:
-        share = [job for job in share if not job.path.is_file()]
-        progress = tqdm(
-            total=len(share),
-            desc=f"Generating {plan.system.name}",
-            unit="image",
-            disable=not accelerator.is_local_main_process,
-        )
-        for first in range(0, len(share), batch_size):
-            batch = share[first : first + batch_size]
-            with CostMeter(plan.networks, len(batch), accelerator.device) as meter:
-                output = plan.system.sample(plan.pipeline, batch, labels_to_give(batch, class_labels))
-            for job, image, label in zip(batch, output.images, output.class_labels, strict=True):
-                texts = {"seed": str(job.seed), "cost": json.dumps(meter.cost)}
-                texts |= {} if label is None or not uses_class else {"class_label": str(label)}
-                save_png(image, job.path, texts)
-            progress.update(len(batch))
-        progress.close()
-    # A UNet of its own would count towards the next system's memory.
-    plan.pipeline.unet.to("cpu")
-    accelerator.wait_for_everyone()

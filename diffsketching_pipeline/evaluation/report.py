@@ -1,16 +1,4 @@
-# Copyright 2026 The DiffSketching Pipeline Authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """What `evaluate.py` writes to be read and looked at: tables, JSON and sheets of pictures."""
 
 import math
@@ -22,11 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from image_sets import Drawing, ImageSet, save_png
-from metrics import nearest
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from scoring import METRICS, Measurement, Scores, base_metric
 from torch import Tensor
+
+from diffsketching_pipeline.evaluation.image_sets import Drawing, ImageSet, save_png
+from diffsketching_pipeline.evaluation.measurements import METRICS, Measurement, Scores, base_metric
+from diffsketching_pipeline.evaluation.metrics import nearest
 
 
 class Tile(NamedTuple):
