@@ -20,34 +20,24 @@ exactly the samples of one that was not. (A dataset that is streamed depends on 
 
 import json
 import logging
-import os
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedType, ProjectConfiguration, send_to_device
+from accelerate.utils import ProjectConfiguration, send_to_device
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from diffsketching_pipeline import DiffSketchingPipeline, push_pipeline
-from diffsketching_pipeline.files import commit_folder
-from diffsketching_pipeline.hub.push import create_repo, push_component
-from diffsketching_pipeline.lora import LORA_WEIGHTS_NAME, fuse_lora, has_lora, load_lora_state_dict
 from diffsketching_pipeline.training.arguments import TrainingArguments, check_arguments, public_arguments
 from diffsketching_pipeline.training.keyed import (
     LAYER_STREAM,
@@ -56,10 +46,12 @@ from diffsketching_pipeline.training.keyed import (
     SampleTransform,
     keyed_seed,
 )
-from diffsketching_pipeline.training.modules import empty_clone, load_pretrained, save_module
+from diffsketching_pipeline.training.modules import TrainedModules
 from diffsketching_pipeline.training.optimizers import Muon
 from diffsketching_pipeline.training.pictures import save_png
-from diffsketching_pipeline.training.run_folder import remove_folder
+from diffsketching_pipeline.training.publishing import HubRepository
+from diffsketching_pipeline.training.run_folder import RunFolder
+from diffsketching_pipeline.training.strategy import check_strategy
 
 
 logger = get_logger(__name__)
@@ -134,9 +126,9 @@ class Trainer:
         check_arguments(args)
         self.started = time.monotonic()
         self.args = args
-        self.output_dir = Path(args.output_dir)
+        self.folder = RunFolder(args.output_dir)
         self.dataset, self.transform, self.sample_weights = dataset, transform, sample_weights
-        self.resume_folder = self._find_resume_folder()
+        self.resume_folder = self.folder.find_checkpoint(args.resume_from_checkpoint, args.overwrite_output_dir)
         self.accelerator = self._make_accelerator()
 
         self.samples_per_step = (
@@ -152,20 +144,22 @@ class Trainer:
         self.learning_rate = args.learning_rate * (self.samples_per_step if args.scale_lr else 1)
         self.learning_rate_factor = learning_rate_factor(args, self.max_train_steps)
 
-        self.is_sharded = self._check_strategy(modules)
-        self.modules: dict[str, nn.Module] = {}
-        self.optimizers: dict[str, Any] = {}
-        self._whole_copies: dict[str, Any] = {}
-        self._last_copies: dict[str, Any] = {}
-        for name, module in modules.items():
-            self.modules[name], self.optimizers[name] = self._prepare(module)
-        self._trainable = {n: [p for p in m.parameters() if p.requires_grad] for n, m in self.modules.items()}
         averaged = modules if ema_modules is None else ema_modules
-        self.ema = {name: self._make_ema(name, args.ema_max_decay) for name in averaged} if args.use_ema else {}
-        self.further_ema = {
-            decay: {name: self._make_ema(name, decay) for name in self.ema}
-            for decay in args.further_ema_max_decays or ()
-        }
+        self.trained = TrainedModules(
+            self.accelerator,
+            modules,
+            self._prepare,
+            is_sharded=check_strategy(self.accelerator, args, modules),
+            ema_modules=tuple(averaged),
+            ema_max_decays=(args.ema_max_decay, *(args.further_ema_max_decays or ())) if args.use_ema else (),
+            ema_inv_gamma=args.ema_inv_gamma,
+            ema_power=args.ema_power,
+            save_dtype=getattr(torch, args.save_dtype),
+        )
+        self.modules = self.trained.prepared
+        self.repository = HubRepository(
+            str(args.hub_model_id), args.hub_token, args.hub_private_repo, self.trained.save_dtype
+        )
 
         self.global_step = 0
         self.samples_seen = 0
@@ -179,7 +173,7 @@ class Trainer:
         args = self.args
         logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
         logging.getLogger("accelerate").setLevel(logging.WARNING)
-        logging_dir = self.output_dir / args.logging_dir
+        logging_dir = self.folder.path / args.logging_dir
         accelerator = Accelerator(
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             mixed_precision=args.mixed_precision,
@@ -193,38 +187,6 @@ class Trainer:
         accelerator.register_save_state_pre_hook(self._save_modules)
         accelerator.register_load_state_pre_hook(self._load_modules)
         return accelerator
-
-    def _check_strategy(self, modules: Mapping[str, nn.Module]) -> bool:
-        """Whether each process will hold a part of the weights only; `ValueError` for what does not work that way."""
-        kind = self.accelerator.distributed_type
-        if kind not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-            return False
-        if len(modules) > 1:
-            raise ValueError(f"{kind.value} trains one network per run, and this script has {', '.join(modules)}.")
-        if kind == DistributedType.DEEPSPEED:
-            plugin = self.accelerator.state.deepspeed_plugin
-            if plugin.zero_stage > 2:
-                raise ValueError(f"DeepSpeed's ZeRO stage must be at most 2, but is {plugin.zero_stage}: use FSDP.")
-            if self.accelerator.mixed_precision != "no":
-                raise ValueError(
-                    "`mixed_precision` must be no with DeepSpeed, which would train half-precision weights, but is "
-                    f"{self.accelerator.mixed_precision}: speed it up by `--allow_tf32 true`, or use FSDP."
-                )
-            passes = self.args.gradient_accumulation_steps
-            if self.accelerator.gradient_accumulation_steps != passes:
-                raise ValueError(
-                    f"`gradient_accumulation_steps` is {passes}, but {self.accelerator.gradient_accumulation_steps} in "
-                    "accelerate's DeepSpeed config, which wins: write it there, too."
-                )
-            plugin.deepspeed_config["gradient_clipping"] = self.args.max_grad_norm
-            # accelerate reads it off a data loader that it prepares, and this trainer's is not.
-            plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = self.args.train_batch_size
-            return False
-        if not self.accelerator.is_fsdp2:
-            raise ValueError("`fsdp_version` must be 2 in accelerate's config, see configs/accelerate/fsdp.yaml.")
-        if any(has_lora(module) for module in modules.values()):
-            raise ValueError("adapters are too small to be worth sharding: train them without FSDP.")
-        return True
 
     def _prepare(self, module: nn.Module) -> tuple[nn.Module, Any]:
         """A module as it is called in losses, and its optimizer."""
@@ -248,129 +210,21 @@ class Trainer:
             eps=args.adam_epsilon,
         )
 
-    def _make_ema(self, name: str, max_decay: float) -> EMAModel:
-        return EMAModel(
-            self._averaged_parameters(name),
-            decay=max_decay,
-            use_ema_warmup=True,
-            inv_gamma=self.args.ema_inv_gamma,
-            power=self.args.ema_power,
-            foreach=not self.is_sharded,  # not all of its operations know sharded tensors
-        )
-
-    def _averaged_parameters(self, name: str) -> list[nn.Parameter]:
-        """Of an adapted network the adapter alone: the rest does not change."""
-        module = self.unwrap(name)
-        adapted = has_lora(module)
-        return [p for p in module.parameters() if p.requires_grad or not adapted]
+    # What scripts and losses ask of the modules.
 
     def unwrap(self, name: str) -> Any:
-        """
-        The module itself, without the wrapper for several processes; its forward still autocasts. In validation, one that
-        is sharded is replaced by a copy with all its weights, in float32.
-        """
-        if name in self._whole_copies:
-            return self._whole_copies[name]
-        return self.accelerator.unwrap_model(self.modules[name])
+        """Return a module without the wrapper for several processes, see [`~modules.TrainedModules.unwrap`]."""
+        return self.trained.unwrap(name)
 
-    def whole(self, name: str) -> Any:
-        """
-        A module with all its weights: itself or, if it is sharded, a copy on the CPU of the main process and None on the
-        others. Every process has to call it.
-        """
-        module = self.accelerator.unwrap_model(self.modules[name])
-        if not self.is_sharded:
-            return module
-        state = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-        if not self.accelerator.is_main_process:
-            return None
-        clone = empty_clone(module)
-        clone.load_state_dict(state)
-        return clone
-
-    def _averages(self) -> list[tuple[str, dict[str, EMAModel]]]:
-        """Every kind of average with what its folder in a checkpoint ends in: `_ema`, and `_ema_<max decay>` of the others."""
-        return [("_ema", self.ema), *((f"_ema_{decay:g}", ema) for decay, ema in self.further_ema.items())]
-
-    @contextmanager
-    def ema_weights(self, max_decay: float | None = None) -> Iterator[None]:
-        """Within the block the modules hold their averaged weights, or those of one of `further_ema_max_decays`."""
-        averages = self.ema if max_decay is None else self.further_ema[max_decay]
-        for name, ema in averages.items():
-            ema.store(self._averaged_parameters(name))
-            ema.copy_to(self._averaged_parameters(name))
-        try:
-            yield
-        finally:
-            for name, ema in averages.items():
-                ema.restore(self._averaged_parameters(name))
+    def ema_weights(self, max_decay: float | None = None) -> AbstractContextManager[None]:
+        """Put averages into the modules within a block, see [`~modules.TrainedModules.ema_weights`]."""
+        return self.trained.ema_weights(max_decay)
 
     def ema_copy(self, name: str, dtype: torch.dtype | None = None, max_decay: float | None = None) -> Any:
-        """
-        A plain copy of a module with the averaged weights, on the CPU, in eval mode, in `save_dtype` or `dtype`; an adapter
-        is fused. `max_decay` chooses one of `further_ema_max_decays`. The main process gets the copy, the others None. Of a
-        sharded module it is the state when its parts last came together, at the end of `train` or where a checkpoint is
-        pushed, while all processes are there; the further averages of one are in its checkpoints only.
-
-        Raises:
-            ValueError: `max_decay` is asked of a sharded module.
-        """
-        if max_decay is not None and self.is_sharded:
-            raise ValueError("`max_decay` must be None for a sharded module: take the average from a checkpoint.")
-        averages = self.ema if max_decay is None else self.further_ema[max_decay]
-        if not self.accelerator.is_main_process:
-            return None
-        module = self.unwrap(name)
-        if self.is_sharded:
-            clone = self._last_copies[name]
-        elif has_lora(module):
-            with self.ema_weights(max_decay):
-                clone = fuse_lora(module).cpu()
-        else:
-            clone = empty_clone(module)
-            clone.load_state_dict(module.state_dict())
-            if name in averages:
-                averages[name].copy_to(clone.parameters())
-        dtype = dtype or getattr(torch, self.args.save_dtype)
-        return clone.eval() if dtype == clone.dtype else clone.to(dtype=dtype).eval()
-
-    def _gather_averages(self) -> None:
-        """Brings the parts of sharded modules together for [`Trainer.ema_copy`]. Every process has to call it."""
-        if self.is_sharded:
-            with self.ema_weights():
-                self._last_copies = {name: self.whole(name) for name in self.modules}
+        """Return a copy of a module with the averaged weights, see [`~modules.TrainedModules.ema_copy`]."""
+        return self.trained.ema_copy(name, dtype, max_decay)
 
     # -- checkpoints --
-
-    def checkpoints(self) -> list[Path]:
-        """Complete checkpoints in `output_dir`, oldest first."""
-        folders = [path for path in self.output_dir.glob("checkpoint-*") if path.name[11:].isdigit()]
-        return sorted(folders, key=lambda path: int(path.name[11:]))
-
-    def _find_resume_folder(self) -> Path | None:
-        """The checkpoint to go on from; raises `ValueError` where going on would mix two runs in one folder."""
-        wanted, existing = self.args.resume_from_checkpoint, self.checkpoints()
-        if wanted == "latest":
-            return existing[-1] if existing else None
-        if wanted is None:
-            if existing and not self.args.overwrite_output_dir:
-                raise ValueError(
-                    f"`output_dir` already holds {existing[-1].name} of another run: go on from it with "
-                    "`--resume_from_checkpoint latest`, give another `--output_dir`, or `--overwrite_output_dir`."
-                )
-            return None
-        folder = Path(wanted) if Path(wanted).is_dir() else self.output_dir / wanted
-        if not (folder / "trainer_state.json").is_file():
-            raise ValueError(f"`resume_from_checkpoint` must be `latest` or a checkpoint folder, but got {wanted!r}.")
-        is_own = folder.resolve().parent == self.output_dir.resolve()
-        step = int(folder.name[11:]) if is_own else -1
-        later = [path for path in existing if int(path.name[11:]) > step]
-        if later:
-            raise ValueError(
-                f"`output_dir` holds {later[-1].name}, which is not part of the run resumed from {folder.name}: "
-                "delete it or give another `--output_dir`."
-            )
-        return folder
 
     def _save_modules(self, models: list[nn.Module], weights: list[dict], output_dir: str) -> None:
         """Writes the modules and their averages as `save_pretrained` folders in the place of accelerate's files."""
@@ -378,45 +232,22 @@ class Trainer:
         if self.is_streamed:
             path = Path(output_dir, f"stream_{self.accelerator.process_index}.json")
             path.write_text(json.dumps(self.stream_state) + "\n")
-        is_main = self.accelerator.is_main_process
-        for name in self.modules:
-            module = self.whole(name)
-            if is_main:
-                save_module(module, os.path.join(output_dir, name))
-        for max_decay, (suffix, averages) in zip((None, *self.further_ema), self._averages(), strict=True):
-            with self.ema_weights(max_decay):
-                for name in averages:
-                    module = self.whole(name)
-                    if is_main:
-                        save_module(module, os.path.join(output_dir, name + suffix))
-        if not is_main:
+        self.trained.save(output_dir)
+        if not self.accelerator.is_main_process:
             return
         state = {
             "global_step": self.global_step,
             "samples_seen": self.samples_seen,
             "num_samples": self.num_samples,
             "elapsed_seconds": self.elapsed_seconds + time.monotonic() - self.started,
-            "ema_steps": {name: ema.optimization_step for name, ema in self.ema.items()},
+            "ema_steps": {name: ema.optimization_step for name, ema in self.trained.ema.items()},
         }
         Path(output_dir, "trainer_state.json").write_text(json.dumps(state, indent=2) + "\n")
 
     def _load_modules(self, models: list[nn.Module], input_dir: str) -> None:
         models.clear()
         state = json.loads(Path(input_dir, "trainer_state.json").read_text())
-        for suffix, averages in self._averages():
-            for name, ema in averages.items():
-                folder = os.path.join(input_dir, name + suffix)
-                if not os.path.isdir(folder) and suffix != "_ema":
-                    logger.warning(f"{input_dir} holds no {name + suffix}: this average begins from {name}_ema.")
-                    folder = os.path.join(input_dir, f"{name}_ema")
-                if not os.path.isdir(folder):
-                    raise ValueError(f"`use_ema` needs {name}_ema, which the checkpoint {input_dir} does not hold.")
-                self._load_module(name, folder)
-                for shadow, parameter in zip(ema.shadow_params, self._averaged_parameters(name), strict=True):
-                    shadow.copy_(parameter.detach())
-                ema.optimization_step = state["ema_steps"][name]
-        for name in self.modules:
-            self._load_module(name, os.path.join(input_dir, name))
+        self.trained.load(input_dir, state["ema_steps"])
         self.global_step = self._last_checkpoint_step = state["global_step"]
         self.samples_seen = state["samples_seen"]
         self.elapsed_seconds = state["elapsed_seconds"]
@@ -427,18 +258,6 @@ class Trainer:
                 f"the checkpoint was trained on {state['num_samples']} samples, the dataset now has "
                 f"{self.num_samples}: the order of the samples is no longer that of the uninterrupted run."
             )
-
-    def _load_module(self, name: str, folder: str) -> None:
-        """Puts what `save_module` wrote into a module, each process its part."""
-        module = self.unwrap(name)
-        if has_lora(module):
-            load_lora_state_dict(module, load_file(os.path.join(folder, LORA_WEIGHTS_NAME)))
-            return
-        state = load_pretrained(type(module), folder, "").state_dict()
-        if self.is_sharded:
-            set_model_state_dict(module, state, options=StateDictOptions(full_state_dict=True))
-        else:
-            module.load_state_dict(state)
 
     def _load_stream_state(self, input_dir: str) -> Any:
         """Where this process was in its shards; raises `ValueError` where it was not part of the run."""
@@ -454,19 +273,15 @@ class Trainer:
 
     def save_checkpoint(self) -> None:
         """Writes `checkpoint-{global_step}`; a kill at any moment leaves it complete or absent."""
-        folder = self.output_dir / f"checkpoint-{self.global_step}"
         # accelerator.save_state writes in place from all processes, so the folder is only renamed when all are done.
-        temporary = self.output_dir / f".{folder.name}.tmp"
+        temporary = self.folder.temporary(self.global_step)
         if self.accelerator.is_main_process:
             shutil.rmtree(temporary, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         self.accelerator.save_state(str(temporary))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            commit_folder(temporary, folder)
-            limit = self.args.checkpoints_total_limit
-            for old in self.checkpoints()[:-limit] if limit else []:
-                remove_folder(old)
+            self.folder.commit(self.global_step, self.args.checkpoints_total_limit)
         self.accelerator.wait_for_everyone()
         self._last_checkpoint_step = self.global_step
         if self.args.push_to_hub and self.args.hub_strategy == "every_save":
@@ -475,17 +290,9 @@ class Trainer:
     def _prepare_output_dir(self) -> None:
         """Empties or resumes `output_dir`, and records the arguments in it as a config for the next call."""
         if self.accelerator.is_main_process:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-            for leftover in self.output_dir.glob(".checkpoint-*"):
-                shutil.rmtree(leftover)
-            if self.resume_folder is None:
-                for old in self.checkpoints():
-                    remove_folder(old)
             if self.args.push_to_hub:
-                # Now rather than after days of training: a wrong name or token is an error.
-                create_repo(str(self.args.hub_model_id), **self._hub_options())
-            config = yaml.safe_dump(public_arguments(self.args), sort_keys=False)
-            (self.output_dir / "training_args.yaml").write_text(config)
+                self.repository.create()
+            self.folder.prepare(public_arguments(self.args), keep_checkpoints=self.resume_folder is not None)
         self.accelerator.wait_for_everyone()
         if self.resume_folder is not None:
             self.accelerator.load_state(str(self.resume_folder))
@@ -535,22 +342,10 @@ class Trainer:
             self.stream_state = stream.next_state(streamed)
             yield send_to_device(streamed.batch, self.accelerator.device, non_blocking=True)
 
-    @contextmanager
-    def _only_trainable(self, name: str) -> Iterator[None]:
-        """Within the block gradients flow through the other modules but do not accumulate in them."""
-        others = [p for other, parameters in self._trainable.items() if other != name for p in parameters]
-        for parameter in others:
-            parameter.requires_grad_(False)
-        try:
-            yield
-        finally:
-            for parameter in others:
-                parameter.requires_grad_(True)
-
     def _raise_if_not_finite(self, value: Tensor, what: str, batch: Mapping[str, Any]) -> None:
         if torch.isfinite(value).all():
             return
-        last = self.checkpoints()
+        last = self.folder.checkpoints()
         kept = f"{last[-1]} is the last good checkpoint" if last else "no checkpoint was written yet"
         raise FloatingPointError(
             f"the {what} is {value.detach().float().mean().item()} at step {self.global_step + 1}, samples "
@@ -564,9 +359,9 @@ class Trainer:
         prefix = f"{name}/" if len(self.modules) > 1 else ""
         self._raise_if_not_finite(outputs["loss"], f"{prefix}loss", batch)
         self.accelerator.backward(outputs["loss"])
-        optimizer = self.optimizers[name]
+        optimizer = self.trained.optimizers[name]
         if self.accelerator.sync_gradients:
-            grad_norm = self.accelerator.clip_grad_norm_(self._trainable[name], self.args.max_grad_norm)
+            grad_norm = self.accelerator.clip_grad_norm_(self.trained.trainable[name], self.args.max_grad_norm)
             if grad_norm is not None:  # DeepSpeed clips on its own, and may not tell
                 grad_norm = torch.as_tensor(grad_norm)
                 # A float16 run skips the step and lowers its loss scale when the gradient overflows.
@@ -581,7 +376,7 @@ class Trainer:
     def training_step(self, batches: Iterator[dict[str, Any]], losses: Mapping[str, LossFunction]) -> None:
         """One optimizer step of every module that has a loss, in the order of `losses`."""
         learning_rate = self.learning_rate * self.learning_rate_factor(self.global_step)
-        for optimizer in self.optimizers.values():
+        for optimizer in self.trained.optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
         for pass_index in range(self.args.gradient_accumulation_steps):
@@ -590,11 +385,9 @@ class Trainer:
             torch.manual_seed(keyed_seed(self.args.seed, LAYER_STREAM, *key))
             with self.accelerator.accumulate(*self.modules.values()):
                 for name, compute_loss in losses.items():
-                    with self._only_trainable(name):
+                    with self.trained.only_trainable(name):
                         self._update(name, compute_loss, batch)
-        for _, averages in self._averages():
-            for name, ema in averages.items():
-                ema.step(self._averaged_parameters(name))
+        self.trained.step_averages()
         self.global_step += 1
         self.samples_seen += self.samples_per_step
         self._metrics.setdefault("lr", []).append(learning_rate)
@@ -614,35 +407,18 @@ class Trainer:
             or self.global_step < self.max_train_steps
         ):
             return
-        repo_id, options = str(self.args.hub_model_id), self._hub_options()
-        if (folder / "model_index.json").is_file():
-            dtype = getattr(torch, self.args.save_dtype)
-            pipeline = DiffSketchingPipeline.from_pretrained(folder, torch_dtype=dtype)
-            print(push_pipeline(pipeline, repo_id, **options))
-        else:
-            print(push_component(folder, repo_id, **options))
-
-    def _hub_options(self) -> dict[str, Any]:
-        return {"token": self.args.hub_token, "private": self.args.hub_private_repo or None}
+        print(self.repository.push(folder))
 
     def _push_checkpoint(self) -> None:
         """
         Uploads the averaged weights as they are now. Not the checkpoint itself, whose optimizer state is a pickle that nobody
         should load from a hub. Training goes on where that fails: the weights are on the disk.
         """
-        name = next(iter(self.ema or self.modules))
-        self._gather_averages()
+        name = next(iter(self.trained.ema or self.modules))
+        self.trained.gather_averages()
         averaged = self.ema_copy(name)
-        if averaged is None:
-            return
-        revision = f"step-{self.global_step}"
-        options = {"revision": revision, "commit_message": f"Step {self.global_step}", **self._hub_options()}
-        with tempfile.TemporaryDirectory() as temporary:
-            averaged.save_pretrained(Path(temporary) / name)
-            try:
-                push_component(Path(temporary) / name, str(self.args.hub_model_id), **options)
-            except OSError as error:
-                logger.warning(f"{revision} is not on the Hub: {error}")
+        if averaged is not None:
+            self.repository.push_step(averaged, name, self.global_step)
 
     def train(
         self, losses: LossFunction | Mapping[str, LossFunction], validate: ValidationFunction | None = None
@@ -682,7 +458,7 @@ class Trainer:
             self.save_checkpoint()
         if self._last_validation_step != self.global_step:
             self._validate(validate)
-        self._gather_averages()
+        self.trained.gather_averages()
         self.accelerator.end_training()
         finished = self.global_step >= self.max_train_steps
         logger.info(f"{'finished' if finished else 'stopped'} at step {self.global_step} of {self.max_train_steps}")
@@ -726,19 +502,9 @@ class Trainer:
         self._last_validation_step = self.global_step
         is_main = self.accelerator.is_main_process
         # The parts of a sharded module come together on the main process, which validates, so all of them take part.
-        if self.is_sharded or (is_main and validate is not None):
-            with ExitStack() as stack:
-                stack.enter_context(torch.no_grad())
-                stack.enter_context(self.ema_weights())
-                if self.is_sharded:
-                    copies = {name: self.whole(name) for name in self.modules}
-                    stack.callback(self._whole_copies.clear)  # before the modules get their own weights back
-                    if is_main:
-                        self._whole_copies.update((n, c.to(self.accelerator.device)) for n, c in copies.items())
+        if self.trained.is_sharded or (is_main and validate is not None):
+            with self.trained.validating():
                 if is_main and validate is not None:
-                    for module in [self.unwrap(name) for name in self.modules]:
-                        module.eval()
-                        stack.callback(module.train)
                     self._log_validation(*validate())
         self.accelerator.wait_for_everyone()
         self._window_start, self._window_samples = time.monotonic(), self.samples_seen
@@ -748,7 +514,7 @@ class Trainer:
         self.accelerator.log(metrics, step=self.global_step)
         logger.info(f"step {self.global_step}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
         for name, picture in pictures.items():
-            save_png(picture, self.output_dir / "samples" / f"{name}-{self.global_step:06d}.png")
+            save_png(picture, self.folder.path / "samples" / f"{name}-{self.global_step:06d}.png")
             self._log_picture(name, picture)
 
     def _log_picture(self, name: str, picture: Tensor) -> None:

@@ -25,14 +25,12 @@ from test_trainer import Points, TinyNet, add_target, train
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from diffsketching_pipeline.training import trainer as trainer_module
 from diffsketching_pipeline.training.arguments import TrainingArguments
 from diffsketching_pipeline.training.trainer import Trainer
 
 
 class ShardedTrainer(Trainer):
-    def _check_strategy(self, modules):
-        return True
-
     def _prepare(self, module):
         fully_shard(module.hidden, mesh=init_device_mesh("cpu", (2,)))
         fully_shard(module, mesh=init_device_mesh("cpu", (2,)))
@@ -54,6 +52,8 @@ def main(kind, output_dir):
         ema_max_decay=0.5,
         report_to="none",
     )
+    if kind == "sharded":
+        trainer_module.check_strategy = lambda *_: True
     trainer_class = {"sharded": ShardedTrainer, "plain": Trainer}[kind]
 
     def make_trainer():
@@ -72,15 +72,17 @@ def main(kind, output_dir):
 
     train(trainer, validate if trainer.accelerator.is_main_process else None)
     trainer.accelerator.wait_for_everyone()
-    local = sum(p.to_local().numel() if kind == "sharded" else p.numel() for p in trainer._trainable["net"])
+    local = sum(p.to_local().numel() if kind == "sharded" else p.numel() for p in trainer.trained.trainable["net"])
     averaged = trainer.ema_copy("net", torch.float32)
     assert (averaged is not None) == trainer.accelerator.is_main_process
 
     # A checkpoint goes back to where it came from: weights and averages, each process its part.
     again._load_modules([], str(Path(output_dir) / f"checkpoint-{steps}"))
-    for one, other in zip(again._trainable["net"], trainer._trainable["net"], strict=True):
+    for one, other in zip(again.trained.trainable["net"], trainer.trained.trainable["net"], strict=True):
         assert torch.equal(*(p.to_local() if kind == "sharded" else p for p in (one, other)))
-    for one, other in zip(again.ema["net"].shadow_params, trainer.ema["net"].shadow_params, strict=True):
+    for one, other in zip(
+        again.trained.ema["net"].shadow_params, trainer.trained.ema["net"].shadow_params, strict=True
+    ):
         assert torch.equal(*(p.to_local() if kind == "sharded" else p for p in (one, other)))
     end_training()
     if averaged is not None:

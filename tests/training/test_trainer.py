@@ -45,6 +45,7 @@ from diffsketching_pipeline.training.keyed import (
 from diffsketching_pipeline.training.modules import load_pretrained
 from diffsketching_pipeline.training.pictures import image_grid, save_png
 from diffsketching_pipeline.training.run_folder import write_folder
+from diffsketching_pipeline.training.strategy import check_strategy
 from diffsketching_pipeline.training.trainer import Trainer, learning_rate_factor
 
 
@@ -364,7 +365,9 @@ def test_further_averages_resume_exactly_and_a_new_one_begins_from_the_first(tmp
 def test_muon_is_chosen_by_its_name_and_resumes_exactly(tmp_path):
     options = {"optimizer": "muon", "checkpointing_steps": 4}
     trainer = make_trainer(tmp_path / "whole", **options)
-    assert [group["is_matrix"] for group in trainer.optimizers["net"].param_groups] == [False]  # 8 x 3 is too narrow
+    assert [group["is_matrix"] for group in trainer.trained.optimizers["net"].param_groups] == [
+        False
+    ]  # 8 x 3 is too narrow
     train(trainer)
     shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / "cut" / "checkpoint-4")
     train(make_trainer(tmp_path / "cut", **options, resume_from_checkpoint="latest"))
@@ -577,7 +580,7 @@ def test_sharded_weights_are_saved_averaged_and_validated_whole(tmp_path, script
 
 
 def strategy(trainer, monkeypatch, kind, zero_stage=2, mixed_precision="no", passes=1, is_fsdp2=True):
-    """`_check_strategy` with an accelerator of another kind; its DeepSpeed config."""
+    """`check_strategy` with an accelerator of another kind; its DeepSpeed config."""
     plugin = SimpleNamespace(zero_stage=zero_stage, deepspeed_config={})
     accelerator = SimpleNamespace(
         distributed_type=DistributedType[kind],
@@ -587,7 +590,7 @@ def strategy(trainer, monkeypatch, kind, zero_stage=2, mixed_precision="no", pas
         is_fsdp2=is_fsdp2,
     )
     monkeypatch.setattr(trainer, "accelerator", accelerator)
-    monkeypatch.setattr("diffsketching_pipeline.training.trainer.has_lora", lambda module: module == "lora")
+    monkeypatch.setattr("diffsketching_pipeline.training.strategy.has_lora", lambda module: module == "lora")
     return plugin
 
 
@@ -606,16 +609,16 @@ def test_what_cannot_be_sharded_is_refused(options, modules, message, tmp_path, 
     trainer = make_trainer(tmp_path)
     strategy(trainer, monkeypatch, **options)
     with pytest.raises(ValueError, match=message):
-        trainer._check_strategy({name: name for name in modules})
+        check_strategy(trainer.accelerator, trainer.args, {name: name for name in modules})
 
 
 def test_deepspeed_is_told_what_it_cannot_see(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, max_grad_norm=0.7)
     plugin = strategy(trainer, monkeypatch, "DEEPSPEED")
-    assert trainer._check_strategy({"a": "a"}) is False  # every process has all weights
+    assert check_strategy(trainer.accelerator, trainer.args, {"a": "a"}) is False  # every process has all weights
     assert plugin.deepspeed_config == {"train_micro_batch_size_per_gpu": 3, "gradient_clipping": 0.7}
     strategy(trainer, monkeypatch, "FSDP")
-    assert trainer._check_strategy({"a": "a"}) is True
+    assert check_strategy(trainer.accelerator, trainer.args, {"a": "a"}) is True
 
 
 @pytest.mark.parametrize("norm", [None, 2.5, torch.tensor(2.5)])
