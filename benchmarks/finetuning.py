@@ -29,17 +29,12 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
-
-from finetune_diffsketching import FinetuneArguments, make_loss, run_chain  # noqa: E402
-
-from diffsketching_pipeline import DiffSketchingPipeline, bundled_checkpoint  # noqa: E402
+from diffsketching_pipeline import DiffSketchingPipeline, bundled_checkpoint
+from diffsketching_pipeline.training.chain import FinetuneArguments, make_loss, run_chain
 
 
 MEBIBYTE = 2**20

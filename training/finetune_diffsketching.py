@@ -1,16 +1,4 @@
-# Copyright 2026 The DiffSketching Pipeline Authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """Fine-tunes the reverse process of a DiffSketching pipeline with the paper's constraints (eqs. 5-7, section 4).
 
     accelerate launch training/finetune_diffsketching.py training/configs/finetune_garments64.yaml \
@@ -24,140 +12,61 @@ L = λ L_i(x_0, x̂_0) + (1-λ) L_p(P(x̂_0), s_0) runs back through the chain o
 The data is one of: a folder with `train` and `validation`, each with photos in class folders (the drawings are then contours
 of the photos, redrawn as an unskilled hand would); a folder with `photo` and `sketch`, matched by name; a dataset with a
 column of photos and one of drawings (`--conditioning_image_column`), see `diffsketching_pipeline/training/pairs.py` for these
-two; webdataset shards of pairs (`--train_shards`), streamed, see `shards.py` there: nothing of them is kept on disk, so x_T is made anew in each step.
+two; webdataset shards of pairs (`--train_shards`), streamed, see `shards.py` there: nothing of them is kept on disk, so x_T
+is made anew in each step.
 
 Memory: `--gradient_checkpointing` keeps one step's activations however long the chain is, `--truncate_backprop_steps K`
 goes back through the last K steps only, and `--backprop per_step` through one step, drawn at random.
 """
 
 import dataclasses
-import hashlib
 import itertools
-import json
 import logging
-import os
 import sys
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
 from diffusers import DDIMScheduler
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import ResNetForImageClassification
-from transformers.image_processing_utils import ImageProcessingMixin
 
 from diffsketching_pipeline import (
     DiffSketchingLoss,
     DiffSketchingPipeline,
-    ImageIdentityLoss,
-    SketchPerceptualLoss,
     add_lora,
     save_lora,
 )
-from diffsketching_pipeline.autoencoding import decode_latents, encode_photos
-from diffsketching_pipeline.command_line import argument
-from diffsketching_pipeline.conditioning import Conditioning
-from diffsketching_pipeline.denoising import NoisePrediction, checkpointed, denoise, invert
-from diffsketching_pipeline.guidance import (
-    ClassifierGuidanceCallback,
-    GuidanceCallback,
-    GuidedPredictor,
-    SketchGuidanceCallback,
-)
-from diffsketching_pipeline.images.contours import DEFAULT_LINE_GAIN, Box, contour_to_sketch
-from diffsketching_pipeline.images.free_hand import check_free_hand, free_hand_distortion, half_size
+from diffsketching_pipeline.images.free_hand import check_free_hand
 from diffsketching_pipeline.losses import DiffSketchingLosses
-from diffsketching_pipeline.schedulers import check_scheduler, sampling_scheduler
-from diffsketching_pipeline.training.arguments import TrainingArguments, parse_args, resolve_data_dir
+from diffsketching_pipeline.schedulers import check_scheduler
+from diffsketching_pipeline.training.arguments import parse_args, resolve_data_dir
+from diffsketching_pipeline.training.chain import FinetuneArguments, decoded, make_loss, run_chain
+from diffsketching_pipeline.training.chain_data import (
+    ChainDataset,
+    NoiseCache,
+    ShardedChainData,
+    class_names_of,
+    fill_noise_cache,
+    in_groups,
+    invert_photos,
+)
 from diffsketching_pipeline.training.dataset import PhotoSketchDataset
-from diffsketching_pipeline.training.keyed import Sample, class_balanced_weights
+from diffsketching_pipeline.training.keyed import class_balanced_weights
 from diffsketching_pipeline.training.pairs import (
     PairedPhotoDataset,
-    PairReader,
-    PhotoSketchPair,
     find_pairs,
     load_dataset_pairs,
     split_pairs,
 )
 from diffsketching_pipeline.training.pictures import image_grid
 from diffsketching_pipeline.training.run_folder import write_folder
-from diffsketching_pipeline.training.shards import ShardStream, list_shards, validation_pairs
 from diffsketching_pipeline.training.trainer import Trainer
 
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class FinetuneArguments(TrainingArguments):
-    """What this script adds to [`TrainingArguments`]."""
-
-    output_dir: str = argument(
-        "diffsketching-finetuned", "where checkpoints, samples, logs and `pipeline` are written"
-    )
-    learning_rate: float = argument(1e-5, "the learning rate after the warm-up; 2e-6 to 5e-5 is a useful range")
-    lr_warmup_steps: int = argument(20, "steps over which the learning rate rises from 0")
-    adam_weight_decay: float = argument(0.0, "AdamW's weight decay")
-    train_batch_size: int = argument(4, "photos per process and chain")
-
-    identity_weight: float = argument(0.5, "lambda of eq. 7 in [0, 1]: 1 keeps the photo, 0 follows the drawing")
-    perceptual_net: Literal["sketch_encoder", "alex", "vgg", "squeeze"] = argument(
-        "sketch_encoder", "F_s of eq. 5: the pipeline's, or a network of LPIPS with its learned weights"
-    )
-    image_encoder_name_or_path: str | None = argument(
-        None,
-        "F_i of eq. 6 in the place of the pipeline's: a ResNetForImageClassification (folder or Hub id), fed as its "
-        "preprocessor_config.json says",
-    )
-    num_train_inference_steps: int = argument(10, "sampling steps of the chain, and of the inversion that starts it")
-    num_fixed_point_iterations: int = argument(3, "network evaluations per inversion step beyond the first")
-    sketch_guidance_scale: float = argument(1.0, "classifier-free guidance on the drawing inside the chain; 1 = off")
-    classifier_guidance_scale: float = argument(0.0, "eq. 4 inside the chain, not differentiated; 0 = off")
-    perceptual_guidance_scale: float = argument(0.0, "guidance by eq. 5 inside the chain, not differentiated; 0 = off")
-
-    backprop: Literal["chain", "per_step"] = argument(
-        "chain", "differentiate the chain, or only x_0 as predicted at one random step of it"
-    )
-    truncate_backprop_steps: int | None = argument(None, "differentiate this many last steps of the chain only")
-    gradient_checkpointing: bool = argument(False, "recompute each step's activations in the backward pass")
-
-    train_shards: str | None = argument(
-        None,
-        "webdataset shards of pairs in the place of `train_data_dir`, for example `pairs-{000000..000099}.tar`; needs "
-        "`max_train_steps`",
-    )
-    shuffle_buffer: int = argument(256, "pairs of a shard that are held in memory and shuffled together")
-    conditioning_image_column: str | None = argument(
-        None, "`dataset_name` has this column of drawings, one or a list per photo; left out: it is a folder of photos"
-    )
-    image_column: str = argument("image", "its column of photos")
-    label_column: str = argument("label", "its column of classes, if it has one")
-    lora_rank: int | None = argument(
-        None, "train low-rank adapters of this rank (to `output_dir/lora`) instead of all weights; needs peft"
-    )
-    lora_alpha: float | None = argument(
-        None, "the adapters' change is scaled by this over the rank; the rank if left out"
-    )
-
-    free_hand_strength: float | None = argument(
-        None,
-        "largest strength of the distortion of drawings, 0 = as they are; left out: 0.5 for contours, 0 for drawings that "
-        "people made",
-    )
-    class_balance_power: float = argument(0.5, "0 samples photos evenly, 1 classes, between them in proportion")
-    max_train_samples: int | None = argument(None, "train on this many photos only, chosen by the hash of their names")
-    inversion_batch_size: int = argument(16, "photos inverted at once")
-
-    num_validation_samples: int = argument(16, "validation photos on which the constraints are measured")
-    num_validation_images: int = argument(8, "validation drawings in the picture")
-    ddpm_num_inference_steps: int = argument(25, "sampling steps for the picture")
 
 
 def check_finetune_arguments(args: FinetuneArguments) -> None:
@@ -236,403 +145,6 @@ def check_pipeline(pipeline: DiffSketchingPipeline, args: FinetuneArguments) -> 
         raise ValueError(
             f"`resolution` must be the pipeline's, {pipeline.height} x {pipeline.width}, but got {args.resolution}."
         )
-
-
-# ---- the noise that each photo comes from ---------------------------------------------------------------------------
-
-
-def weights_fingerprint(module: Any) -> str:
-    """SHA-256 of a model's settings and weights: equal if and only if they are."""
-    settings = {key: value for key, value in dict(module.config).items() if not key.startswith("_")}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-class NoiseCache:
-    """
-    x_T of photos on disk, one file each, named by all that it depends on: the pixels (after crop and flip), the class,
-    the weights of the network and of the autoencoder, the noise schedule, the steps and the iterations.
-
-    Several runs may share a folder, and a kill at any moment leaves a file complete or absent.
-    """
-
-    def __init__(self, folder: Path, unet: Any, scheduler: DDIMScheduler, args: FinetuneArguments, vae: Any = None):
-        self.folder, self.vae = folder, vae
-        schedule = {key: value for key, value in dict(scheduler.config).items() if not key.startswith("_")}
-        chain = [args.num_train_inference_steps, args.num_fixed_point_iterations]
-        provenance = [weights_fingerprint(unet), schedule, chain]
-        if vae is not None:
-            provenance.append(weights_fingerprint(vae))
-        self.prefix = json.dumps(provenance, sort_keys=True, default=str).encode()
-        size = unet.config.sample_size
-        channels = 3 if vae is None else vae.config.latent_channels
-        self.shape = (channels, size, size) if isinstance(size, int) else (channels, *size)
-
-    def path(self, pixel_values: Tensor, class_label: int) -> Path:
-        """Where x_T of a photo [3, R, R] lies, whether it is there or not."""
-        content = self.prefix + f"{class_label} {tuple(pixel_values.shape)}".encode() + pixel_values.numpy().tobytes()
-        name = hashlib.sha256(content).hexdigest()[:40]
-        return self.folder / name[:2] / f"{name}.safetensors"
-
-    def load(self, pixel_values: Tensor, class_label: int) -> Tensor | None:
-        """x_T [C, H, W] of a photo [3, R, R], or None where the file is missing or damaged."""
-        try:
-            latents = load_file(self.path(pixel_values, class_label))["latents"]
-        except Exception:  # whatever is wrong with the file, it is made again
-            return None
-        return latents if latents.shape == self.shape else None
-
-    def save(self, pixel_values: Tensor, class_label: int, latents: Tensor) -> None:
-        """Writes aside and renames."""
-        path = self.path(pixel_values, class_label)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".tmp")
-        os.close(descriptor)
-        try:
-            save_file({"latents": latents.float().cpu().contiguous()}, temporary)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-
-
-def in_groups(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """Lists of `size` successive items, the last one maybe shorter."""
-    iterator = iter(items)
-    while group := list(itertools.islice(iterator, size)):
-        yield group
-
-
-@torch.no_grad()
-def invert_photos(
-    pixel_values: Tensor,
-    class_labels: Tensor,
-    unet: Any,
-    scheduler: DDIMScheduler,
-    args: FinetuneArguments,
-    vae: Any = None,
-) -> Tensor:
-    """
-    x_T of photos [B, 3, R, R], or of their latents in `vae`, with their classes [B], on their device; told no drawing, so it
-    serves every drawing.
-    """
-    sampler = sampling_scheduler(scheduler, args.num_train_inference_steps, pixel_values.device)
-    predictor = GuidedPredictor(unet, unet.config, scheduler, Conditioning(class_labels))
-    images = pixel_values if vae is None else encode_photos(vae, pixel_values)
-    return invert(sampler, predictor, images, sampler.timesteps, args.num_fixed_point_iterations)
-
-
-def fill_noise_cache(
-    cache: NoiseCache,
-    groups: Iterable[list[tuple[Tensor, int]]],
-    unet: Any,
-    scheduler: DDIMScheduler,
-    args: FinetuneArguments,
-    device: torch.device,
-    time_is_up: Callable[[], bool] = lambda: False,
-) -> int:
-    """
-    Inverts the photos (pixels [3, R, R] and class) whose x_T is not there yet, as long as there is time; returns how many.
-
-    A group is one batch, whole even if parts of it are there: the last bits of a result depend on its batch, and a run
-    that was killed on the way has to find what an uninterrupted one would have written.
-    """
-    count = 0
-    for group in groups:
-        missing = [cache.load(*photo) is None for photo in group]
-        if not any(missing):
-            continue
-        if time_is_up():
-            break
-        images = torch.stack([pixels for pixels, _ in group]).to(device)
-        labels = torch.tensor([label for _, label in group], device=device)
-        noise = invert_photos(images, labels, unet, scheduler, args, cache.vae)
-        for (pixels, label), latents, is_missing in zip(group, noise, missing, strict=True):
-            if is_missing:
-                cache.save(pixels, label, latents)
-                count += 1
-    return count
-
-
-# ---- data -----------------------------------------------------------------------------------------------------------
-
-
-class ChainDataset:
-    """
-    Photos, the noise they come from, and drawings of them by an unskilled hand.
-
-    A photo is cropped in one way, so that its x_T can be kept; both come flipped or not. Which contour is drawn, and how
-    badly, is keyed by (seed, epoch, index).
-
-    Args:
-        photos: with `train=False`: the crops have to be the same at every epoch.
-        cache: where x_T of what `views` yields lies once [`fill_noise_cache`] is done.
-        args: see [`FinetuneArguments`].
-        train: flip, and vary how badly is drawn.
-        max_samples: keep this many photos only, chosen by the hash of their names.
-    """
-
-    def __init__(
-        self,
-        photos: PhotoSketchDataset,
-        cache: NoiseCache,
-        args: FinetuneArguments,
-        train: bool = True,
-        max_samples: int | None = None,
-    ):
-        self.photos, self.cache, self.train = photos, cache, train
-        self.num_steps = args.num_train_inference_steps
-        by_people = isinstance(photos, PairedPhotoDataset)
-        strength = args.free_hand_strength
-        self.strength = strength if strength is not None else 0.0 if by_people else 0.5
-        names = [f"{label}/{name}" for label, name in zip(photos.class_labels, photos.ids, strict=True)]
-        hashes = [hashlib.sha256(name.encode()).hexdigest() for name in names]
-        self.indices = sorted(sorted(range(len(hashes)), key=hashes.__getitem__)[:max_samples])
-        self.class_labels = [photos.class_labels[index] for index in self.indices]
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def keys(self, draws: Iterable[tuple[int, int]] | None = None) -> list[tuple[int, bool]]:
-        """
-        Index and flip of each photo that has to be inverted: those of the samples `draws` (index and epoch of each), or
-        without it every one that a sample may hold.
-        """
-        if draws is None or not self.train:
-            flips = (False, True) if self.train else (False,)
-            return list(itertools.product(range(len(self)), flips))
-        return sorted({(index, self._is_flipped(self._rng(index, epoch))) for index, epoch in draws})
-
-    def views(self, keys: Iterable[tuple[int, bool]]) -> Iterator[tuple[Tensor, int]]:
-        """Photos [3, R, R] and classes of `keys`."""
-        for index, flip in keys:
-            pixels = self.photos.view(self.indices[index])[0]
-            yield pixels.flip(-1).contiguous() if flip else pixels, self.class_labels[index]
-
-    def _rng(self, index: int, epoch: int) -> np.random.Generator:
-        return np.random.default_rng([self.photos.seed, epoch, index])
-
-    def _is_flipped(self, rng: np.random.Generator) -> bool:
-        """The first thing that is drawn, so that it is known without making the rest of the sample."""
-        return self.train and bool(rng.random() < 0.5)
-
-    def sample(self, index: int, epoch: int = 0) -> Sample:
-        """
-        `pixel_values` [3, R, R] and `latents` (x_T) [C, H, W], `sketch` [1, R, R], `class_label` int, `chain_step` int (the step
-        that `--backprop per_step` goes through), `id` str.
-
-        Raises:
-            FileNotFoundError: x_T of the photo is not in the cache.
-        """
-        photo_index, label = self.indices[index], self.class_labels[index]
-        rng = self._rng(index, epoch)
-        flip = self._is_flipped(rng)
-        view, name = self.photos.view(photo_index), self.photos.ids[photo_index]
-        sample = draw_by_hand(view, rng, self.strength, self.num_steps, self.train, flip)
-        latents = self.cache.load(sample["pixel_values"], label)
-        if latents is None:
-            raise FileNotFoundError(
-                f"x_T of the photo {name} is missing or damaged in {self.cache.folder}: start again, and it is made anew."
-            )
-        return {**sample, "latents": latents, "class_label": label, "id": name}
-
-
-def draw_by_hand(
-    view: tuple[Tensor, np.ndarray, Box],
-    rng: np.random.Generator,
-    strength: float,
-    num_steps: int,
-    train: bool,
-    flip: bool,
-) -> Sample:
-    """
-    A photo and one of its drawings, redrawn by an unskilled hand.
-
-    Args:
-        view: of a photo, see [`PhotoSketchDataset.view`].
-        rng: the only source of randomness.
-        strength: of the distortion, at most.
-        num_steps: of the chain.
-        train: vary how badly is drawn.
-        flip: mirror both.
-
-    Returns:
-        `dict`: `pixel_values` [3, R, R], `sketch` [1, R, R], `chain_step` int.
-    """
-    pixels, contours, box = view
-    ink = half_size(contours[rng.integers(len(contours))])
-    drawn = free_hand_distortion(ink, rng, strength * (rng.random() if train else 0.5))
-    gain = rng.uniform(1.2, 2.6) if train else DEFAULT_LINE_GAIN
-    sketch = torch.from_numpy(contour_to_sketch(drawn, pixels.shape[-1], box, gain))[None]
-    if flip:
-        pixels, sketch = pixels.flip(-1).contiguous(), sketch.flip(-1)
-    return {"pixel_values": pixels, "sketch": sketch, "chain_step": int(rng.integers(num_steps))}
-
-
-def class_names_of(pipeline: DiffSketchingPipeline) -> list[str]:
-    """What the data may call the pipeline's classes: their names or, where it has none, their indices as text."""
-    return [pipeline.id2label.get(index, str(index)) for index in range(pipeline.num_classes)]
-
-
-class ShardedChainData:
-    """
-    The samples of a [`ChainDataset`] without their x_T, from webdataset shards, for [`Trainer`].
-
-    Args:
-        pipeline: knows the classes.
-        args: see [`FinetuneArguments`]; the drawings are by people, so they are not distorted unless it is asked for.
-    """
-
-    def __init__(self, pipeline: DiffSketchingPipeline, args: FinetuneArguments):
-        self.args = args
-        self.shards = list_shards(str(args.train_shards))
-        self.class_names = class_names_of(pipeline)
-        self.null_class = pipeline.null_class
-        self.reader = PairReader(self.class_names, args.resolution, self.null_class)
-        self.strength = args.free_hand_strength or 0.0
-
-    def make_sample(self, pair: PhotoSketchPair, rng: np.random.Generator) -> Sample:
-        """See [`ChainDataset.sample`]."""
-        view, label = self.reader.read(pair)
-        flip = bool(rng.random() < 0.5)
-        sample = draw_by_hand(view, rng, self.strength, self.args.num_train_inference_steps, train=True, flip=flip)
-        return {**sample, "class_label": label, "id": pair.stem}
-
-    def stream(
-        self, process_index: int, num_processes: int, num_workers: int, state: dict[str, Any] | None
-    ) -> ShardStream:
-        """The batches of one process, from `state` on."""
-        batch_size, seed, held = self.args.train_batch_size, self.args.seed, self.args.shuffle_buffer
-        readers = (process_index, num_processes, num_workers)
-        return ShardStream(
-            self.shards, self.class_names, self.make_sample, batch_size, seed, *readers, state, shuffle_buffer=held
-        )
-
-    def validation_photos(self) -> PairedPhotoDataset:
-        """The photos that validate; see [`validation_pairs`]."""
-        needs_class = self.null_class is None
-        pairs = validation_pairs(self.shards, self.class_names, self.args.num_validation_samples, needs_class)
-        resolution, seed, null_class = self.args.resolution, self.args.seed, self.null_class
-        return PairedPhotoDataset(
-            pairs, self.class_names, resolution, seed, train=False, null_class=null_class, split="validation"
-        )
-
-
-# ---- the chain ------------------------------------------------------------------------------------------------------
-
-
-def run_chain(
-    unet: Callable[..., Any],
-    unet_config: Any,
-    scheduler: DDIMScheduler,
-    batch: dict[str, Tensor],
-    args: FinetuneArguments,
-    components: Mapping[str, Any] | None = None,
-    null_class: int | None = None,
-) -> Tensor:
-    """
-    x̂_0 of each photo's x_T and drawing, differentiable with respect to the parameters of `unet`.
-
-    Args:
-        unet: called as a conditional `UNet2DModel`; a wrapped one is called through its wrapper.
-        unet_config: its config.
-        scheduler: owns the noise schedule.
-        batch: `latents` (x_T) [B, C, H, W], `sketch` [B, 1, R, R], `class_label` and `chain_step` [B].
-        args: says how many steps there are, which of them are differentiated, and how they are guided.
-        components: what the guidance that is on needs, by name: `classifier`; `sketcher`, `sketch_encoder` and `vae`.
-        null_class: the UNet's "no class", which classifier-free guidance puts in the place of the class, as in sampling.
-
-    Returns:
-        `Tensor`: [B, C, H, W] in the UNet's own space, unclipped.
-    """
-    sampler = sampling_scheduler(scheduler, args.num_train_inference_steps, batch["latents"].device)
-    labels = batch["class_label"]
-    null_labels = None if null_class is None else torch.full_like(labels, null_class)
-    conditioning = Conditioning(labels, batch["sketch"], null_class_labels=null_labels)
-    called = checkpointed(unet) if args.gradient_checkpointing else unet
-    told = (called, unet_config, scheduler, conditioning)
-    predictor = GuidedPredictor(
-        *told,
-        sketch_guidance_scale=args.sketch_guidance_scale,
-        callbacks=guidance_callbacks(args),
-        num_steps=len(sampler.timesteps),
-        components=components,
-    )
-
-    if args.backprop == "chain":
-        return denoise(
-            sampler,
-            predictor,
-            batch["latents"],
-            sampler.timesteps,
-            truncate_backprop_steps=args.truncate_backprop_steps,
-        )
-
-    visited, steps = [batch["latents"]], batch["chain_step"]
-
-    def remember(step_index: int, timestep: Tensor, latents: Tensor, _: NoisePrediction) -> tuple[Tensor, bool]:
-        visited.append(latents)
-        return latents, True
-
-    with torch.no_grad():
-        denoise(sampler, predictor, batch["latents"], sampler.timesteps[: int(steps.max())], on_step_end=remember)
-    latents = torch.stack(visited)[steps, torch.arange(len(steps), device=steps.device)]
-    plain = GuidedPredictor(*told, sketch_guidance_scale=args.sketch_guidance_scale)
-    return plain(latents, sampler.timesteps[steps]).pred_original_sample
-
-
-def guidance_callbacks(args: FinetuneArguments) -> list[GuidanceCallback]:
-    """Return the guidance by gradients that the arguments turn on; the chain is guided by them as sampling is."""
-    callbacks: list[GuidanceCallback] = []
-    if args.classifier_guidance_scale != 0:
-        callbacks.append(ClassifierGuidanceCallback(args.classifier_guidance_scale))
-    if args.perceptual_guidance_scale != 0:
-        callbacks.append(SketchGuidanceCallback(args.perceptual_guidance_scale))
-    return callbacks
-
-
-def decoded(pipeline: DiffSketchingPipeline, images: Tensor) -> Tensor:
-    """Photos [B, 3, R, R] of what the chain made, through the frozen decoder where it works on latents; differentiable."""
-    return images if pipeline.vae is None else decode_latents(pipeline.vae, images)
-
-
-def make_loss(pipeline: DiffSketchingPipeline, args: FinetuneArguments) -> DiffSketchingLoss:
-    """Eq. 7 on the frozen networks of the pipeline, or those that the arguments name in their place."""
-    perceptual = identity = None
-    if args.perceptual_net != "sketch_encoder":
-        perceptual = SketchPerceptualLoss.from_lpips(args.perceptual_net)
-    elif pipeline.sketch_encoder is not None:
-        perceptual = SketchPerceptualLoss(pipeline.sketch_encoder)
-    if args.image_encoder_name_or_path is not None:
-        identity = load_identity_loss(args.image_encoder_name_or_path)
-    elif pipeline.image_encoder is not None:
-        identity = ImageIdentityLoss(pipeline.image_encoder)
-    return DiffSketchingLoss(pipeline.sketcher, perceptual, identity, args.identity_weight).to(pipeline.device)
-
-
-def load_identity_loss(name_or_path: str) -> ImageIdentityLoss:
-    """
-    L_i on a ResNet of its own, with mean, standard deviation and size of its preprocessor, if it has one.
-
-    Raises:
-        ValueError: it does not take photos.
-    """
-    encoder = ResNetForImageClassification.from_pretrained(name_or_path).float().eval().requires_grad_(False)
-    if encoder.config.num_channels != 3:
-        raise ValueError(
-            f"`image_encoder_name_or_path` must take photos, but {name_or_path!r} takes {encoder.config.num_channels} "
-            "channel(s)."
-        )
-    try:
-        settings = ImageProcessingMixin.get_image_processor_dict(name_or_path)[0]
-    except OSError:
-        return ImageIdentityLoss(encoder)
-    size = settings.get("crop_size") or settings.get("size")
-    size = max(size.values()) if isinstance(size, dict) else size
-    return ImageIdentityLoss(encoder, settings.get("image_mean"), settings.get("image_std"), size)
 
 
 class FinetuneValidation:
@@ -714,9 +226,6 @@ class FinetuneValidation:
             return metrics, {}
         rows = [self.batch["sketch"][self.shown], self.before, self.pictures(unet)]
         return metrics, {"sketch_before_after": image_grid(rows, scale=2)}
-
-
-# ---- the script -----------------------------------------------------------------------------------------------------
 
 
 def load_frozen_pipeline(args: FinetuneArguments) -> DiffSketchingPipeline:

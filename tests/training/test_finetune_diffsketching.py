@@ -28,19 +28,7 @@ import finetune_diffsketching
 import pytest
 import torch
 import yaml
-from finetune_diffsketching import (
-    ChainDataset,
-    FinetuneArguments,
-    FinetuneValidation,
-    NoiseCache,
-    check_finetune_arguments,
-    check_pipeline,
-    fill_noise_cache,
-    in_groups,
-    main,
-    run_chain,
-    weights_fingerprint,
-)
+from finetune_diffsketching import FinetuneValidation, check_finetune_arguments, check_pipeline, main
 from PIL import Image
 from safetensors.torch import load_file
 from testing_utils import SIZE, kill_when, make_resnet, make_scheduler, make_unet, randn
@@ -49,6 +37,16 @@ from diffsketching_pipeline import DiffSketchingPipeline, SketchPerceptualLoss, 
 from diffsketching_pipeline.lora import LORA_WEIGHTS_NAME
 from diffsketching_pipeline.losses import LPIPSFeatureMaps
 from diffsketching_pipeline.schedulers import sampling_scheduler
+from diffsketching_pipeline.training import chain
+from diffsketching_pipeline.training.chain import FinetuneArguments, run_chain
+from diffsketching_pipeline.training.chain_data import (
+    ChainDataset,
+    NoiseCache,
+    fill_noise_cache,
+    in_groups,
+    invert_photos,
+    weights_fingerprint,
+)
 from diffsketching_pipeline.training.dataset import PhotoSketchDataset
 from diffsketching_pipeline.training.keyed import KeyedBatchSampler
 from diffsketching_pipeline.training.trainer import Trainer
@@ -630,17 +628,17 @@ def test_public_networks_take_the_place_of_the_pipelines(tiny_pipeline_factory, 
         pretrained_model_name_or_path="x", perceptual_net="alex", image_encoder_name_or_path=str(tmp_path)
     )
     check_pipeline(pipeline, args)
-    loss = finetune_diffsketching.make_loss(pipeline, args)
+    loss = chain.make_loss(pipeline, args)
     assert loss.identity_loss.image_size == 24
     assert loss.identity_loss.image_mean.flatten().tolist() == pytest.approx(settings["image_mean"])
     assert isinstance(loss.perceptual_loss.feature_maps, LPIPSFeatureMaps)
     assert not any(parameter.requires_grad for parameter in loss.identity_loss.parameters())
 
     (tmp_path / "preprocessor_config.json").unlink()
-    assert finetune_diffsketching.load_identity_loss(str(tmp_path)).image_mean is None
+    assert chain.load_identity_loss(str(tmp_path)).image_mean is None
     make_resnet(1).save_pretrained(tmp_path / "sketches")
     with pytest.raises(ValueError, match="`image_encoder_name_or_path` must take photos, but .* takes 1 channel"):
-        finetune_diffsketching.load_identity_loss(str(tmp_path / "sketches"))
+        chain.load_identity_loss(str(tmp_path / "sketches"))
 
 
 def test_a_photo_only_unet_and_steps_that_do_not_fit_are_refused(tiny_pipeline_factory):
@@ -699,7 +697,7 @@ def test_the_chain_of_a_latent_pipeline_is_judged_by_its_photos(latent_dir):
     check_pipeline(pipeline, args)
     photos = randn(2, 3, 32, 32, seed=1).clamp(-1, 1)
     labels = torch.tensor([0, 1])
-    noise = finetune_diffsketching.invert_photos(photos, labels, pipeline.unet, pipeline.scheduler, args, pipeline.vae)
+    noise = invert_photos(photos, labels, pipeline.unet, pipeline.scheduler, args, pipeline.vae)
     assert noise.shape == (2, 4, 8, 8)
     batch = {"latents": noise, "sketch": torch.ones(2, 1, 32, 32), "class_label": labels}
     batch |= {"chain_step": torch.tensor([0, 1])}
@@ -707,9 +705,9 @@ def test_the_chain_of_a_latent_pipeline_is_judged_by_its_photos(latent_dir):
     for parameter in pipeline.unet.parameters():
         parameter.requires_grad_(True)
     pred = run_chain(pipeline.unet, pipeline.unet.config, pipeline.scheduler, batch, args)
-    photos_made = finetune_diffsketching.decoded(pipeline, pred)
+    photos_made = chain.decoded(pipeline, pred)
     assert pred.shape == (2, 4, 8, 8) and photos_made.shape == (2, 3, 32, 32)
-    losses = finetune_diffsketching.make_loss(pipeline, args)(photos_made, photos, batch["sketch"])
+    losses = chain.make_loss(pipeline, args)(photos_made, photos, batch["sketch"])
     assert losses.loss.shape == (2,) and torch.isfinite(losses.loss).all()
     # Against finite differences, through the chain and the decoder; eq. 7 itself clamps straight-through.
     bias, step, made = pipeline.unet.conv_out.bias, 1e-3, []
@@ -718,7 +716,7 @@ def test_the_chain_of_a_latent_pipeline_is_judged_by_its_photos(latent_dir):
         with torch.no_grad():
             bias[0] += sign * step
             again = run_chain(pipeline.unet, pipeline.unet.config, pipeline.scheduler, batch, args)
-            made.append(finetune_diffsketching.decoded(pipeline, again).square().mean())
+            made.append(chain.decoded(pipeline, again).square().mean())
             bias[0] -= sign * step
     assert float(gradient[0]) == pytest.approx(float(made[0] - made[1]) / (2 * step), rel=0.1)
 

@@ -21,13 +21,15 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from finetune_diffsketching import FinetuneArguments, ShardedChainData, check_finetune_arguments, main
+from finetune_diffsketching import check_finetune_arguments, main
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 from test_finetune_diffsketching import TINY, pretrained_dir, tiny_args  # noqa: F401 (a fixture)
 from torch.utils.data import DataLoader
 
 from diffsketching_pipeline.splits import in_validation
+from diffsketching_pipeline.training.chain import FinetuneArguments
+from diffsketching_pipeline.training.chain_data import ShardedChainData
 from diffsketching_pipeline.training.shards import UNREADABLE, ShardStream, list_shards, read_shard, validation_pairs
 
 
