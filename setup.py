@@ -1,5 +1,4 @@
-# Copyright 2026 The DiffSketching Pipeline Authors. All rights reserved.
-# Licensed under the Apache License, Version 2.0; see the file LICENSE.
+# SPDX-License-Identifier: Apache-2.0
 
 import re
 from pathlib import Path

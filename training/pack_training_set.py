@@ -25,6 +25,7 @@ from scipy import ndimage
 from skimage.morphology import disk
 from tqdm.auto import tqdm
 
+from diffsketching_pipeline.files import staged_file
 from diffsketching_pipeline.images.contours import CONTOUR_NAMES, CONTOUR_SIZE, resized_to_short_side
 from diffsketching_pipeline.images.photo_files import decode_photo
 from diffsketching_pipeline.manifest import is_inside
@@ -119,8 +120,7 @@ def pack(root: Path, target: Path, cache_dir: Path, max_size: float = 50.0, reso
     quality = choose_quality(sets["train"], budget)
     boxes: dict[str, list[float]] = {}
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.tmp")
-    try:
+    with staged_file(target) as temporary:
         with tarfile.open(temporary, "w") as archive:
             for name, dataset, index in tqdm(list(_photos(sets)), desc="Packing", unit="photo", mininterval=5):
                 photo = dataset.photo(index)
@@ -140,9 +140,6 @@ def pack(root: Path, target: Path, cache_dir: Path, max_size: float = 50.0, reso
             raise ValueError(
                 f"`max_size` must be larger: the photos take {size / 2**20:.1f} MiB at quality {quality}."
             )
-        temporary.rename(target)
-    finally:
-        temporary.unlink(missing_ok=True)
     return size
 
 

@@ -16,13 +16,14 @@ the chosen classes was written or is named as unreadable, 2 if the checkout is n
 import argparse
 import csv
 import hashlib
-import os
 import sys
 from collections import Counter
 from pathlib import Path
 
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
+
+from diffsketching_pipeline.files import staged_file
 
 
 JUNK_LABELS = ("Not sure", "Other", "Skip")
@@ -97,12 +98,8 @@ def resize_photo(source: Path, target: Path, short_side: int, quality: int) -> N
     scale = short_side / min(image.size)
     size = (max(short_side, round(image.width * scale)), max(short_side, round(image.height * scale)))
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
+    with staged_file(target) as temporary:
         image.resize(size, Image.Resampling.LANCZOS).save(temporary, format="JPEG", quality=quality)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def prepare(

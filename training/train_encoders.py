@@ -14,7 +14,6 @@ The result is a folder in `output_dir` that `from_pretrained` loads: `sketch_enc
 
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +34,7 @@ from transformers import (
 )
 
 from diffsketching_pipeline.command_line import argument
+from diffsketching_pipeline.files import write_file
 from diffsketching_pipeline.images.contours import (
     DEFAULT_LINE_GAIN,
     check_contour_source,
@@ -402,7 +402,7 @@ def write_preprocessor(resolution: int, folder: Path) -> None:
         "image_mean": [0.5] * 3,
         "image_std": [0.5] * 3,
     }
-    write_json(settings, folder / "preprocessor_config.json")
+    write_file(folder / "preprocessor_config.json", json.dumps(settings, indent=2) + "\n")
 
 
 def check_encoder_arguments(args: EncoderArguments) -> None:
@@ -419,12 +419,6 @@ def check_encoder_arguments(args: EncoderArguments) -> None:
         raise ValueError(
             "`start_resolution` and `object_crops` must be left alone for the `task` sketch, made of contours."
         )
-
-
-def write_json(content: dict[str, Any], path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, path)
 
 
 def main() -> None:
@@ -475,7 +469,7 @@ def main() -> None:
         model.to(getattr(torch, args.save_dtype)).save_pretrained(folder)
         if args.task == "evaluation":
             write_preprocessor(args.resolution, folder)
-    write_json(report, Path(args.output_dir) / "metrics.json")
+    write_file(Path(args.output_dir) / "metrics.json", json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2))
     trainer.push(Path(args.output_dir) / name)
 

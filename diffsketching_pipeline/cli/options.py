@@ -30,56 +30,45 @@ Steps = Annotated[Optional[int], typer.Option("--steps", help="Denoising steps. 
 Model = Annotated[Optional[str], typer.Option("--model", help="Folder or hub id. [default: the bundled garments-64]")]
 OutputDir = Annotated[Path, typer.Option("--output-dir", help="Folder for pictures, sheets and metadata.json.")]
 
-
 SketchScale = Annotated[
     Optional[float], typer.Option("--sketch-guidance-scale", help="1.0 = off. [default: the model's]")
 ]
-
 
 ClassifierScale = Annotated[
     Optional[float], typer.Option("--classifier-guidance-scale", help="0.0 = off. [default: the model's]")
 ]
 
-
 PerceptualScale = Annotated[
     Optional[float], typer.Option("--perceptual-guidance-scale", help="0.0 = off. [default: the model's]")
 ]
-
 
 SketchAbstraction = Annotated[
     Optional[float],
     typer.Option("--sketch-abstraction", help="0.0 = trace the drawing, 1.0 = what it means. [default: the model's]"),
 ]
 
-
 Eta = Annotated[
     Optional[float], typer.Option("--eta", help="Fresh noise per step, 0 to 1; 0.0 = off. [default: the model's]")
 ]
-
 
 ColourHint = Annotated[
     Optional[list[str]],
     typer.Option("--colour-hint", help="A colour, several (a palette), or one picture with coarse strokes of colour."),
 ]
 
-
 NegativeClass = Annotated[Optional[str], typer.Option("--negative-class-label", help="Class to move away from.")]
-
 
 Invert = Annotated[
     Optional[bool],
     typer.Option("--invert/--no-invert", help="Light strokes on dark? [default: detected]", show_default=False),
 ]
 
-
 BatchSize = Annotated[int, typer.Option("--batch-size", help="Photos computed at a time; does not change them.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps, ...")]
-
 
 Dtype = Annotated[
     DtypeName, typer.Option("--dtype", help="Type of the weights; bfloat16 is faster where the processor knows it.")
 ]
-
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace pictures of an earlier run.")]
 

@@ -3,7 +3,6 @@
 
 import hashlib
 import json
-import os
 import pickle
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,12 +18,12 @@ from tqdm.auto import tqdm
 from transformers import AutoModel, AutoModelForImageClassification
 
 from diffsketching_pipeline.evaluation.image_sets import ImageSet, read_photos
+from diffsketching_pipeline.files import staged_file
 from diffsketching_pipeline.manifest import weights_sha256
 
 
 INCEPTION_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 """The file that torch-fidelity publishes: Inception-v3 as TensorFlow released it and as FID is defined by."""
-
 
 _LOADING_ERRORS = (
     OSError,
@@ -348,7 +347,6 @@ def read_training_photos(
         return replace(photos, probabilities=stored["probabilities"], features=stored["features"])
     photos = read_training_photos(files, evaluator, batch_size, None)
     cached.parent.mkdir(parents=True, exist_ok=True)
-    temporary = cached.with_name(f".{cached.name}.tmp")
-    save_file({name: getattr(photos, name) for name in ("pixels", "probabilities", "features")}, temporary)
-    os.replace(temporary, cached)
+    with staged_file(cached) as temporary:
+        save_file({name: getattr(photos, name) for name in ("pixels", "probabilities", "features")}, temporary)
     return photos

@@ -3,7 +3,6 @@
 
 import hashlib
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -18,6 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from diffsketching_pipeline.files import staged_file, write_file
 from diffsketching_pipeline.images.photo_files import IMAGE_ERRORS, IMAGE_SUFFIXES, MAX_SQUASH
 from diffsketching_pipeline.splits import in_first_half
 
@@ -230,16 +230,14 @@ def save_png(image: Image.Image, path: Path, texts: dict[str, str] | None = None
     for name, text in (texts or {}).items():
         info.add_text(name, text)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    image.save(temporary, format="PNG", pnginfo=info)
-    os.replace(temporary, path)
+    with staged_file(path) as temporary:
+        image.save(temporary, format="PNG", pnginfo=info)
 
 
 def write_text(text: str, path: Path) -> None:
+    """Write a text file, and the folder that it is in; it appears complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    write_file(path, text)
 
 
 def file_digest(paths: Iterable[Path]) -> str:

@@ -55,7 +55,6 @@ Fewest images on either side of a Fréchet or kernel distance: of 16 images of a
 those of 16 real photos; of 32 they are three standard deviations apart.
 """
 
-
 MAX_DISTANCE_RESAMPLES = 100
 NUM_HALVES = 10
 NEAR_COPY_QUANTILE = 0.05

@@ -16,16 +16,19 @@ from skimage.morphology import disk
 CONTOUR_SIZE = 256
 """Short side, in pixels, at which contours are found and kept."""
 
-
 MAX_CONTOUR_SIDE = 4 * CONTOUR_SIZE
-
 
 CONTOUR_NAMES = ("fine", "medium", "coarse", "object", "silhouette")
 """The drawings that `photo_to_contours` returns, in order."""
 
-
 HED_CONTOUR_NAMES = ("hed_fine", "hed_medium", "hed_strong", "hed_object")
 """The drawings that `hed_contours.photo_to_hed_contours` returns, in order."""
+
+DEFAULT_LINE_GAIN = 1.8
+"""Ink per covered area: 1.0 draws thin lines in grey, 2.6 in black; 1.8 is the middle of what training draws."""
+
+Box = tuple[float, float, float, float]
+"""left, top, right, bottom as fractions of the width and of the height, each in [0, 1]."""
 
 
 def check_contour_source(source: str = "classical", hed_weights: str | Path | None = None) -> None:
@@ -55,14 +58,6 @@ def contour_distribution(classical: Sequence[float], source: str = "classical") 
         return probabilities
     hed = np.full(len(HED_CONTOUR_NAMES), 1 / len(HED_CONTOUR_NAMES))
     return hed if source == "hed" else np.concatenate([probabilities, hed]) / 2
-
-
-DEFAULT_LINE_GAIN = 1.8
-"""Ink per covered area: 1.0 draws thin lines in grey, 2.6 in black; 1.8 is the middle of what training draws."""
-
-
-Box = tuple[float, float, float, float]
-"""left, top, right, bottom as fractions of the width and of the height, each in [0, 1]."""
 
 
 def resized_to_short_side(image: Image.Image, short_side: int, longest_side: int) -> Image.Image:

@@ -17,7 +17,6 @@ from diffsketching_pipeline.images.contours import Box, bounding_box, without_sm
 STRAIGHTENED_SHARE = 0.5
 """Share of the drawings by an unskilled hand that are made of few straight strokes."""
 
-
 STRAIGHTENED_STRENGTH = 0.25
 """
 The strength of `free_hand_distortion` that misses a contour by as much as `straightened_outline` does: 0.9 to 1.2 of 128

@@ -10,7 +10,6 @@ from PIL import Image, ImageOps
 MAX_SQUASH = 4 / 3
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
-
 IMAGE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 """What PIL raises for a file that is damaged or no image."""
 

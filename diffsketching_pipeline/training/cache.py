@@ -2,8 +2,6 @@
 """Photos and their drawings on the disk, keyed by what they are made of."""
 
 import hashlib
-import os
-import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from diffsketching_pipeline.files import staged_file
 from diffsketching_pipeline.images.contours import CONTOUR_SIZE, Box, contours_and_box, resized_to_short_side
 from diffsketching_pipeline.images.photo_files import decode_photo
 
@@ -74,14 +73,8 @@ def save_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
     Writes an `.npz` file aside and renames it, so that a killed run or a second one at the same time never leaves half of it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            np.savez(file, **arrays)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with staged_file(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)
 
 
 def load_arrays(path: Path, names: Sequence[str]) -> dict[str, np.ndarray] | None:

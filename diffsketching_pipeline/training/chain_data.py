@@ -5,8 +5,6 @@ import hashlib
 import itertools
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from diffsketching_pipeline import (
 from diffsketching_pipeline.autoencoding import encode_photos
 from diffsketching_pipeline.conditioning import Conditioning
 from diffsketching_pipeline.denoising import invert
+from diffsketching_pipeline.files import staged_file
 from diffsketching_pipeline.guidance import (
     GuidedPredictor,
 )
@@ -91,14 +90,8 @@ class NoiseCache:
         """Writes aside and renames."""
         path = self.path(pixel_values, class_label)
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".tmp")
-        os.close(descriptor)
-        try:
+        with staged_file(path) as temporary:
             save_file({"latents": latents.float().cpu().contiguous()}, temporary)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
 
 
 def in_groups(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

@@ -395,7 +395,6 @@ DOODLES: dict[str, Callable[[np.random.Generator], list[Stroke]]] = {
 }
 """The program of each class that has one: takes the source of randomness, returns strokes."""
 
-
 ONE_LINE = frozenset({"dress", "hat", "longsleeve", "pants", "shoes", "shorts", "skirt", "t-shirt", "undershirt"})
 """Classes that the outline alone shows: people often draw these in one line, with nothing inside."""
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures of a validation."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +9,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
+
+from diffsketching_pipeline.files import staged_file
 
 
 def image_grid(rows: Sequence[Tensor], scale: int = 1) -> Tensor:
@@ -22,7 +23,6 @@ def image_grid(rows: Sequence[Tensor], scale: int = 1) -> Tensor:
 def save_png(picture: Tensor, path: Path) -> None:
     """Writes a picture `[3, H, W]` in [-1, 1]; the file appears complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
     pixels = ((picture.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
-    Image.fromarray(pixels).save(temporary, format="PNG")
-    os.replace(temporary, path)
+    with staged_file(path) as temporary:
+        Image.fromarray(pixels).save(temporary, format="PNG")
