@@ -68,11 +68,7 @@ def parse_arguments(
     from_file: list[str] = []
     if takes_config:
         parser.add_argument("--config", help="YAML file of arguments; it may also be given first, without `--config`")
-        config = remaining.pop(0) if remaining and not remaining[0].startswith("-") else None
-        if "--config" in remaining:
-            position = remaining.index("--config")
-            config = remaining[position + 1] if len(remaining) > position + 1 else ""
-            del remaining[position : position + 2]
+        config = _take_config(remaining)
         from_file = _config_to_words(config, names) if config is not None else []
     arguments, *_, unknown = parser.parse_args_into_dataclasses(
         from_file + remaining, return_remaining_strings=True, look_for_args_file=False
@@ -82,6 +78,16 @@ def parse_arguments(
         # A config has no dashes, and its errors are those of the command line.
         raise ValueError(_unknown_argument(word.lstrip("-") if takes_config else word, names, "the command line"))
     return arguments
+
+
+def _take_config(words: list[str]) -> str | None:
+    """Take the config's path out of a command line, which may have it first or as `--config`."""
+    config = words.pop(0) if words and not words[0].startswith("-") else None
+    if "--config" in words:
+        position = words.index("--config")
+        config = words[position + 1] if len(words) > position + 1 else ""
+        del words[position : position + 2]
+    return config
 
 
 def _unknown_argument(name: str, known: Sequence[str], where: str) -> str:

@@ -144,18 +144,7 @@ class Trainer:
         self.learning_rate = args.learning_rate * (self.samples_per_step if args.scale_lr else 1)
         self.learning_rate_factor = learning_rate_factor(args, self.max_train_steps)
 
-        averaged = modules if ema_modules is None else ema_modules
-        self.trained = TrainedModules(
-            self.accelerator,
-            modules,
-            self._prepare,
-            is_sharded=check_strategy(self.accelerator, args, modules),
-            ema_modules=tuple(averaged),
-            ema_max_decays=(args.ema_max_decay, *(args.further_ema_max_decays or ())) if args.use_ema else (),
-            ema_inv_gamma=args.ema_inv_gamma,
-            ema_power=args.ema_power,
-            save_dtype=getattr(torch, args.save_dtype),
-        )
+        self.trained = self._make_trained(modules, modules if ema_modules is None else ema_modules)
         self.modules = self.trained.prepared
         self.repository = HubRepository(
             str(args.hub_model_id), args.hub_token, args.hub_private_repo, self.trained.save_dtype
@@ -187,6 +176,20 @@ class Trainer:
         accelerator.register_save_state_pre_hook(self._save_modules)
         accelerator.register_load_state_pre_hook(self._load_modules)
         return accelerator
+
+    def _make_trained(self, modules: Mapping[str, nn.Module], ema_modules: Iterable[str]) -> TrainedModules:
+        args = self.args
+        return TrainedModules(
+            self.accelerator,
+            modules,
+            self._prepare,
+            is_sharded=check_strategy(self.accelerator, args, modules),
+            ema_modules=tuple(ema_modules),
+            ema_max_decays=(args.ema_max_decay, *(args.further_ema_max_decays or ())) if args.use_ema else (),
+            ema_inv_gamma=args.ema_inv_gamma,
+            ema_power=args.ema_power,
+            save_dtype=getattr(torch, args.save_dtype),
+        )
 
     def _prepare(self, module: nn.Module) -> tuple[nn.Module, Any]:
         """A module as it is called in losses, and its optimizer."""
