@@ -80,6 +80,7 @@ setup(
         "huggingface_hub>=0.34",
         "numpy>=1.26",
         "pillow>=10.1",
+        "resvg-py>=0.5",
         "rich>=13.0",
         "safetensors>=0.8",
         "scikit-image>=0.22",

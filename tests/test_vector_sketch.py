@@ -1,16 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+import os
+import resource
+import shutil
+import subprocess
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from scipy import ndimage
 
 from diffsketching_pipeline import SketchProcessor, VectorSketch
 from diffsketching_pipeline.images import vector_sketch
+from diffsketching_pipeline.images.svg import parse_svg
+from diffsketching_pipeline.images.svg_rendering import SvgPicture
 
 
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 100 100">{}</svg>'
+FIXTURES = Path(__file__).parent / "fixtures" / "drawings"
 STROKES = [[[30, 30, 90, 90, 30], [20, 70, 70, 20, 20]], [[60, 60], [20, 70]]]
 
 
@@ -95,20 +105,43 @@ def test_transforms_compose_and_what_is_not_shown_is_left_out():
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.svg", '<!DOCTYPE x [<!ENTITY a "b">]><svg>&a;</svg>', "declares entities"),
+        ("a.svg", '<!DOCTYPE x [<!ENTITY a "b"><!ENTITY c "&a;">]><svg>&c;</svg>', "declares entities"),
+        ("a.svg", '<!DOCTYPE x [<!ENTITY % a "b">]><svg/>', "declares entities"),
+        ("a.svg", '<!DOCTYPE x [<!ENTITY a SYSTEM "b.txt">]><svg>&a;</svg>', "declares entities"),
+        (
+            "a.svg",
+            '<!DOCTYPE x [<!ATTLIST g a CDATA "{}">]><svg>{}</svg>'.format(9999 * "y", 99 * "<g/>"),
+            "or attributes",
+        ),
+        (
+            "a.svg",
+            '<!DOCTYPE x [<!ENTITY a "{}">]><svg>{}</svg>'.format(999 * "b", 66 * "&a;"),
+            "stand for 65934 characters",
+        ),
+        ("a.svg", '<?xml version="1.0" encoding="zip"?><svg/>', "in the encoding 'zip'"),
+        ("a.svg", "<svg>" + "<g/>" * 900_000 + "</svg>", "more than 20000 elements"),
+        ("a.svg", "<svg " + " ".join(f'a{i}="b"' for i in range(1001)) + "/>", "more than 1000 attributes"),
+        ("a.svg", '<svg><path d="M0 0L%s 9"/></svg>' % (400 * "9"), "not finite or beyond 1e9"),
+        (
+            "a.svg",
+            '<svg><path d="M0 0L9 9" transform="%s"/></svg>' % (60_001 * "scale(1)"),
+            "more than 60000 transforms",
+        ),
+        ("a.svg", '<svg viewBox="0 0 9 9"><path fill="none" d="M0 0L9 9"/></svg>', "nothing of it is seen"),
         ("a.svg", "<html/>", "it is <html>, not <svg>"),
         ("a.svg", "nothing", "it is not XML"),
         ("a.svg", "<svg/>", "the drawing has no lines"),
         ("a.svg", '<svg><path d="M0 0L1"/></svg>', "cannot be understood: Not enough coordinates"),
         ("a.svg", '<svg><path d="M0 0L1e999 0"/></svg>', "not finite or beyond 1e9"),
         ("a.svg", '<svg><path transform="turn(3)" d="M0 0L1 1"/></svg>', "unknown transform 'turn'"),
-        ("a.svg", "<svg>" + "<g>" * 50_000 + "</g>" * 50_000 + "</svg>", "no lines"),
+        ("a.svg", "<svg>" + "<g>" * 50_000 + "</g>" * 50_000 + "</svg>", "more than 256 deep"),
         ("a.svg", '<svg><path d="M0 0' + "h1" * 200_000 + '"/></svg>', "more than 200000 points"),
         ("a.svg", " " * 4_000_001, "it is too large: 4000001 bytes"),
         ("a.ndjson", "", "it has 0 drawings"),
         ("a.ndjson", '{"word": "hat"}', "line 1 cannot be read"),
         ("a.ndjson", '{"drawing": [[[1, 2], [1]]]}', "not a list of strokes"),
         ("a.ndjson", '{"drawing": [[[1, NaN], [1, 2]]]}', "not finite"),
+        ("a.ndjson", '{"drawing": [[[1, %s], [1, 2]]]}' % (400 * "9"), "not a list of strokes"),
         ("a.ndjson", "[" * 100_000, "line 1 cannot be read"),
     ],
 )
@@ -120,10 +153,14 @@ def test_hostile_and_broken_files_are_one_error(tmp_path, name, text, message):
 
 
 def test_lines_outside_of_the_page_are_an_error(tmp_path):
-    path = write(tmp_path / "far.svg", SVG.format('<path d="M500 500L900 900"/>'))
+    path = write(tmp_path / "far.svg", SVG.format('<path d="M500 500L900 900" stroke="black"/>'))
+    for fit in ("page", "content"):
+        with pytest.raises(ValueError, match="outside of its page"):
+            SketchProcessor(16).preprocess(path, fit=fit)
+    far = VectorSketch.from_svg(path.read_text())
     with pytest.raises(ValueError, match="outside of its page"):
-        SketchProcessor(16).preprocess(path, fit="page")
-    assert (SketchProcessor(16).preprocess(path) < 0).any()
+        SketchProcessor(16).preprocess(far, fit="page")
+    assert (SketchProcessor(16).preprocess(far) < 0).any()
 
 
 def test_limits_of_what_is_made_in_memory():
@@ -135,3 +172,172 @@ def test_limits_of_what_is_made_in_memory():
         VectorSketch([np.ones((3, 2))])
     with pytest.raises(ValueError, match="does not exist"):
         vector_sketch.read_vector_sketches("none.svg")
+
+
+# ---- SVG means what a browser shows ----------------------------------------------------------------------------------
+
+
+def distance(first, second):
+    """Mean distance between the lines of two sketches `[1, 1, S, S]`, either way, as a share of the side."""
+    first, second = ((sketch[0, 0] < 0).numpy() for sketch in (first, second))
+    to_first, to_second = (ndimage.distance_transform_edt(~lines) for lines in (first, second))
+    return (to_second[first].mean() + to_first[second].mean()) / 2 / first.shape[0]
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return SketchProcessor(64)
+
+
+@pytest.fixture(scope="module")
+def shirt(processor):
+    return processor.preprocess(FIXTURES / "00-plain.svg")
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in FIXTURES.glob("*.svg")))
+def test_the_same_shirt_is_read_from_every_way_to_save_it(processor, shirt, name):
+    # Others are another drawing, or not the whole shirt.
+    if name.startswith(("09", "16", "17", "18", "19", "20", "25")):
+        pytest.skip("held against the browser's picture")
+    # Pens' outlines and the polyline have another neck: straight, or an arc.
+    assert distance(processor.preprocess(FIXTURES / f"{name}.svg"), shirt) < 0.02
+
+
+def chromium_pictures(paths, folder, side=640):
+    """What a browser shows of each file, from one page that shows them all."""
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium to hold it against")
+    sizes = []
+    for path in paths:
+        width, height = SvgPicture(parse_svg(path.read_bytes())).size
+        sizes.append((round(width * side / max(width, height)), round(height * side / max(width, height))))
+    shown = "".join(
+        f'<img src="{path.resolve().as_uri()}" style="position:absolute;left:0;top:{side * i}px;width:{w}px;height:{h}px">'
+        for i, (path, (w, h)) in enumerate(zip(paths, sizes, strict=True))
+    )
+    page = write(folder / "page.html", f'<body style="margin:0;background:#fff">{shown}</body>')
+    shot = folder / "shot.png"
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--screenshot={shot}"]
+    command += [
+        f"--window-size={side},{side * len(paths) + 200}",
+        f"--user-data-dir={folder / 'profile'}",
+        page.as_uri(),
+    ]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    with Image.open(shot) as whole:
+        picture = whole.convert("RGB")
+    return [picture.crop((0, side * i, w, side * i + h)) for i, (w, h) in enumerate(sizes)]
+
+
+def test_every_file_is_read_as_the_picture_that_a_browser_shows(tmp_path):
+    processor = SketchProcessor(256)
+    paths = [path for path in sorted(FIXTURES.glob("*.svg")) if not path.stem.startswith("25")]
+    for path, picture in zip(paths, chromium_pictures(paths, tmp_path), strict=True):
+        found = distance(processor.preprocess(path), processor.preprocess(picture))
+        assert found < 0.02, (path.name, found)
+
+
+def test_plain_strokes_are_lines_and_anything_else_is_a_picture(tmp_path):
+    def kind(body):
+        [value] = vector_sketch.read_vector_sketches(write(tmp_path / "a.svg", SVG.format(body)))
+        return type(value)
+
+    plain = '<path d="M10 10H60V80H30" {}/>'
+    stroke = 'fill="none" stroke="#222"'
+    assert kind(plain.format(stroke)) is VectorSketch
+    assert kind(f'<g {stroke} transform="scale(0.5)">{plain.format("")}</g><defs/><title>a</title>') is VectorSketch
+    assert kind(plain.format('style="fill: none; stroke: currentColor"')) is VectorSketch
+    assert kind('<line x1="10" y1="10" x2="60" y2="60" stroke="navy"/>') is VectorSketch
+    odd = ["opacity='.5'", "stroke-dasharray='3'", "clip-path='url(#a)'", "stroke-width='20'", "visibility='hidden'"]
+    for more in odd:
+        assert kind(plain.format(f"{stroke} {more}")) is SvgPicture
+    for paint in ('fill="none" stroke="white"', 'fill="none"', 'stroke="#222"', 'fill="none" stroke="url(#a)"'):
+        assert kind(plain.format(paint)) is SvgPicture
+    for other in (
+        "<text>a</text>",
+        '<use href="#a"/>',
+        "<style/>",
+        "<animate/>",
+        '<path d="M80 80L95 95" stroke="#eee"/>',
+    ):
+        assert kind(plain.format(stroke) + other) is SvgPicture
+    assert (
+        kind('<rect x="1" y="1" width="98" height="98" fill="none" stroke="#222"/>' + plain.format(stroke))
+        is SvgPicture
+    )
+    assert kind('<path d="M10 10H160" fill="none" stroke="#222"/>') is SvgPicture
+
+
+def test_what_leads_out_of_the_file_is_not_followed_and_named(tmp_path, caplog):
+    Image.new("L", (50, 50)).save(tmp_path / "black.png")
+    outside = f'<image width="90" height="90" href="{tmp_path / "black.png"}"/><use href="{tmp_path / "a.svg"}#a"/>'
+    shape = '<path d="M10 10H60V80H30" fill="none" stroke="#222"/>'
+    path = write(tmp_path / "b.svg", SVG.format(shape + outside + "<script>a</script><foreignObject/>"))
+    found = SketchProcessor(64).preprocess(path)
+    assert distance(found, SketchProcessor(64).preprocess(VectorSketch.from_svg(SVG.format(shape)))) < 0.01
+    for named in ("<image> of another file", "<use> of another file", "HTML"):
+        assert named in caplog.text
+
+
+def test_white_strokes_on_no_paper_are_strokes_and_on_dark_strokes_an_eraser(processor, shirt, tmp_path):
+    text = (FIXTURES / "00-plain.svg").read_text()
+    white = write(tmp_path / "white.svg", text.replace("#1e1e1e", "white"))
+    assert distance(processor.preprocess(white), shirt) < 0.01
+    dark = write(
+        tmp_path / "dark.svg",
+        text.replace("#1e1e1e", "white").replace("<path", '<rect width="250" height="280"/><path'),
+    )
+    assert distance(processor.preprocess(dark), shirt) < 0.01
+
+
+def test_a_small_drawing_on_a_large_page_is_drawn_close(processor, shirt, tmp_path):
+    text = (FIXTURES / "26-white-fill-shape.svg").read_text()
+    assert (
+        distance(processor.preprocess(write(tmp_path / "a.svg", text.replace("0 0 400 400", "0 0 9000 9000"))), shirt)
+        < 0.005
+    )
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        '<filter id="f">'
+        + 99 * '<feMorphology radius="40"/>'
+        + '</filter><rect width="99" height="99" filter="url(#f)"/>',
+        '<path d="M1 1L9 9" stroke="red" transform="%s"/>' % (20_000 * "a"),
+        '<path d="M1 1L9 9" stroke="red" transform="%s"/>' % (10_000 * "a("),
+    ],
+)
+def test_no_file_takes_more_than_two_seconds_of_the_processor(tmp_path, body):
+    path, start, own = write(tmp_path / "slow.svg", SVG.format(body)), resource.getrusage, time.process_time()
+    children = start(resource.RUSAGE_CHILDREN).ru_utime
+    try:
+        SketchProcessor(16).preprocess(path)
+    except ValueError as error:
+        assert "too much time or memory" in str(error)
+    assert time.process_time() - own < 1 and start(resource.RUSAGE_CHILDREN).ru_utime - children < 1.5
+
+
+def test_of_an_ndjson_file_only_what_is_asked_for_is_read(tmp_path):
+    line = json.dumps({"drawing": STROKES})
+    path = write(tmp_path / "many.ndjson", "\n".join([line, line, "broken"]))
+    assert SketchProcessor(16).preprocess(path, max_drawings=2).shape[0] == 2
+    with pytest.raises(ValueError, match="line 3 cannot be read"):
+        SketchProcessor(16).preprocess(path)
+
+
+@pytest.mark.parametrize(
+    "name", ["https://example.org/a.svg", "http://example.org/a.png", "data:image/png;base64,AAAA"]
+)
+def test_an_address_is_no_file(name):
+    with pytest.raises(ValueError, match="download it first"):
+        SketchProcessor(16).preprocess(name)
+
+
+def test_a_pipe_or_a_device_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe.svg")
+    (tmp_path / "zero.ndjson").symlink_to("/dev/zero")
+    for name in ("pipe.svg", "zero.ndjson"):
+        with pytest.raises(ValueError, match="it is not a file"):
+            SketchProcessor(16).preprocess(tmp_path / name)

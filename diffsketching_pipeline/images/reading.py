@@ -4,6 +4,7 @@
 import math
 import numbers
 import os
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,10 @@ MAX_SKETCH_PIXELS = 64_000_000
 MAX_SKETCH_SIDE = 16_384
 # Raster formats only: Pillow hands others (EPS, say) to outside programs.
 _FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM")
+# What is not the path of a file. A drive of Windows has one letter.
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://|data:", re.IGNORECASE)
+# Characters of a path that a message repeats.
+_MAX_SHOWN = 300
 _MEAN_OF_CHANNELS = (1 / 3, 1 / 3, 1 / 3, 0)
 
 
@@ -158,10 +163,13 @@ def is_array(value: Any) -> TypeGuard[np.ndarray | torch.Tensor]:
 
 def make_given_image(value: Any, name: str) -> GivenImage:
     if isinstance(value, (str, os.PathLike)):
-        return GivenImage(value, f"{name} ({os.fspath(value)!r})")
+        name = _name_of_file(value, name)
+        if _ADDRESS.match(os.fspath(value)):
+            raise ValueError(f"{name} is an address, not a file: download it first, and pass the file's path.")
+        return GivenImage(value, name)
     if isinstance(value, Image.Image):
         path = getattr(value, "filename", "")
-        return GivenImage(value, f"{name} ({path!r})" if path else name)
+        return GivenImage(value, _name_of_file(path, name) if path else name)
     if isinstance(value, VectorSketch):
         return GivenImage(value, name)
     if is_array(value):
@@ -172,20 +180,26 @@ def make_given_image(value: Any, name: str) -> GivenImage:
     )
 
 
-def split_batch(batch: np.ndarray | torch.Tensor | str | os.PathLike, name: str) -> list[GivenImage]:
+def _name_of_file(path: Any, name: str) -> str:
+    text = os.fspath(path)
+    return f"{name} ({text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + '...'!r})"
+
+
+def split_batch(
+    batch: np.ndarray | torch.Tensor | str | os.PathLike, name: str, max_drawings: int | None = None
+) -> list[GivenImage]:
     if isinstance(batch, (str, os.PathLike)):
-        path = os.fspath(batch)
+        # An address is refused here.
+        first = make_given_image(batch, name.format(0)).name
         try:
-            return [
-                GivenImage(value, f"{name.format(i)} ({path!r})")
-                for i, value in enumerate(read_vector_sketches(batch))
-            ]
+            values = read_vector_sketches(batch, max_drawings)
         except ValueError as error:
-            raise ValueError(f"{name.format(0)} ({path!r}) cannot be used: {error}") from error
+            raise ValueError(f"{first} cannot be used: {error}") from error
+        return [GivenImage(value, _name_of_file(batch, name.format(i))) for i, value in enumerate(values)]
     if batch.shape[0] == 0:
         raise ValueError(f"{name.format(0)} does not exist: the batch has shape {list(batch.shape)}.")
     signed = _is_signed(batch)
-    return [GivenImage(value, name.format(i), signed) for i, value in enumerate(batch)]
+    return [GivenImage(value, name.format(i), signed) for i, value in enumerate(batch[:max_drawings])]
 
 
 def _is_signed(value: np.ndarray | torch.Tensor) -> bool | None:

@@ -34,6 +34,7 @@ from diffsketching_pipeline.images.strokes import (
     trace,
     without_surround,
 )
+from diffsketching_pipeline.images.svg_rendering import SvgPicture
 from diffsketching_pipeline.images.vector_sketch import VectorSketch, is_vector_file
 
 
@@ -112,6 +113,7 @@ class SketchProcessor(ConfigMixin):
         threshold: float | str | None = None,
         fit: str | None = None,
         resize_mode: str | None = None,
+        max_drawings: int | None = None,
     ) -> torch.Tensor:
         """
         The sketches of `sketch` one after another, groups joined: float32 `[B, 1, height, width]` in [-1, 1], on the
@@ -120,7 +122,14 @@ class SketchProcessor(ConfigMixin):
         Arguments, rules and errors are those of [`~SketchProcessor.preprocess_groups`].
         """
         groups = self.preprocess_groups(
-            sketch, height, width, invert=invert, threshold=threshold, fit=fit, resize_mode=resize_mode
+            sketch,
+            height,
+            width,
+            invert=invert,
+            threshold=threshold,
+            fit=fit,
+            resize_mode=resize_mode,
+            max_drawings=max_drawings,
         )
         return torch.cat(groups)
 
@@ -134,6 +143,7 @@ class SketchProcessor(ConfigMixin):
         threshold: float | str | None = None,
         fit: str | None = None,
         resize_mode: str | None = None,
+        max_drawings: int | None = None,
     ) -> list[torch.Tensor]:
         """
         One entry per result, each the float32 tensor `[K_i, 1, height, width]` in [-1, 1] of its K_i drawings.
@@ -146,11 +156,14 @@ class SketchProcessor(ConfigMixin):
                 with C = 1, 3 or 4 (alpha last). uint8 is 0-255 and uint16 0-65535; floats that contain a negative
                 value are in [-1, 1], others in [0, 1]. A float tensor with a negative value, one channel and exactly
                 the output's size already is in the convention: it is checked (and inverted if need be), not redrawn.
-                An `.svg` file or a [`VectorSketch`] is one drawing, an `.ndjson` file of Quick, Draw! is a batch of them.
+                An `.svg` file or a [`VectorSketch`] is one drawing, an `.ndjson` file of Quick, Draw! is a batch of them. An
+                SVG is read as lines if it is plain strokes, and otherwise as the picture that a browser shows of it.
             height, width (`int`, *optional*):
                 Size of the output in pixels, in [8, 4096]; `resolution` by default.
             invert, threshold, fit, resize_mode (*optional*):
                 Override the configuration for this call.
+            max_drawings (`int`, *optional*):
+                Read no more than the first so many drawings of a file or an array that holds several.
 
         Raises:
             `ValueError`: naming the file or the index, if a sketch cannot be read, has the wrong type, shape or
@@ -167,7 +180,7 @@ class SketchProcessor(ConfigMixin):
             line_width=config.line_width,
         )
         check_options(options)
-        groups = _group_sketches(sketch)
+        groups = _group_sketches(sketch, max_drawings)
         for item in itertools.chain(*groups):
             check_given_image(item)
 
@@ -188,7 +201,7 @@ def _preprocess_item(item: GivenImage, options: SketchOptions, inverted: list[st
         if not mask.any():
             raise ValueError(f"{item.name} holds no drawing: its lines lie outside of its page.")
     else:
-        gray = to_gray(item, options.invert)
+        gray = _brightness(item, options)
         check_not_uniform(gray, item.name)
         invert = options.invert
         if invert is None:
@@ -209,18 +222,31 @@ def _preprocess_item(item: GivenImage, options: SketchOptions, inverted: list[st
     return torch.from_numpy(sketch.astype(np.float32))[None]
 
 
-def _group_sketches(sketch: SketchInput) -> list[list[GivenImage]]:
+def _brightness(item: GivenImage, options: SketchOptions) -> np.ndarray:
+    """`[H, W]` uint8; what a drawing has that is not in it is logged as a warning."""
+    if not isinstance(item.value, SvgPicture):
+        return to_gray(item, options.invert)
+    try:
+        gray, left_out = item.value.draw(close=options.fit == "content")
+    except ValueError as error:
+        raise ValueError(f"{item.name} cannot be used: {error}") from error
+    if left_out:
+        logger.warning(f"{item.name} was read without {', '.join(left_out)}: save it as PNG if that belongs to it.")
+    return gray
+
+
+def _group_sketches(sketch: SketchInput, max_drawings: int | None = None) -> list[list[GivenImage]]:
     """One list of items per result."""
     if not isinstance(sketch, (list, tuple)):
         if _is_batch(sketch):
-            return [[item] for item in split_batch(sketch, "sketch {}")]
+            return [[item] for item in split_batch(sketch, "sketch {}", max_drawings)]
         return [[make_given_image(sketch, "sketch 0")]]
     if len(sketch) == 0:
         raise ValueError("`sketch` is an empty list; pass at least one drawing, or `None` for none.")
     groups = []
     for i, entry in enumerate(sketch):
         if _is_batch(entry):
-            groups.append(split_batch(entry, f"sketch {i}, drawing {{}}"))
+            groups.append(split_batch(entry, f"sketch {i}, drawing {{}}", max_drawings))
         elif isinstance(entry, (list, tuple)):
             if len(entry) == 0:
                 raise ValueError(f"sketch {i} is an empty list; every result needs at least one drawing.")
