@@ -13,6 +13,7 @@ from typing import Any, TypeGuard
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from scipy import ndimage
 
 from diffsketching_pipeline.images.vector_sketch import VectorSketch, read_vector_sketches
 
@@ -22,6 +23,8 @@ MAX_SKETCH_PIXELS = 64_000_000
 MAX_SKETCH_SIDE = 16_384
 # Raster formats only: Pillow hands others (EPS, say) to outside programs.
 _FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM")
+# Grey levels between the darkest and the lightest strokes from which on they are of several colours.
+_SEVERAL_COLORS = 96
 # What is not the path of a file. A drive of Windows has one letter.
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://|data:", re.IGNORECASE)
 # Characters of a path that a message repeats.
@@ -353,6 +356,17 @@ def _scale_to_uint8(values: np.ndarray, name: str) -> np.ndarray:
     return np.rint(values * (255 / top)).astype(np.uint8)
 
 
+def _are_strokes(alpha: np.ndarray) -> bool:
+    """Whether what is opaque is thin lines on a page that is transparent elsewhere, and no filled shape."""
+    factor = math.ceil(max(alpha.shape) / 512)
+    opaque = np.asarray(Image.fromarray(alpha).reduce(factor)) >= 128 if factor > 1 else alpha >= 128
+    rows, columns = (np.flatnonzero(opaque.any(axis)) for axis in (1, 0))
+    if not len(rows) or opaque.mean() > 0.5:
+        return False
+    depth = ndimage.distance_transform_edt(np.pad(opaque, 1)).max()
+    return bool(depth < 0.04 * (1 + max(np.ptp(rows), np.ptp(columns))))
+
+
 def _flatten_alpha(image: Image.Image, invert: bool | None, name: str) -> np.ndarray:
     """Transparency becomes paper: white, or black under strokes that are all light."""
     alpha = np.asarray(image.getchannel("A"))
@@ -361,6 +375,9 @@ def _flatten_alpha(image: Image.Image, invert: bool | None, name: str) -> np.nda
         raise ValueError(f"{name} holds no drawing: it is fully transparent.")
     if invert is None:
         opaque = gray[alpha >= 0.9 * alpha.max()]
+        if _are_strokes(alpha) and np.quantile(opaque, 0.98) - np.quantile(opaque, 0.02) > _SEVERAL_COLORS:
+            # Whatever paper they were laid on, some of the strokes would be lost on it.
+            return 255 - alpha
         invert = bool((opaque < 128).mean() < 0.001)
     paper = 0.0 if invert else 255.0
     return np.rint(paper + alpha.astype(np.float32) / 255 * (gray - paper)).astype(np.uint8)

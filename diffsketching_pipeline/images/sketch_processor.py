@@ -34,6 +34,7 @@ from diffsketching_pipeline.images.strokes import (
     trace,
     without_surround,
 )
+from diffsketching_pipeline.images.surround import find_sheet, keep_sheet
 from diffsketching_pipeline.images.svg_rendering import SvgPicture
 from diffsketching_pipeline.images.vector_sketch import VectorSketch, is_vector_file
 
@@ -203,14 +204,18 @@ def _preprocess_item(item: GivenImage, options: SketchOptions, inverted: list[st
     else:
         gray = _brightness(item, options)
         check_not_uniform(gray, item.name)
-        invert = options.invert
+        invert, sheet = options.invert, None if options.invert else find_sheet(gray)
         if invert is None:
-            invert = is_light_on_dark(gray)
+            invert = sheet is None and is_light_on_dark(gray)
             inverted += [item.name] if invert else []
         if _in_convention(item, options.size):
             sketch = item.value.detach().to("cpu", torch.float32).reshape(1, *options.size).clamp(-1, 1)
             return -sketch if invert else sketch
-        mask, page, factor = trace(without_surround(255 - gray if invert else gray), options, item.name)
+        if sheet is not None:
+            gray, region = keep_sheet(gray, sheet)
+            mask, page, factor = trace(gray, options, item.name, region)
+        else:
+            mask, page, factor = trace(without_surround(255 - gray if invert else gray), options, item.name)
     width = max(MIN_LINE_WIDTH, (options.line_width or 0.0) * min(options.size))
     scale, _ = place_drawing(mask, page, factor, options)
     lines = centre_lines(mask, gap=width / scale.max())

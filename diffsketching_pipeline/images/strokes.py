@@ -13,6 +13,7 @@ from skimage.filters import apply_hysteresis_threshold, threshold_otsu
 from skimage.morphology import skeletonize
 
 from diffsketching_pipeline.images.reading import is_number
+from diffsketching_pipeline.images.surround import enlarge, thumbnail
 from diffsketching_pipeline.images.vector_sketch import VectorSketch
 
 
@@ -34,6 +35,12 @@ _MAX_STROKE = 0.06
 _MIN_FILL = 0.05
 # What spans fewer pixels than this in the source is not magnified as if it were a whole drawing.
 _MIN_SOURCE_EXTENT = 16.0
+# By how much strokes are darker than a pattern that is left out from under them, the share of the page that one spans, how
+# often it repeats, and how much alike (as a correlation).
+_MIN_PATTERN_RATIO = 1.8
+_PATTERN_EXTENT = 0.8
+_MIN_PERIODS = 5
+_MIN_REPEAT = 0.5
 # The drawing is traced on a grid up to this many times finer than the output, and drawn on one this many times finer.
 _TRACE_SCALE = 6
 _DRAW_SCALE = 4
@@ -74,17 +81,12 @@ def check_options(options: SketchOptions) -> None:
         raise ValueError(f"`line_width` has to be None or in (0, 0.25] but is {options.line_width!r}.")
 
 
-def _thumbnail(gray: np.ndarray, side: int) -> np.ndarray:
-    factor = math.ceil(max(gray.shape) / side)
-    return np.asarray(Image.fromarray(gray).reduce(factor)) if factor > 1 else gray
-
-
 def _dark_part(gray: np.ndarray) -> tuple[np.ndarray, float, float] | None:
     """
     Of a page that falls into two brightnesses, the thumbnail of its dark part, and that part's share of the border and
     of the interior. `None` where it does not: shading swamps the strokes.
     """
-    thumb = _thumbnail(gray, 256).astype(np.float32)
+    thumb = thumbnail(gray, 256).astype(np.float32)
     if thumb.min() == thumb.max():
         return None
     dark = thumb <= threshold_otsu(thumb)
@@ -104,7 +106,7 @@ def is_light_on_dark(gray: np.ndarray) -> bool:
     """Paper is what touches the border and fills much of the page; failing that, strokes are what stands out."""
     part = _dark_part(gray)
     if part is None:
-        thumb = _thumbnail(gray, 256).astype(np.float32)
+        thumb = thumbnail(gray, 256).astype(np.float32)
         return bool(((thumb - ndimage.gaussian_filter(thumb, 4)) ** 3).mean() > 0)
     _, border, interior = part
     return border > 0.5 and interior > 0.25
@@ -124,7 +126,7 @@ def without_surround(gray: np.ndarray) -> np.ndarray:
         return gray
     nearest = ndimage.distance_transform_edt(surround, return_distances=False, return_indices=True)
     size = (gray.shape[1], gray.shape[0])
-    paper = Image.fromarray(_thumbnail(gray, 256)[tuple(nearest)]).resize(size, Image.Resampling.BILINEAR)
+    paper = Image.fromarray(thumbnail(gray, 256)[tuple(nearest)]).resize(size, Image.Resampling.BILINEAR)
     surround = Image.fromarray(surround).resize(size, Image.Resampling.NEAREST)
     return np.where(np.asarray(surround), np.asarray(paper), gray)
 
@@ -139,10 +141,17 @@ def check_not_uniform(gray: np.ndarray, name: str) -> None:
     )
 
 
-def trace(gray: np.ndarray, options: SketchOptions, name: str) -> tuple[np.ndarray, np.ndarray, float]:
-    """Stroke mask, the page's height and width in cells of it, and cells per pixel of the source."""
+def trace(
+    gray: np.ndarray, options: SketchOptions, name: str, region: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """
+    Stroke mask, the page's height and width in cells of it, and cells per pixel of the source.
+
+    Args:
+        region: the pixels that are of the source, where others were laid around them.
+    """
     side = _TRACE_SCALE * max(options.size)
-    mask, factor = _ink(gray, options.threshold, side)
+    mask, factor = _ink(gray, options.threshold, side, region)
     if not mask.any():
         raise ValueError(
             f"{name} holds no drawing: nothing in it is darker than its paper and noise. Draw darker lines, or pass"
@@ -156,7 +165,8 @@ def trace(gray: np.ndarray, options: SketchOptions, name: str) -> tuple[np.ndarr
         top, left = (max(0, math.floor((index[0] - pad) / factor)) for index in (rows, columns))
         bottom, right = (math.ceil((index[-1] + 1 + pad) / factor) for index in (rows, columns))
         gray = gray[top:bottom, left:right]
-        closer, closer_factor = _ink(gray, options.threshold, side)
+        region = region if region is None else region[top:bottom, left:right]
+        closer, closer_factor = _ink(gray, options.threshold, side, region)
         mask, factor = (closer, closer_factor) if closer.any() else (mask, factor)
     return mask, np.array(gray.shape) * factor, factor
 
@@ -188,17 +198,22 @@ def _occupied(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
 
 
-def _ink(gray: np.ndarray, threshold: float | str, side: int) -> tuple[np.ndarray, float]:
+def _ink(
+    gray: np.ndarray, threshold: float | str, side: int, region: np.ndarray | None = None
+) -> tuple[np.ndarray, float]:
     """Stroke mask on a grid of about `side` cells, and its cells per pixel of `gray`."""
-    is_photo = _is_photo(gray)
+    is_photo = _is_photo(gray if region is None or not region.any() else gray[region][None])
     gray, factor = _resample(gray, side, is_photo)
     background = _background(gray)
     darkness = 1 - gray / background
     if isinstance(threshold, str):
-        floor = _noise_floor(darkness, background) if is_photo else _MIN_CONTRAST
+        own = None if region is None or not region.any() else enlarge(region, darkness.shape)
+        floor = _noise_floor(darkness, background, own) if is_photo else _MIN_CONTRAST
         darkness = np.maximum(darkness, 0)
         high = threshold_otsu(darkness)
         mask = apply_hysteresis_threshold(darkness, np.maximum(floor, 0.6 * high), np.maximum(floor, high))
+        if not is_photo:
+            mask = _without_pattern(mask, darkness)
     else:
         mask = darkness > 1 - threshold
     if not is_photo:
@@ -207,12 +222,49 @@ def _ink(gray: np.ndarray, threshold: float | str, side: int) -> tuple[np.ndarra
     return _remove_specks(mask), factor
 
 
-def _noise_floor(darkness: np.ndarray, background: np.ndarray) -> np.ndarray:
+def _noise_floor(darkness: np.ndarray, background: np.ndarray, own: np.ndarray | None = None) -> np.ndarray:
     """What noise of a constant size in grey levels explains, which in a shadow is a larger share of the paper."""
-    level = np.median(darkness)
+    level = np.median(darkness if own is None else darkness[own])
+    deviation = np.abs(darkness - level) * background
     # A quartile of the deviations, 0.3186 sigma of a normal distribution, is that of the paper even on a crowded page.
-    noise = np.quantile(np.abs(darkness - level) * background, 0.25) / 0.3186
+    noise = np.quantile(deviation if own is None else deviation[own], 0.25) / 0.3186
     return np.maximum(_MIN_CONTRAST, level + _NOISE_SIGMAS * noise / background)
+
+
+def _without_pattern(mask: np.ndarray, darkness: np.ndarray) -> np.ndarray:
+    """Dark strokes alone where a pale regular pattern, a grid or rules, covers the page under them."""
+    levels = darkness[mask]
+    if len(levels) < 2 or levels.min() == levels.max():
+        return mask
+    split = threshold_otsu(levels)
+    pale = mask & (darkness <= split)
+    dark = darkness[mask & (darkness > split)]
+    if not pale.any() or not len(dark):
+        return mask
+    level, stroke_level = float(np.median(darkness[pale])), float(np.median(dark))
+    if stroke_level < _MIN_PATTERN_RATIO * level or not _is_regular(pale):
+        return mask
+    # Half way, because a second color of the pattern, a margin's line, may be darker than the split.
+    return darkness > (level + stroke_level) / 2
+
+
+def _is_regular(pattern: np.ndarray) -> bool:
+    """Whether marks cover the page from side to side, and repeat along one of its axes."""
+    if any(
+        np.ptp(index) < _PATTERN_EXTENT * side for index, side in zip(_occupied(pattern), pattern.shape, strict=True)
+    ):
+        return False
+    for axis in (0, 1):
+        profile = pattern.sum(axis).astype(np.float64)
+        profile -= ndimage.uniform_filter1d(profile, max(3, len(profile) // 4), mode="nearest")
+        power = np.abs(np.fft.rfft(profile, 2 * len(profile))) ** 2
+        repeats = np.fft.irfft(power)[: len(profile) // _MIN_PERIODS]
+        # Less is left to overlap at a larger lag.
+        repeats *= len(profile) / (len(profile) - np.arange(len(repeats)))
+        first = np.flatnonzero(repeats < 0)
+        if len(first) and repeats[0] > 0 and repeats[first[0] :].max(initial=0) > _MIN_REPEAT * repeats[0]:
+            return True
+    return False
 
 
 def _is_photo(gray: np.ndarray) -> bool:
@@ -246,7 +298,7 @@ def _block_minimum(gray: np.ndarray, step: int) -> np.ndarray:
 
 def _background(gray: np.ndarray) -> np.ndarray:
     """Brightness of the paper at every pixel: dark structures narrower than a tenth of the page are closed."""
-    small = _thumbnail(np.clip(gray, 0, 255).astype(np.uint8), 128).astype(np.float32)
+    small = thumbnail(np.clip(gray, 0, 255).astype(np.uint8), 128).astype(np.float32)
     window = max(3, round(max(small.shape) / 10))
     # Continued by point reflection, a page that darkens towards its border goes on darkening and is not closed there;
     # where that would brighten it, as across a shadow's edge, a mirror image does.
