@@ -2,6 +2,7 @@
 """Draws the six drawings next to this file, stroke by stroke: python draw.py"""
 
 import logging
+import os
 import runpy
 import shutil
 import struct
@@ -14,6 +15,7 @@ import torch
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
+from diffsketching_pipeline.images import reading
 from diffsketching_pipeline.images.reading import (
     MAX_SKETCH_SIDE,
     preprocess_mask,
@@ -326,6 +328,165 @@ def test_exif_orientation(processor, reference, tmp_path):
     path = tmp_path / "phone.jpg"
     draw().transpose(Image.Transpose.ROTATE_90).save(path, exif=exif, quality=95)
     assert farthest(processor.preprocess(path), reference) <= 1.5
+
+
+# ---- pages in surroundings, on patterns, on no paper ------------------------------------------------------------------
+
+SHIRT = [(0.28, 0.14), (0.08, 0.28), (0.18, 0.41), (0.26, 0.36), (0.26, 0.86), (0.74, 0.86), (0.74, 0.36)]
+SHIRT += [(0.82, 0.41), (0.92, 0.28), (0.72, 0.14), (0.6, 0.22), (0.4, 0.22), (0.28, 0.14)]
+
+
+def shirt(size=(500, 560), **options):
+    return draw(size, width=options.pop("width", 5), points=SHIRT, **options)
+
+
+def on_a_table(share, turn, level=60, size=(450, 600)):
+    """A sheet that covers this share of a dark table, turned; and the drawing alone, as it is turned."""
+    rng = np.random.default_rng(0)
+    height = round((share * size[0] * size[1] * 1.3) ** 0.5)
+    turned = [
+        shirt((round(height / 1.3), height), width=3, paper=paper, ink=ink, mode="RGB").rotate(
+            turn, Image.Resampling.BICUBIC, expand=True, fillcolor=fill
+        )
+        for paper, ink, fill in (((225, 225, 225), (40, 40, 40), (level,) * 3), ((255,) * 3, (0, 0, 0), (255,) * 3))
+    ]
+    table = Image.new("RGB", size, (level,) * 3)
+    table.paste(turned[0], ((size[0] - turned[0].width) // 2, (size[1] - turned[0].height) // 2))
+    noisy = np.asarray(table.convert("L")) + 3 * rng.standard_normal(size[::-1])
+    return Image.fromarray(np.uint8(np.clip(noisy, 0, 255))), turned[1].convert("L")
+
+
+@pytest.mark.parametrize(
+    "share, turn, level", [(0.26, 0, 60), (0.26, 25, 60), (0.4, -15, 40), (0.3, 10, 110), (0.7, 3, 60)]
+)
+def test_a_sheet_on_a_dark_table_is_the_page(processor, caplog, share, turn, level):
+    picture, drawing = on_a_table(share, turn, level)
+    assert farthest(processor.preprocess(picture), processor.preprocess(drawing)) <= 1.5
+    assert "inverted" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "left, top, right, bottom", [(400, 0, 400, 0), (0, 90, 0, 90), (30, 0, 0, 0), (30, 25, 0, 40), (0, 0, 9, 0)]
+)
+def test_bars_and_dark_edges_are_no_strokes(processor, left, top, right, bottom):
+    page = Image.new("L", (500 + left + right, 560 + top + bottom), 15)
+    page.paste(shirt(), (left, top))
+    assert farthest(processor.preprocess(page), processor.preprocess(shirt())) <= 1.5
+
+
+def test_a_shape_that_only_resembles_a_sheet_is_drawn(processor):
+    box = [(0.1, 0.1), (0.9, 0.1), (0.9, 0.9), (0.1, 0.9), (0.1, 0.1)]
+    outline = processor.preprocess(draw(points=box))
+    assert farthest(processor.preprocess(draw(points=box, paper=10, ink=240)), outline) <= 1.5
+    disc, ring = Image.new("L", (300, 300), 10), Image.new("L", (300, 300), 255)
+    ImageDraw.Draw(disc).ellipse((40, 40, 260, 260), fill=245)
+    ImageDraw.Draw(ring).ellipse((40, 40, 260, 260), outline=0, width=3)
+    for page, ink in ((disc, 10), (ring, 0)):
+        ImageDraw.Draw(page).line((90, 150, 210, 150), fill=ink, width=4)
+    assert farthest(processor.preprocess(disc), processor.preprocess(ring)) <= 1.5
+
+
+@pytest.mark.parametrize("kind", ["grid", "rules", "dots"])
+@pytest.mark.parametrize("paper, pattern, ink", [(255, 225, 0), (255, 185, 0), (25, 65, 240)])
+@pytest.mark.parametrize("step", [12, 25])
+def test_dark_strokes_win_over_a_pale_pattern(processor, kind, paper, pattern, ink, step):
+    page = Image.new("L", (500, 560), paper)
+    pen = ImageDraw.Draw(page)
+    for y in range(step // 2, 560, step):
+        if kind == "dots":
+            for x in range(step // 2, 500, step):
+                pen.rectangle((x, y, x + 1, y + 1), fill=pattern)
+        else:
+            pen.line((0, y, 500, y), fill=pattern)
+    for x in range(step // 2, 500, step) if kind == "grid" else (60,) if kind == "rules" else ():
+        pen.line((x, 0, x, 560), fill=pattern)
+    strokes = Image.fromarray(np.asarray(shirt()) < 128)
+    page.paste(ink, mask=strokes)
+    assert farthest(processor.preprocess(page), processor.preprocess(shirt())) <= 1.5
+
+
+def test_pale_lines_that_are_no_pattern_of_the_page_are_kept(processor):
+    page, dark = shirt(), shirt()
+    for image, ink in ((page, 150), (dark, 0)):
+        for y in range(220, 470, 20):
+            ImageDraw.Draw(image).line((150, y, 350, y), fill=ink, width=3)
+    assert farthest(processor.preprocess(page), processor.preprocess(dark)) <= 1
+
+
+@pytest.mark.parametrize(
+    "colors", [("white", "black"), ("#fff050", "#101080"), ("white",), ("#ffc8c8", "#f0f05a", "#5ac8ff")]
+)
+def test_on_a_transparent_page_ink_is_where_alpha_is(processor, colors):
+    page = Image.new("RGBA", (500, 560))
+    pen = ImageDraw.Draw(page)
+    points = [(500 * x, 500 * y) for x, y in SHIRT]
+    for i, line in enumerate(zip(points, points[1:], strict=False)):
+        pen.line(line, fill=colors[i % len(colors)], width=5)
+    assert farthest(processor.preprocess(page), processor.preprocess(shirt())) <= 1.5
+
+
+def test_a_white_fill_on_a_transparent_page_is_no_ink(processor):
+    page = Image.new("RGBA", (500, 500))
+    points = [(500 * x, 500 * y) for x, y in SHIRT]
+    pen = ImageDraw.Draw(page)
+    pen.polygon(points, fill="white")
+    pen.line(points, fill="black", width=5)
+    pen.line((180, 300, 320, 300), fill="black", width=5)
+    inside = processor.preprocess(page)[0, 0, 20:44, 26:38]
+    assert (inside < 0).any(1).sum() in (1, 2)
+
+
+# ---- files that are large, moving or without an end -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png"])
+def test_a_time_lapse_is_read_at_its_last_frame(processor, tmp_path, suffix):
+    frames = [Image.new("L", (256, 256), 255), draw(points=ZIGZAG[:2]), draw(points=ZIGZAG[:4]), draw()]
+    frames[0].save(tmp_path / f"a.{suffix}", save_all=True, append_images=frames[1:], duration=100)
+    assert farthest(processor.preprocess(tmp_path / f"a.{suffix}"), processor.preprocess(draw())) <= 1
+    frames[-1].save(tmp_path / f"b.{suffix}", save_all=True, append_images=frames[:1], duration=100)
+    assert farthest(processor.preprocess(tmp_path / f"b.{suffix}"), processor.preprocess(draw())) <= 1
+
+
+def test_a_long_animation_is_refused_with_its_name(processor, tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "_MAX_ANIMATION", 3 * 256 * 256)
+    frames = [Image.new("L", (256, 256), level) for level in (255, 254, 253, 252)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    with pytest.raises(ValueError, match=r"a.gif'\) is an animation of 4 frames"):
+        processor.preprocess(tmp_path / "a.gif")
+
+
+def test_a_jpeg_of_many_scans_is_refused(processor, tmp_path):
+    path = tmp_path / "a.jpg"
+    draw().save(path, progressive=True)
+    assert processor.preprocess(path).min() == -1
+    data = path.read_bytes()
+    path.write_bytes(data[:-2] + 500 * data[data.rfind(b"\xff\xda") : -2] + data[-2:])
+    with pytest.raises(ValueError, match="scans; save it as PNG"):
+        processor.preprocess(path)
+
+
+def test_a_pipe_and_a_device_are_refused(processor, tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "zero.jpg").symlink_to("/dev/zero")
+    for name in ("pipe.png", "zero.jpg"):
+        with pytest.raises(ValueError, match=rf"{name}'.*it is not a file"):
+            processor.preprocess(tmp_path / name)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
+def test_a_very_large_picture_is_made_smaller_first(processor, reference, tmp_path, monkeypatch, mode):
+    # As 64 megapixels are to what is traced at most.
+    monkeypatch.setattr(reading, "_MAX_TRACED_PIXELS", 300 * 300)
+    page = draw((600, 600), 6)
+    page = Image.fromarray(np.asarray(page).astype(np.uint16) * 257) if mode == "I;16" else page.convert(mode)
+    exif = Image.Exif()
+    exif[0x0112] = 3  # shown upside down
+    page.transpose(Image.Transpose.ROTATE_180).save(tmp_path / "large.png", exif=exif)
+    assert farthest(processor.preprocess(tmp_path / "large.png"), reference) <= 1.5
+    if mode in ("L", "RGB"):
+        page.save(tmp_path / "large.jpg")
+        assert farthest(processor.preprocess(tmp_path / "large.jpg"), reference) <= 1.5
 
 
 def test_config_round_trip(tmp_path):

@@ -160,7 +160,7 @@ class Studio:
             ValueError: naming the file, if it cannot be read, is too large or holds no drawing.
         """
         try:
-            sketch = self._canvas_processor.preprocess(str(path))[0, 0]
+            sketch = self._canvas_processor.preprocess(str(path), max_drawings=1)[0, 0]
         except ValueError as error:
             # Where an upload was put is nobody's business, and it is the only one.
             message = str(error).removeprefix("sketch 0 ").replace(f"({str(path)!r})", str(path))

@@ -23,6 +23,12 @@ MAX_SKETCH_PIXELS = 64_000_000
 MAX_SKETCH_SIDE = 16_384
 # Raster formats only: Pillow hands others (EPS, say) to outside programs.
 _FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM")
+# A drawing of more pixels is made smaller before it is traced: each step after it takes several times the memory.
+_MAX_TRACED_PIXELS = 4096 * 4096
+# Scans of a progressive JPEG, and pixels that an animation has in all its frames.
+_MAX_SCANS = 100
+_MAX_ANIMATION = 200_000_000
+_ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")
 # Grey levels between the darkest and the lightest strokes from which on they are of several colours.
 _SEVERAL_COLORS = 96
 # What is not the path of a file. A drive of Windows has one letter.
@@ -285,6 +291,9 @@ def _open_image(path: str | os.PathLike, name: str) -> Image.Image:
     Image.init()
     formats = [name for name in _FORMATS if name in Image.OPEN]
     try:
+        if Path(path).exists() and not Path(path).is_file() and not Path(path).is_dir():
+            # A pipe or a device may be without an end.
+            raise ValueError("it is not a file")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             return Image.open(Path(path), formats=formats)
@@ -296,15 +305,86 @@ def _open_image(path: str | os.PathLike, name: str) -> Image.Image:
         raise ValueError(f"{name} cannot be read as an image; save it as PNG or JPEG. ({error})") from error
 
 
-def load_image(source: str | os.PathLike | Image.Image, name: str) -> Image.Image:
-    """Decoded and upright."""
+def load_image(source: str | os.PathLike | Image.Image, name: str, max_pixels: int = MAX_SKETCH_PIXELS) -> Image.Image:
+    """Decoded and upright, of an animation the frame that shows most; one of more than `max_pixels` is made smaller."""
     image = source if isinstance(source, Image.Image) else _open_image(source, name)
     try:
         _check_dimensions(image.size, name)
-        return _decode(image, name)
+        if image is source:
+            return _decode(image, name)
+        _check_passes(image, source, name)
+        if getattr(image, "n_frames", 1) > 1 and image.format in _ANIMATED:
+            return _frame_that_shows_most(image, name)
+        factor = math.ceil(math.sqrt(image.width * image.height / max_pixels))
+        if factor > 1:
+            # A JPEG is decoded at the smaller size.
+            image.draft(None, (image.width // factor, image.height // factor))
+        return _decode(_reduce(image, max_pixels, name), name)
     finally:
         if image is not source:
             image.close()
+
+
+def _check_passes(image: Image.Image, path: Any, name: str) -> None:
+    """Refuse a JPEG of very many scans, each of which is decoded over the whole picture."""
+    if image.format != "JPEG" or not image.info.get("progressive"):
+        return
+    with open(path, "rb") as file:
+        # In entropy-coded data such a byte is followed by another.
+        scans = sum(block.count(b"\xff\xda") for block in iter(lambda: file.read(1 << 20), b""))
+    if scans > _MAX_SCANS:
+        raise ValueError(f"{name} cannot be read as an image: it has {scans} scans; save it as PNG.")
+
+
+def _frame_that_shows_most(image: Image.Image, name: str) -> Image.Image:
+    """
+    The first frame of an animation, or the last one where more is to be seen, as in a drawing's time-lapse.
+
+    Raises:
+        ValueError: if there are too many frames to come to the last one.
+    """
+    frames = getattr(image, "n_frames", 1)
+    if frames * image.width * image.height > _MAX_ANIMATION:
+        raise ValueError(
+            f"{name} is an animation of {frames} frames, too long to be read: save the frame that is meant as PNG."
+        )
+    shown = []
+    for number in (0, frames - 1):
+        try:
+            image.seek(number)
+        except Exception as error:  # decoders raise whatever they like on damaged data
+            raise ValueError(f"{name} is damaged or truncated; save it again. ({error})") from error
+        frame = _decode(image, name).copy()
+        levels = np.asarray(_to_rgb(frame, name).convert("L").reduce(max(1, max(frame.size) // 256)), dtype=np.float32)
+        shown.append((float(np.abs(levels - np.median(levels)).mean()), frame))
+    return shown[1][1] if shown[1][0] > 1.2 * shown[0][0] else shown[0][1]
+
+
+def _reduce(image: Image.Image, max_pixels: int, name: str) -> Image.Image:
+    """Made smaller by averages before anything else is done with it, where it has more than so many pixels."""
+    factor = math.ceil(math.sqrt(image.width * image.height / max_pixels))
+    if factor <= 1:
+        return image
+    try:
+        image.load()
+        exif = image.getexif()
+        if image.mode in ("1", "P", "PA", "LA", "RGBA") or image.mode.startswith("I;"):
+            levels = "RGBA" if image.has_transparency_data else "I" if image.mode.startswith("I;") else "RGB"
+            levels = "L" if image.mode == "1" else levels
+            # In strips, which bounds what the pixels take in another mode, or multiplied with their alpha.
+            strips = [
+                image.crop((0, top, image.width, min(image.height, top + 64 * factor))).convert(levels).reduce(factor)
+                for top in range(0, image.height, 64 * factor)
+            ]
+            small = Image.new(levels, (strips[0].width, sum(strip.height for strip in strips)))
+            for number, strip in enumerate(strips):
+                small.paste(strip, (0, 64 * number))
+        else:
+            small = image.reduce(factor)
+    except Exception as error:  # decoders raise whatever they like on damaged data
+        raise ValueError(f"{name} is damaged or truncated; save it again. ({error})") from error
+    small.getexif().update(exif)
+    return small
 
 
 def _decode(image: Image.Image, name: str) -> Image.Image:
@@ -317,7 +397,7 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
 
 def to_gray(item: GivenImage, invert: bool | None) -> np.ndarray:
     """`[H, W]` uint8 brightness, transparency laid on paper."""
-    image = _array_to_pil(item) if is_array(item.value) else load_image(item.value, item.name)
+    image = _array_to_pil(item) if is_array(item.value) else load_image(item.value, item.name, _MAX_TRACED_PIXELS)
     if _is_wide(image):
         return _scale_to_uint8(np.asarray(image), item.name)
     has_alpha = image.has_transparency_data
