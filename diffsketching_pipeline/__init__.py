@@ -18,6 +18,7 @@ _MODULES = {
     "DiffSketchingLoss": "losses",
     "DiffSketchingPipeline": "pipeline_diffsketching",
     "DiffSketchingPipelineOutput": "pipeline_output",
+    "FoldedPixels": "modeling_folded_pixels",
     "GuidanceCallback": "guidance",
     "ImageIdentityLoss": "losses",
     "NoisyImageClassifier": "modeling_noisy_classifier",
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     from diffsketching_pipeline.losses import DiffSketchingLoss as DiffSketchingLoss
     from diffsketching_pipeline.losses import ImageIdentityLoss as ImageIdentityLoss
     from diffsketching_pipeline.losses import SketchPerceptualLoss as SketchPerceptualLoss
+    from diffsketching_pipeline.modeling_folded_pixels import FoldedPixels as FoldedPixels
     from diffsketching_pipeline.modeling_noisy_classifier import NoisyImageClassifier as NoisyImageClassifier
     from diffsketching_pipeline.modeling_photo_sketcher import PhotoSketcher as PhotoSketcher
     from diffsketching_pipeline.pipeline_diffsketching import DiffSketchingPipeline as DiffSketchingPipeline

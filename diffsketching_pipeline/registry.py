@@ -10,6 +10,7 @@ from pathlib import Path
 
 
 COMPONENT_METHODS = {
+    "FoldedPixels": ["save_pretrained", "from_pretrained"],
     "NoisyImageClassifier": ["save_pretrained", "from_pretrained"],
     "PhotoSketcher": ["save_pretrained", "from_pretrained"],
 }

@@ -17,11 +17,13 @@ from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
 from transformers import PreTrainedModel
 
 from diffsketching_pipeline.manifest import MANIFEST_NAME, check_manifest
+from diffsketching_pipeline.modeling_folded_pixels import FoldedPixels
 from diffsketching_pipeline.modeling_noisy_classifier import NoisyImageClassifier
 from diffsketching_pipeline.modeling_photo_sketcher import PhotoSketcher
 
 
 CUSTOM_COMPONENTS: dict[str, type] = {
+    "FoldedPixels": FoldedPixels,
     "NoisyImageClassifier": NoisyImageClassifier,
     "PhotoSketcher": PhotoSketcher,
 }

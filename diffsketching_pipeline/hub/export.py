@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from diffsketching_pipeline.pipeline_diffsketching import DiffSketchingPipeline
 
 _PACKAGE = __name__.split(".")[0]
-_MODEL_MODULES = ("modeling_noisy_classifier", "modeling_photo_sketcher")
+_MODEL_MODULES = ("modeling_folded_pixels", "modeling_noisy_classifier", "modeling_photo_sketcher")
 
 
 def export_pipeline(

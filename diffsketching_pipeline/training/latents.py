@@ -18,6 +18,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from diffsketching_pipeline import FoldedPixels
 from diffsketching_pipeline.autoencoding import encode_photos, get_scale_factor
 from diffsketching_pipeline.images.contours import Box
 from diffsketching_pipeline.manifest import weights_sha256
@@ -39,7 +40,7 @@ def load_vae(name_or_path: str) -> Any:
     """
     is_alone = os.path.isfile(os.path.join(name_or_path, "config.json"))
     config = AutoencoderTiny.load_config(name_or_path, **({} if is_alone else {"subfolder": "vae"}))
-    classes = {"AutoencoderTiny": AutoencoderTiny, "AutoencoderKL": AutoencoderKL}
+    classes = {kind.__name__: kind for kind in (AutoencoderTiny, AutoencoderKL, FoldedPixels)}
     if config.get("_class_name") not in classes:
         raise ValueError(
             f"`pretrained_vae_model_name_or_path` must be one of {list(classes)}, but {name_or_path!r} is "

@@ -31,6 +31,7 @@ def calls(recipe):
     for line in re.findall(r"^ *(?:accelerate launch|python) (train_\w+\.py .*)$", text, re.M):
         for _ in range(2):
             line = re.sub(r'"\$\{(\w+)\[@\]\}"', lambda match: lists[match[1]], line)
+        line = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", line)
         script, *words = shlex.split(line.replace("$configs", str(TRAINING / "configs")))
         found.append((script, words))
     return found
@@ -59,3 +60,24 @@ def test_the_recipe_of_256_pixels_trains_what_goes_together():
     for args in (unet, classifier):
         assert args.pretrained_vae_model_name_or_path == f"{decoder.output_dir}/vae" and args.resolution == 256
     assert dataclasses.asdict(start)["optimizer"] == unet.optimizer == "muon"
+
+
+def test_the_candidates_of_the_bake_off_differ_in_what_is_compared_alone():
+    steps = [
+        parse_args(arguments_class(script), words) for script, words in calls(TRAINING / "recipes/bake_off_256.sh")
+    ]
+    start, joint, base, *others = steps
+    assert start.latent_channels == joint.latent_channels == 4
+    assert joint.pretrained_model_name_or_path == f"{start.output_dir}/vae"
+    assert base.max_train_minutes == 20
+    differences = [
+        {name for name, value in dataclasses.asdict(other).items() if value != dataclasses.asdict(base)[name]}
+        for other in others
+    ]
+    autoencoder = "pretrained_vae_model_name_or_path"
+    assert [sorted(names - {"output_dir"}) for names in differences] == [
+        ["seed"],
+        ["learning_rate", "optimizer"],
+        [autoencoder],
+        ["prediction_type", autoencoder, "snr_gamma"],
+    ]
