@@ -55,9 +55,10 @@ from diffsketching_pipeline.splits import in_first_half
 from diffsketching_pipeline.training.arguments import TrainingArguments, parse_args, resolve_data_dir
 from diffsketching_pipeline.training.cache import CachedPhoto
 from diffsketching_pipeline.training.dataset import PhotoSketchDataset
-from diffsketching_pipeline.training.doodles import DOODLES, draw_doodle
+from diffsketching_pipeline.training.doodles import DOODLES, draw_carelessly, draw_doodle
 from diffsketching_pipeline.training.keyed import class_balanced_weights
 from diffsketching_pipeline.training.modules import load_pretrained
+from diffsketching_pipeline.training.other_doodles import other_strokes
 from diffsketching_pipeline.training.pictures import image_grid
 from diffsketching_pipeline.training.run_folder import write_folder
 from diffsketching_pipeline.training.trainer import Trainer
@@ -66,6 +67,8 @@ from diffsketching_pipeline.training.trainer import Trainer
 logger = logging.getLogger(__name__)
 
 COMPONENT_NAMES = {"sketch": "sketch_encoder", "image": "image_encoder", "evaluation": "evaluation"}
+NO_CLASS = -1
+"""The label of a drawing of something that is none of the classes."""
 # Users' drawings are mostly outlines with few lines inside.
 SKETCH_CONTOUR_PROBABILITIES = (0.08, 0.14, 0.2, 0.25, 0.33)
 
@@ -101,6 +104,11 @@ class EncoderArguments(TrainingArguments):
         0.4,
         "share of the training drawings of a class known to `doodles.DOODLES` that it makes, instead of from a photo",
     )
+    other_share: float = argument(
+        0.0,
+        "share of the training drawings, of the sketch encoder, that are doodles of things of no class; all classes are then "
+        "as likely, so that a drawing of something else is told by a low probability of its best class",
+    )
     stroke_deletion_share: float = argument(0.0, "share of the training drawings that lack strokes")
     max_stroke_deletion: float = argument(0.5, "largest share of the strokes that these lack")
     contours: Literal["classical", "hed", "both"] = argument(
@@ -134,7 +142,8 @@ class FreeHandDataset:
 
     Two of three are recentred and scaled to a margin as `SketchProcessor` does with users' drawings; the others keep
     the photo's frame as the output of P does. A share `doodle_share` of the training drawings are not of the photo but
-    doodles of its class; a share `stroke_deletion_share` lacks up to `max_stroke_deletion` of the strokes. Everything is
+    doodles of its class; a share `other_share` are doodles of other things, whose label is `NO_CLASS`; a share
+    `stroke_deletion_share` lacks up to `max_stroke_deletion` of the strokes. Everything is
     keyed by (seed, epoch, index) as in `PhotoSketchDataset`.
     """
 
@@ -146,8 +155,10 @@ class FreeHandDataset:
         doodle_share: float = 0.0,
         stroke_deletion_share: float = 0.0,
         max_stroke_deletion: float = 0.5,
+        other_share: float = 0.0,
     ):
         self.photos, self.strength, self.train = photos, strength, train
+        self.other_share = other_share if train else 0.0
         self.doodle_share = doodle_share if train else 0.0
         self.stroke_deletion_share = stroke_deletion_share if train else 0.0
         self.max_stroke_deletion = max_stroke_deletion
@@ -163,10 +174,13 @@ class FreeHandDataset:
         return maybe_straightened(ink, rng, STRAIGHTENED_SHARE)
 
     def sample(self, index: int, epoch: int = 0) -> dict[str, Any]:
-        """`pixel_values` float32 [1, R, R], -1 = stroke, +1 = paper; `class_label` int; `id` str."""
+        """`pixel_values` float32 [1, R, R], -1 = stroke, +1 = paper; `class_label` int, `NO_CLASS` for other things; `id` str."""
         rng = np.random.default_rng([self.photos.seed, epoch, index])
-        label = self.photos.id2label[self.photos.class_labels[index]]
-        if label in DOODLES and rng.random() < self.doodle_share:
+        class_label = self.photos.class_labels[index]
+        label = self.photos.id2label[class_label]
+        if self.other_share > 0 and rng.random() < self.other_share:
+            ink, class_label = draw_carelessly(other_strokes(rng), rng), NO_CLASS
+        elif label in DOODLES and rng.random() < self.doodle_share:
             ink = draw_doodle(label, rng)
         else:
             ink = self.contour(index, rng)
@@ -185,7 +199,7 @@ class FreeHandDataset:
         sketch = contour_to_sketch(drawn, self.photos.resolution, line_gain=gain)
         return {
             "pixel_values": torch.from_numpy(sketch)[None],
-            "class_label": self.photos.class_labels[index],
+            "class_label": class_label,
             "id": self.photos.ids[index],
         }
 
@@ -236,7 +250,7 @@ def make_dataset(args: EncoderArguments, root: Path, split: str) -> PhotoSketchD
     if args.task != "sketch":
         return photos
     deletion = (args.stroke_deletion_share, args.max_stroke_deletion)
-    return FreeHandDataset(photos, args.free_hand_strength, train, args.doodle_share, *deletion)
+    return FreeHandDataset(photos, args.free_hand_strength, train, args.doodle_share, *deletion, args.other_share)
 
 
 # ---- model ----------------------------------------------------------------------------------------------------------
@@ -308,6 +322,15 @@ def side_at(step: int, args: EncoderArguments, max_train_steps: int) -> int:
     return args.start_resolution + stage * (args.resolution - args.start_resolution) // 4
 
 
+def smoothed_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
+    """
+    Mean cross-entropy of `logits` `[B, K]` with label smoothing; with the uniform distribution where the label is `NO_CLASS`
+    (outlier exposure, Hendrycks et al., 2019).
+    """
+    losses = F.cross_entropy(logits, labels.clamp(min=0), label_smoothing=label_smoothing, reduction="none")
+    return torch.where(labels == NO_CLASS, -logits.log_softmax(-1).mean(-1), losses).mean()
+
+
 def classification_loss(trainer: Trainer, args: EncoderArguments) -> Callable[[dict[str, Any]], dict[str, Tensor]]:
     """Cross-entropy with label smoothing and, if asked, mixup."""
     name = COMPONENT_NAMES[args.task]
@@ -322,9 +345,14 @@ def classification_loss(trainer: Trainer, args: EncoderArguments) -> Callable[[d
             share = float(torch.distributions.Beta(args.mixup_alpha, args.mixup_alpha).sample())
             other = other.flip(0)
         logits = trainer.modules[name](share * pixels + (1 - share) * pixels[other]).logits.float()
-        loss = share * F.cross_entropy(logits, labels, label_smoothing=args.label_smoothing)
-        loss = loss + (1 - share) * F.cross_entropy(logits, labels[other], label_smoothing=args.label_smoothing)
-        return {"loss": loss, "accuracy": (logits.argmax(-1) == labels).float().mean()}
+        loss = share * smoothed_cross_entropy(logits, labels, args.label_smoothing)
+        loss = loss + (1 - share) * smoothed_cross_entropy(logits, labels[other], args.label_smoothing)
+        is_right = (logits.argmax(-1) == labels)[labels != NO_CLASS]
+        # A batch of other things alone says nothing of accuracy.
+        return {
+            "loss": loss,
+            "accuracy": is_right.float().mean() if len(is_right) else torch.ones((), device=loss.device),
+        }
 
     return compute_loss
 
@@ -409,6 +437,10 @@ def check_encoder_arguments(args: EncoderArguments) -> None:
     """Raise `ValueError` for an argument that cannot be, before anything is read."""
     if not 0 <= args.doodle_share <= 1:
         raise ValueError(f"`doodle_share` must be in [0, 1], but got {args.doodle_share}.")
+    if not 0 <= args.other_share < 1:
+        raise ValueError(f"`other_share` must be in [0, 1), but got {args.other_share}.")
+    if args.other_share > 0 and args.task != "sketch":
+        raise ValueError(f"`other_share` must be 0 for the `task` {args.task}, which learns from photos.")
     check_stroke_deletion(args.stroke_deletion_share, args.max_stroke_deletion)
     check_contour_source(args.contours, args.hed_weights)
     if args.start_resolution is not None and not 16 <= args.start_resolution <= args.resolution:

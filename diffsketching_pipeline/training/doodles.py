@@ -7,7 +7,7 @@ Each doodle is a small program with random proportions and details; no human dra
 careless: lines miss each other or run on, are drawn twice or left out, and an outline is often one line without anything inside.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -448,7 +448,18 @@ def draw_doodle(class_name: str, rng: np.random.Generator, side: int = 128) -> n
     """
     if class_name not in DOODLES:
         raise ValueError(f"`class_name` must be one of {', '.join(DOODLES)}, but is {class_name!r}.")
-    strokes = [np.asarray(stroke, dtype=np.float64) for stroke in DOODLES[class_name](rng)]
+    page = draw_carelessly(DOODLES[class_name](rng), rng, side)
+    return _outlined(page) if class_name in ONE_LINE and rng.random() < 0.3 else page
+
+
+def draw_carelessly(lines: Sequence[Stroke], rng: np.random.Generator, side: int = 128) -> np.ndarray:
+    """
+    Draw strokes as a careless hand does, see above, on a page that they fill.
+
+    Returns:
+        `np.ndarray`: bool [side, side], True = stroke; lines two pixels wide.
+    """
+    strokes = [np.asarray(line, dtype=np.float64) for line in lines]
     if len(strokes) > 3 and rng.random() < 0.06:
         strokes.pop(int(rng.integers(1, len(strokes))))
     if rng.random() < 0.5:
@@ -469,6 +480,4 @@ def draw_doodle(class_name: str, rng: np.random.Generator, side: int = 128) -> n
     for stroke in strokes:
         pixels = (stroke - low) * scale + offset
         ImageDraw.Draw(page).line([(float(x), float(y)) for x, y in pixels], fill=1, width=2)
-    if class_name in ONE_LINE and rng.random() < 0.3:
-        return _outlined(np.asarray(page))
     return np.asarray(page)

@@ -10,7 +10,15 @@ import torch
 import train_encoders
 from PIL import Image, ImageDraw
 from torch import nn
-from train_encoders import EncoderArguments, FreeHandDataset, fit_to_page, make_model
+from train_encoders import (
+    NO_CLASS,
+    EncoderArguments,
+    FreeHandDataset,
+    check_encoder_arguments,
+    fit_to_page,
+    make_model,
+    smoothed_cross_entropy,
+)
 from transformers import MobileNetV2ForImageClassification, RegNetForImageClassification, ResNetForImageClassification
 
 from diffsketching_pipeline.evaluation import image_sets
@@ -267,6 +275,40 @@ def test_a_share_of_the_training_drawings_lacks_strokes(shapes_dir, cache_dir, m
             dataset.sample(i)
         assert least <= len(shares) <= most
         assert all(0 <= value <= 0.4 for value in shares)
+
+
+def test_a_share_of_the_training_drawings_shows_other_things(shapes_dir, cache_dir):
+    photos = PhotoSketchDataset(shapes_dir, resolution=64, cache_dir=cache_dir, contours="none")
+    for train, share in ((True, 0.5), (False, 0.5)):
+        dataset = FreeHandDataset(photos, 1.0, train, other_share=share)
+        samples = [dataset.sample(i % 16, epoch=i // 16) for i in range(40)]
+        others = [i for i, sample in enumerate(samples) if sample["class_label"] == NO_CLASS]
+        assert 8 < len(others) < 32 if train else not others
+        for i in set(range(40)) - set(others):
+            assert samples[i]["class_label"] == photos.class_labels[i % 16]
+        assert all((samples[i]["pixel_values"] < 0).any() for i in others)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"other_share": 1.0}, "`other_share` .*1.0"), ({"other_share": 0.2, "task": "image"}, "`other_share` .*image")],
+)
+def test_other_things_are_drawings_and_never_all_of_them(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        check_encoder_arguments(EncoderArguments(**arguments))
+
+
+def test_the_loss_wants_no_belief_in_any_class_for_other_things():
+    logits = torch.randn(3, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    labels = torch.tensor([2, NO_CLASS, 0])
+    loss = smoothed_cross_entropy(logits, labels, 0.1)
+    targets = torch.full((3, 4), 0.1 / 4)
+    targets[0, 2] += 0.9
+    targets[1] = 1 / 4
+    targets[2, 0] += 0.9
+    torch.testing.assert_close(loss, -(targets * logits.log_softmax(-1)).sum(-1).mean())
+    loss.backward()
+    assert torch.isfinite(logits.grad).all()
 
 
 def test_contours_without_their_weights_are_refused(shapes_dir, monkeypatch):
