@@ -58,7 +58,8 @@ _LOGGED = {
     "Failed to load": "a picture that cannot be read",
 }
 
-# Runs without the packages of the environment but resvg's, and without anything of ours.
+# Runs without the packages of the environment but resvg's, and without anything of ours. No line of it is an import
+# statement of a package: loaders of a checkpoint's code look for those line by line, in strings too, and ask for them.
 _DRAW = """
 import os, sys
 # What the renderer logs goes to the standard output, where only the picture belongs.
@@ -67,14 +68,14 @@ os.dup2(2, 1)
 site, width, height, has_text = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "1"
 seconds, memory = int(sys.argv[5]), int(sys.argv[6])
 try:
-    import resource
+    resource = __import__("resource")
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
 except (ImportError, ValueError, OSError):
     pass
 sys.path.insert(0, site)
-import resvg_py
+resvg_py = __import__("resvg_py")
 fonts = {}
 if has_text:
     probe = '<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><text y="9">M</text></svg>'
