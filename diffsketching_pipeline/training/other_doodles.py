@@ -81,7 +81,7 @@ def _stick_person(rng: np.random.Generator) -> list[Stroke]:
     hip, arm = rng.uniform(1.4, 2.0), rng.uniform(0.6, 0.9)
     reach, lift = rng.uniform(0.5, 1.0), rng.uniform(-0.6, 0.7)
     spread = rng.uniform(0.3, 0.8)
-    strokes = [_circle(0, 0, rng.uniform(0.3, 0.5)), [(0, 0.4), (0, hip)]]
+    strokes: list[Stroke] = [_circle(0, 0, rng.uniform(0.3, 0.5)), [(0, 0.4), (0, hip)]]
     strokes += [[(0, arm), (s * reach, arm + lift * rng.choice([-1, 1]))] for s in (-1, 1)]
     strokes += [[(0, hip), (s * spread, hip + rng.uniform(0.8, 1.2))] for s in (-1, 1)]
     return strokes
@@ -244,7 +244,8 @@ def _vessel(rng: np.random.Generator) -> list[Stroke]:
 def _tool(rng: np.random.Generator) -> list[Stroke]:
     """Something long with something at its end: a brush, a key, a knife, an axe, a racket, a broom."""
     long, wide = rng.uniform(1.5, 3.0), rng.uniform(0.04, 0.25)
-    strokes = [_box(-wide, 0, wide, long)] if rng.random() < 0.7 else [[(0, 0), (0, long)]]
+    shaft: Stroke = _box(-wide, 0, wide, long) if rng.random() < 0.7 else [(0, 0), (0, long)]
+    strokes = [shaft]
     kind = rng.integers(5)
     size = rng.uniform(0.3, 0.9)
     if kind == 0:
@@ -264,7 +265,8 @@ def _tool(rng: np.random.Generator) -> list[Stroke]:
 
 def _furniture(rng: np.random.Generator) -> list[Stroke]:
     width, height = rng.uniform(0.6, 1.8), rng.uniform(0.5, 1.5)
-    strokes = [_box(-width, -0.12, width, 0.0)] if rng.random() < 0.5 else [[(-width, 0), (width, 0)]]
+    plate: Stroke = _box(-width, -0.12, width, 0.0) if rng.random() < 0.5 else [(-width, 0), (width, 0)]
+    strokes = [plate]
     strokes += [[(x * width, 0), (x * width, height)] for x in (-0.95, 0.95)]
     if rng.random() < 0.4:
         strokes += [[(x * width, 0), (x * width, height * 0.8)] for x in (-0.6, 0.6)]
@@ -363,7 +365,7 @@ def _scribble(rng: np.random.Generator) -> list[Stroke]:
     if kind == 2:  # a walk
         walk = np.cumsum(rng.normal(0, 1, (int(rng.integers(6, 30)), 2)), axis=0)
         return [[(float(a), float(b)) for a, b in walk]]
-    return [[tuple(map(float, p)) for p in rng.uniform(-1, 1, (int(rng.integers(2, 5)), 2))] for _ in range(6)]
+    return [[(x, y) for x, y in rng.uniform(-1, 1, (int(rng.integers(2, 5)), 2)).tolist()] for _ in range(6)]
 
 
 def _heart_moon_cloud(rng: np.random.Generator) -> list[Stroke]:
