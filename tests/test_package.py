@@ -69,6 +69,7 @@ def test_registering_again_changes_nothing():
     from diffusers.pipelines import pipeline_loading_utils
 
     assert set(pipeline_loading_utils.LOADABLE_CLASSES["diffsketching_pipeline"]) == {
+        "FoldedPixels",
         "NoisyImageClassifier",
         "PhotoSketcher",
     }
