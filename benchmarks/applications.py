@@ -20,7 +20,6 @@ of the mask: this is what tells whether the result fits into its surroundings.
 
 import argparse
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,6 +38,7 @@ from diffsketching_pipeline import (
 from diffsketching_pipeline.evaluation.extractors import Evaluator
 from diffsketching_pipeline.evaluation.image_sets import Drawing, read_drawings, select_drawings, squash
 from diffsketching_pipeline.evaluation.metrics import CONTOUR_RESOLUTION, contour_distances, edge_map, retrieval_ranks
+from diffsketching_pipeline.files import write_file
 from diffsketching_pipeline.images.sketch_processor import SketchProcessor
 
 
@@ -327,9 +327,7 @@ def main() -> None:
     steps = pipe.resolve_num_inference_steps(None)
     found = {"dtype": args.dtype, "num_inference_steps": steps, **measure(pipe, args)}
     path = args.output_dir / f"{args.part}.json"
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(found, indent=2) + "\n")
-    os.replace(temporary, path)
+    write_file(path, json.dumps(found, indent=2) + "\n")
     print(json.dumps(found, indent=2))
 
 

@@ -10,7 +10,6 @@ Batched guidance is one forward of 2N rows against two of N. Each figure is the 
 
 import argparse
 import json
-import os
 import statistics
 import time
 from pathlib import Path
@@ -22,6 +21,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 from diffsketching_pipeline import DiffSketchingPipeline, NoisyImageClassifier, PhotoSketcher, bundled_checkpoint
 from diffsketching_pipeline.conditioning import Conditioning
+from diffsketching_pipeline.files import write_file
 from diffsketching_pipeline.guidance import GuidedPredictor
 
 
@@ -259,9 +259,7 @@ def measure_batched_guidance(pipe: DiffSketchingPipeline, args: argparse.Namespa
 
 
 def write_json(path: Path, figures: dict[str, Any]) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(figures, indent=2) + "\n")
-    os.replace(temporary, path)
+    write_file(path, json.dumps(figures, indent=2) + "\n")
 
 
 def main() -> None:

@@ -174,13 +174,7 @@ class ClassVocabulary:
         Raises:
             ValueError: if there are not as many labels as results, and as [`~ClassVocabulary.shares_of`].
         """
-        labels = as_list(class_labels)
-        if not isinstance(labels, list):
-            labels = [labels] * num_rows
-        if len(labels) != num_rows:
-            raise ValueError(
-                f"`class_labels` has to have one entry per sketch (or photo), {num_rows}, but has {len(labels)}."
-            )
+        labels = _one_per_result("class_labels", class_labels, num_rows, "sketch (or photo)")
         return [None if label is None else self.shares_of(label) for label in labels]
 
     def names_of(self, shares: dict[int, float] | None) -> Any:
@@ -197,13 +191,7 @@ class ClassVocabulary:
         Raises:
             ValueError: if there is no such class, or not one per result.
         """
-        negative = as_list(negative_class_labels)
-        if not isinstance(negative, list):
-            negative = [negative] * num_rows
-        if len(negative) != num_rows:
-            raise ValueError(
-                f"`negative_class_labels` has to have one entry per sketch, {num_rows}, but has {len(negative)}."
-            )
+        negative = _one_per_result("negative_class_labels", negative_class_labels, num_rows, "sketch")
         return [
             self.null_class if label is None else self.index_of(label, "negative_class_labels") for label in negative
         ]
@@ -214,6 +202,16 @@ def as_list(class_labels: Any) -> Any:
     if torch.is_tensor(class_labels) or isinstance(class_labels, np.ndarray):
         return class_labels.tolist()
     return list(class_labels) if isinstance(class_labels, (list, tuple)) else class_labels
+
+
+def _one_per_result(argument: str, given: Any, num_rows: int, per: str) -> list[Any]:
+    """Return a list of one label per result, from one for all of them or a sequence of as many."""
+    labels = as_list(given)
+    if not isinstance(labels, list):
+        return [labels] * num_rows
+    if len(labels) != num_rows:
+        raise ValueError(f"`{argument}` has to have one entry per {per}, {num_rows}, but has {len(labels)}.")
+    return labels
 
 
 def classify_sketch(encoder: Any, sketch: torch.Tensor, num_classes: int) -> torch.Tensor:

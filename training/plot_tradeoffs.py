@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 
 from diffsketching_pipeline.command_line import argument, parse_arguments, required, user_errors
 from diffsketching_pipeline.evaluation.measurements import METRICS
+from diffsketching_pipeline.files import staged_file
 
 
 GUIDANCE_SETTINGS = (
@@ -175,9 +176,8 @@ def plot_quality_steps(points: Sequence[Point], realism: str) -> Figure | None:
 def save_figure(figure: Figure, path: Path) -> None:
     """Writes a PNG; it appears complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png", dpi=150)
-    temporary.replace(path)
+    with staged_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
 
 
 def main(args: PlotArguments) -> list[Path]:

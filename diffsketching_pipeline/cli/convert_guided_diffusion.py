@@ -2,15 +2,11 @@
 """The command `convert-guided-diffusion`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import Annotated, Optional
 
 import typer
 
 from diffsketching_pipeline.cli.options import UserError, user_errors
-
-
-if TYPE_CHECKING:
-    pass
 
 
 def convert(

@@ -2,15 +2,11 @@
 """The command `convert-photosketch`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from diffsketching_pipeline.cli.options import user_errors
-
-
-if TYPE_CHECKING:
-    pass
 
 
 def convert(

@@ -2,16 +2,12 @@
 """The command `demo`."""
 
 import importlib.util
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import Annotated, Optional
 
 import typer
 
 from diffsketching_pipeline.cli.options import Device, Dtype, DtypeName, Model, UserError, user_errors
 from diffsketching_pipeline.cli.running import load_pipeline
-
-
-if TYPE_CHECKING:
-    pass
 
 
 def demo(

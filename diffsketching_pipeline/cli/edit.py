@@ -2,7 +2,7 @@
 """The command `edit`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import Annotated, Optional
 
 import typer
 
@@ -36,8 +36,10 @@ from diffsketching_pipeline.cli.running import (
     generate_images,
     load_pipeline,
     progress,
+    seed_tiles,
     write_atomically,
     write_metadata,
+    write_photos,
 )
 from diffsketching_pipeline.results import (
     caption,
@@ -48,10 +50,6 @@ from diffsketching_pipeline.results import (
     png,
     sampling_record,
 )
-
-
-if TYPE_CHECKING:
-    pass
 
 
 def edit(
@@ -142,12 +140,10 @@ def edit(
         **class_record(label, out),
         **sampling_record(pipe, settings),
     }
-    for image, path in zip(images, files, strict=True):
-        write_atomically(path, png(image))
+    records = write_photos(images, files, seeds, record)
     tiles = [(image, name) for name, image in opened.items()] + [(shown, "may change")]
-    tiles += [(image, f"seed {k}") for image, k in zip(images, seeds, strict=True)]
+    tiles += seed_tiles(images, seeds)
     write_atomically(sheet_path, png(contact_sheet(tiles, caption(photo.name, record))))
-    records = [{"file": path.name, "seed": k, **record} for path, k in zip(files, seeds, strict=True)]
     write_metadata(metadata_path, earlier, records, model_record(pipe, model))
     print(sheet_path)
 

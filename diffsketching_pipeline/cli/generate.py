@@ -2,7 +2,7 @@
 """The command `generate`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -40,8 +40,10 @@ from diffsketching_pipeline.cli.running import (
     generate_images,
     load_pipeline,
     progress,
+    seed_tiles,
     write_atomically,
     write_metadata,
+    write_photos,
 )
 from diffsketching_pipeline.results import (
     caption,
@@ -53,10 +55,6 @@ from diffsketching_pipeline.results import (
     sampling_record,
     sketch_image,
 )
-
-
-if TYPE_CHECKING:
-    pass
 
 
 def generate(
@@ -147,11 +145,8 @@ def generate(
                 **class_record(label, out),
                 **sampling_record(pipe, settings),
             }
-            for image, path, used_seed in zip(images, files[name], seeds, strict=True):
-                write_atomically(path, png(image))
-                records.append({"file": path.name, "seed": used_seed, **record})
-            tiles = [(sketch_image(sketch), "drawing")]
-            tiles += [(image, f"seed {used_seed}") for image, used_seed in zip(images, seeds, strict=True)]
+            records += write_photos(images, files[name], seeds, record)
+            tiles = [(sketch_image(sketch), "drawing"), *seed_tiles(images, seeds)]
             write_atomically(sheets[name], png(contact_sheet(tiles, caption(drawing.name, record))))
             write_metadata(metadata_path, earlier, records, weights)
     for sheet_path in sheets.values():

@@ -1,15 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command `info`."""
 
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import Annotated, Optional
 
 import typer
 
 from diffsketching_pipeline.cli.running import load_pipeline
-
-
-if TYPE_CHECKING:
-    pass
 
 
 def info(

@@ -2,7 +2,7 @@
 """The command `invert`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -21,10 +21,6 @@ from diffsketching_pipeline.cli.options import (
 )
 from diffsketching_pipeline.cli.running import load_pipeline, progress, write_atomically, write_metadata
 from diffsketching_pipeline.results import class_record, contact_sheet, file_record, model_record, png
-
-
-if TYPE_CHECKING:
-    pass
 
 
 def invert(

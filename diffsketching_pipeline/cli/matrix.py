@@ -38,8 +38,10 @@ from diffsketching_pipeline.cli.running import (
     generate_images,
     load_pipeline,
     progress,
+    seed_tiles,
     write_atomically,
     write_metadata,
+    write_photos,
 )
 from diffsketching_pipeline.results import (
     class_record,
@@ -125,13 +127,8 @@ def matrix(
                 **class_record(label, out),
                 **sampling_record(pipe, settings),
             }
-            for image, path, used_seed in zip(images, row, seeds, strict=True):
-                write_atomically(path, png(image))
-                records.append({"file": path.name, "seed": used_seed, **record})
-            tiles += [
-                (sketch_image(sketch), str(label)),
-                *((image, f"seed {k}") for image, k in zip(images, seeds, strict=True)),
-            ]
+            records += write_photos(images, row, seeds, record)
+            tiles += [(sketch_image(sketch), str(label)), *seed_tiles(images, seeds)]
             write_metadata(metadata_path, earlier, records, weights)
     write_atomically(sheet_path, png(contact_sheet(tiles, drawing.name, num_images + 1)))
     print(sheet_path)

@@ -2,7 +2,7 @@
 """The command `push`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import Annotated, Optional
 
 import typer
 
@@ -17,10 +17,6 @@ from diffsketching_pipeline.cli.saving import (
     SHARD_OPTION,
     load_to_save,
 )
-
-
-if TYPE_CHECKING:
-    pass
 
 
 def push(

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What commands share at work: models, batches, progress, and files that are written whole or not."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffsketching_pipeline.cli.options import DtypeName, UserError, user_errors
 from diffsketching_pipeline.files import write_file
-from diffsketching_pipeline.results import metadata
+from diffsketching_pipeline.results import metadata, png
 
 
 if TYPE_CHECKING:
@@ -75,6 +75,20 @@ def step_reporter(advance: Callable[[float], None], amount: float) -> Callable[.
         return callback_kwargs
 
     return on_step_end
+
+
+def write_photos(
+    images: Sequence["Image.Image"], paths: Sequence[Path], seeds: range, record: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Write photo k, made from `seeds[k]`, to `paths[k]`; returns the record of each, `record` being what they share."""
+    for image, path in zip(images, paths, strict=True):
+        write_atomically(path, png(image))
+    return [{"file": path.name, "seed": seed, **record} for path, seed in zip(paths, seeds, strict=True)]
+
+
+def seed_tiles(images: Sequence["Image.Image"], seeds: range) -> list[tuple["Image.Image", str]]:
+    """The photos as tiles of a contact sheet, each with its seed below."""
+    return [(image, f"seed {seed}") for image, seed in zip(images, seeds, strict=True)]
 
 
 def write_metadata(

@@ -15,6 +15,7 @@ import torch
 from PIL import Image, ImageOps
 from scipy import ndimage
 
+from diffsketching_pipeline.images.surround import thumbnail
 from diffsketching_pipeline.images.vector_sketch import VectorSketch, read_vector_sketches
 
 
@@ -315,7 +316,7 @@ def load_image(source: str | os.PathLike | Image.Image, name: str, max_pixels: i
         _check_passes(image, source, name)
         if getattr(image, "n_frames", 1) > 1 and image.format in _ANIMATED:
             return _frame_that_shows_most(image, name)
-        factor = math.ceil(math.sqrt(image.width * image.height / max_pixels))
+        factor = _reduction(image, max_pixels)
         if factor > 1:
             # A JPEG is decoded at the smaller size.
             image.draft(None, (image.width // factor, image.height // factor))
@@ -360,9 +361,14 @@ def _frame_that_shows_most(image: Image.Image, name: str) -> Image.Image:
     return shown[1][1] if shown[1][0] > 1.2 * shown[0][0] else shown[0][1]
 
 
+def _reduction(image: Image.Image, max_pixels: int) -> int:
+    """By how much both sides have to be divided for no more than so many pixels."""
+    return math.ceil(math.sqrt(image.width * image.height / max_pixels))
+
+
 def _reduce(image: Image.Image, max_pixels: int, name: str) -> Image.Image:
     """Made smaller by averages before anything else is done with it, where it has more than so many pixels."""
-    factor = math.ceil(math.sqrt(image.width * image.height / max_pixels))
+    factor = _reduction(image, max_pixels)
     if factor <= 1:
         return image
     try:
@@ -438,8 +444,7 @@ def _scale_to_uint8(values: np.ndarray, name: str) -> np.ndarray:
 
 def _are_strokes(alpha: np.ndarray) -> bool:
     """Whether what is opaque is thin lines on a page that is transparent elsewhere, and no filled shape."""
-    factor = math.ceil(max(alpha.shape) / 512)
-    opaque = np.asarray(Image.fromarray(alpha).reduce(factor)) >= 128 if factor > 1 else alpha >= 128
+    opaque = thumbnail(alpha, 512) >= 128
     rows, columns = (np.flatnonzero(opaque.any(axis)) for axis in (1, 0))
     if not len(rows) or opaque.mean() > 0.5:
         return False

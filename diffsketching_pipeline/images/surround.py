@@ -25,6 +25,7 @@ _DRAWN = 0.8
 
 
 def thumbnail(gray: np.ndarray, side: int = _THUMBNAIL) -> np.ndarray:
+    """Averages of uint8 `[H, W]` with a longer side of at most `side` pixels."""
     factor = math.ceil(max(gray.shape) / side)
     return np.asarray(Image.fromarray(gray).reduce(factor)) if factor > 1 else gray
 

@@ -430,7 +430,6 @@ class _Transforms:
 
     def __init__(self) -> None:
         self._count = 0
-
         self._known: dict[tuple[str, ...], np.ndarray] = {(): np.eye(3)}
 
     def of(self, chain: tuple[str, ...]) -> np.ndarray:

@@ -18,20 +18,20 @@ Stroke = list[tuple[float, float]]
 """Points (x, y), y downwards, in any unit: a drawing is scaled to its page."""
 
 
-def _arc(start: tuple[float, float], middle: tuple[float, float], end: tuple[float, float]) -> Stroke:
+def arc(start: tuple[float, float], middle: tuple[float, float], end: tuple[float, float]) -> Stroke:
     """The parabola through three points."""
     t = np.linspace(0, 1, 9)
     weights = np.stack([(1 - t) * (1 - 2 * t), 4 * t * (1 - t), t * (2 * t - 1)], axis=-1)
     return [(float(x), float(y)) for x, y in weights @ np.array([start, middle, end])]
 
 
-def _ellipse(x: float, y: float, width: float, height: float, first: float = 0.0, last: float = 2 * np.pi) -> Stroke:
+def ellipse(x: float, y: float, width: float, height: float, first: float = 0.0, last: float = 2 * np.pi) -> Stroke:
     """An arc of an ellipse, angles clockwise from the right."""
     angles = np.linspace(first, last, 17)
     return [(float(x + width * np.cos(a)), float(y + height * np.sin(a))) for a in angles]
 
 
-def _mirrored(half: Stroke) -> Stroke:
+def mirrored(half: Stroke) -> Stroke:
     """A closed outline from its right half, listed from top to bottom."""
     return [*half, *[(-x, y) for x, y in reversed(half)]]
 
@@ -58,7 +58,7 @@ def _top(
     half = [(neck, 0.0), tuple(tip), tuple(outer), tuple(inner), tuple(armpit), hem]
     depth = rng.uniform(0.05, 0.45)
     pointed = rng.random() < 0.3
-    neckline = [(-neck, 0.0), (0.0, depth), (neck, 0.0)] if pointed else _arc((-neck, 0), (0, depth), (neck, 0))
+    neckline = [(-neck, 0.0), (0.0, depth), (neck, 0.0)] if pointed else arc((-neck, 0), (0, depth), (neck, 0))
     right = [(float(x), float(y)) for x, y in half]
     return [right, [(-x, y) for x, y in right], [(-hem[0], hem[1]), hem], neckline]
 
@@ -69,7 +69,7 @@ def _hem(strokes: list[Stroke]) -> tuple[float, float]:
 
 def _buttons(rng: np.random.Generator, top: float, bottom: float) -> list[Stroke]:
     count = int(rng.integers(2, 6))
-    return [_ellipse(0.0, y, 0.03, 0.03) for y in np.linspace(top + 0.1, bottom - 0.1, count)]
+    return [ellipse(0.0, y, 0.03, 0.03) for y in np.linspace(top + 0.1, bottom - 0.1, count)]
 
 
 def _collar(rng: np.random.Generator, neck: float, depth: float) -> list[Stroke]:
@@ -119,7 +119,7 @@ def _print(rng: np.random.Generator, x: float, top: float, bottom: float) -> lis
         return [[(a, b), (a + rng.normal(0, 0.05), b + 0.12)] for a, b in ends.tolist()]
     middle, size = (top + bottom) / 2, rng.uniform(0.1, 0.3)
     if kind == 2:
-        return [_ellipse(0.0, middle, size, size)]
+        return [ellipse(0.0, middle, size, size)]
     return [[(0.2, top), (0.2, top + size), (0.2 + size, top + size), (0.2 + size, top), (0.2, top)]]
 
 
@@ -193,9 +193,9 @@ def _hoodie(rng: np.random.Generator) -> list[Stroke]:
     strokes = _top(rng, (0.95, 1.7))
     neck, bottom = strokes[3][-1][0], _hem(strokes)[1]
     height = rng.uniform(0.35, 0.7)
-    strokes.append(_arc((-neck * 1.1, 0.05), (0.0, -height), (neck * 1.1, 0.05)))
+    strokes.append(arc((-neck * 1.1, 0.05), (0.0, -height), (neck * 1.1, 0.05)))
     if rng.random() < 0.5:
-        strokes.append(_arc((-neck * 0.7, 0.05), (0.0, -height * 0.6), (neck * 0.7, 0.05)))
+        strokes.append(arc((-neck * 0.7, 0.05), (0.0, -height * 0.6), (neck * 0.7, 0.05)))
     if rng.random() < 0.6:
         low, wide = bottom * 0.92, rng.uniform(0.3, 0.5)
         strokes.append([(-wide, low), (-wide * 0.6, low * 0.75), (wide * 0.6, low * 0.75), (wide, low), (-wide, low)])
@@ -210,7 +210,7 @@ def _undershirt(rng: np.random.Generator) -> list[Stroke]:
     inner, strap, depth = rng.uniform(0.25, 0.45), rng.uniform(0.1, 0.3), rng.uniform(0.3, 0.7)
     arm, waist, length = rng.uniform(0.5, 0.85), rng.uniform(0.7, 0.95), rng.uniform(1.5, 2.3)
     right = [(inner, 0.0), (inner + strap, 0.0), (inner + strap, arm * 0.6), (waist, arm), (waist * 1.05, length)]
-    neckline = _arc((-inner, 0.0), (0.0, depth), (inner, 0.0))
+    neckline = arc((-inner, 0.0), (0.0, depth), (inner, 0.0))
     return [right, [(-x, y) for x, y in right], [(-right[-1][0], length), right[-1]], neckline]
 
 
@@ -218,7 +218,7 @@ def _bodysuit(rng: np.random.Generator) -> list[Stroke]:
     strokes = _top(rng, (0.25, 0.7) if rng.random() < 0.6 else (0.9, 1.4), (1.3, 1.7))
     x, y = _hem(strokes)
     crotch, drop = rng.uniform(0.12, 0.3), rng.uniform(0.2, 0.45)
-    strokes[2] = _arc((x, y), (0.55 * x, y + 0.3 * drop), (crotch, y + drop))
+    strokes[2] = arc((x, y), (0.55 * x, y + 0.3 * drop), (crotch, y + drop))
     return [*strokes, [(-a, b) for a, b in strokes[2]], [(-crotch, y + drop), (crotch, y + drop)]]
 
 
@@ -230,8 +230,8 @@ def _dress(rng: np.random.Generator) -> list[Stroke]:
     if rng.random() < 0.4:  # a short sleeve
         right += [(neck + strap + 0.4, 0.45), (neck + strap + 0.2, 0.6)]
     right += [(bust, 0.5), (waist, high), (hem, length)]
-    strokes = [right, [(-x, y) for x, y in right], _arc((-hem, length), (0, length + 0.15), (hem, length))]
-    strokes.append(_arc((-neck, 0.0), (0.0, rng.uniform(0.05, 0.5)), (neck, 0.0)))
+    strokes = [right, [(-x, y) for x, y in right], arc((-hem, length), (0, length + 0.15), (hem, length))]
+    strokes.append(arc((-neck, 0.0), (0.0, rng.uniform(0.05, 0.5)), (neck, 0.0)))
     return strokes + ([[(-waist, high), (waist, high)]] if rng.random() < 0.5 else [])
 
 
@@ -245,7 +245,7 @@ def _legs(rng: np.random.Generator, length: tuple[float, float], rise: tuple[flo
     inner = rng.uniform(max(gap, 0.06), 0.55)
     hem = rng.uniform(-0.08, 0.08)
     right = [(1.0, 0.0), (outer, total), (min(inner, outer - 0.3), total + hem), (gap, crotch)]
-    strokes = [_mirrored(right)]
+    strokes = [mirrored(right)]
     if rng.random() < 0.93:
         strokes.append([(-1.0, 0.0), (1.0, 0.0)])
     if rng.random() < 0.3:
@@ -260,7 +260,7 @@ def _leg_details(rng: np.random.Generator, right: Stroke) -> list[Stroke]:
     (waist, _), (outer, total), (inner, _), (_, crotch) = right
     kind = rng.choice(["pockets", "cuffs", "creases", "button", "none"], p=[0.12, 0.08, 0.06, 0.08, 0.66])
     if kind == "button":
-        return [_ellipse(0.0, 0.1, 0.05, 0.05)]
+        return [ellipse(0.0, 0.1, 0.05, 0.05)]
     if kind == "pockets":
         line = [(0.55 * waist, 0.12), (waist, 0.12 + 0.35 * crotch)]
     elif kind == "cuffs":
@@ -283,7 +283,7 @@ def _skirt(rng: np.random.Generator) -> list[Stroke]:
     hem, length = rng.uniform(0.9, 2.2), rng.uniform(1.0, 2.6)
     bend = length + rng.uniform(0.0, 0.3)
     strokes = [[(-1.0, 0.0), (1.0, 0.0), (hem, length)], [(-1.0, 0.0), (-hem, length)]]
-    strokes.append(_arc((-hem, length), (0.0, bend), (hem, length)))
+    strokes.append(arc((-hem, length), (0.0, bend), (hem, length)))
     if rng.random() < 0.5:
         strokes.append([(-1.02, 0.18), (1.02, 0.18)])
     if rng.random() < 0.4:
@@ -302,11 +302,11 @@ def _tube_shoe(rng: np.random.Generator) -> list[Stroke]:
     top = -foot - shaft
     slope = rng.uniform(0.0, 0.35)
     outline = [(0.0, top), (rng.uniform(-0.1, 0.15), 0.0), (length - 0.2, 0.0)]
-    outline += _ellipse(length - 0.2, -foot / 2, rng.uniform(0.15, 0.4), foot / 2, np.pi / 2, -np.pi / 2)
+    outline += ellipse(length - 0.2, -foot / 2, rng.uniform(0.15, 0.4), foot / 2, np.pi / 2, -np.pi / 2)
     outline += [(leg + slope, -foot - rng.uniform(0.0, 0.12)), (leg, top + rng.uniform(-0.1, 0.1))]
     strokes = [outline]
     if rng.random() < 0.7:
-        strokes.append([outline[-1], outline[0]] if rng.random() < 0.6 else _ellipse(leg / 2, top, leg / 2, 0.12))
+        strokes.append([outline[-1], outline[0]] if rng.random() < 0.6 else ellipse(leg / 2, top, leg / 2, 0.12))
     if rng.random() < 0.25:
         strokes.append([(0.0, -0.12), (length - 0.1, -0.12)])
     if rng.random() < 0.3:  # laces, crossed by the line that they tie
@@ -325,12 +325,12 @@ def _shoes(rng: np.random.Generator) -> list[Stroke]:
     top = -toe - shaft
     upper = [(0.0, 0.0), (rng.uniform(-0.1, 0.1), top), (opening, top + rng.uniform(-0.1, 0.15))]
     upper += [(opening + rng.uniform(0.0, 0.4), -toe - rng.uniform(0.05, 0.3)), (length * 0.75, -toe)]
-    upper += [*_ellipse(length - 0.35, -toe / 2, 0.35, toe / 2, -np.pi / 2, np.pi / 2), (0.0, 0.0)]
+    upper += [*ellipse(length - 0.35, -toe / 2, 0.35, toe / 2, -np.pi / 2, np.pi / 2), (0.0, 0.0)]
     strokes = [upper]
     if rng.random() < 0.4:
         strokes.append([(0.0, -0.12), (length, -0.12)])
     if rng.random() < 0.3:
-        strokes.append(_ellipse(opening / 2, top, opening / 2, 0.12))
+        strokes.append(ellipse(opening / 2, top, opening / 2, 0.12))
     if rng.random() < 0.3:
         x = opening + 0.15
         strokes += [
@@ -348,11 +348,11 @@ def _hat(rng: np.random.Generator) -> list[Stroke]:
     if flat:
         crown = [(-right, 0.0), (-right * top, -height), (right * top, -height + rng.uniform(-0.1, 0.1)), (right, 0.0)]
     else:
-        crown = _ellipse(0.0, 0.0, right, height, np.pi, 2 * np.pi)
+        crown = ellipse(0.0, 0.0, right, height, np.pi, 2 * np.pi)
     kind = rng.choice(["ellipse", "line", "flat", "visor", "none"], p=[0.3, 0.2, 0.25, 0.2, 0.05])
     wide, thick = right + rng.uniform(0.4, 1.1), rng.uniform(0.12, 0.4)
     if kind == "ellipse":
-        brim = [_ellipse(0.0, thick * 0.4, wide, thick)]
+        brim = [ellipse(0.0, thick * 0.4, wide, thick)]
     elif kind == "line":
         brim = [[(-wide, rng.uniform(-0.1, 0.15)), (wide, rng.uniform(-0.1, 0.15))]]
     elif kind == "flat":
@@ -360,7 +360,7 @@ def _hat(rng: np.random.Generator) -> list[Stroke]:
     elif kind == "visor":
         end = right + rng.uniform(0.5, 1.3)
         brim = [
-            _arc((right * 0.8, 0.0), ((right + end) / 2, -0.05), (end, thick)),
+            arc((right * 0.8, 0.0), ((right + end) / 2, -0.05), (end, thick)),
             [(-right, 0.0), (right, 0.0), (end, thick)],
         ]
     else:
@@ -368,11 +368,11 @@ def _hat(rng: np.random.Generator) -> list[Stroke]:
     strokes = [crown, *brim]
     if rng.random() < 0.15:  # a button or a bobble on top
         size = rng.uniform(0.06, 0.2)
-        strokes.append(_ellipse(0.0, -height - size, size, size))
+        strokes.append(ellipse(0.0, -height - size, size, size))
     if rng.random() < 0.15:  # the brim is bent up at its ends
         strokes[1:] = [[(x, y - 0.35 * (abs(x) / wide) ** 2) for x, y in stroke] for stroke in strokes[1:]]
     if rng.random() < 0.3:
-        strokes.append(_arc((-right, -0.2 * height), (0.0, -0.12 * height), (right, -0.2 * height)))
+        strokes.append(arc((-right, -0.2 * height), (0.0, -0.12 * height), (right, -0.2 * height)))
     return strokes
 
 

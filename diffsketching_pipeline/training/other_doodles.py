@@ -12,11 +12,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from diffsketching_pipeline.training.doodles import Stroke, _arc, _ellipse, _mirrored
+from diffsketching_pipeline.training.doodles import Stroke, arc, ellipse, mirrored
 
 
 def _circle(x: float, y: float, radius: float) -> Stroke:
-    return _ellipse(x, y, radius, radius)
+    return ellipse(x, y, radius, radius)
 
 
 def _box(left: float, top: float, right: float, bottom: float) -> Stroke:
@@ -58,9 +58,9 @@ def _blob(rng: np.random.Generator, roughness: float = 0.3) -> Stroke:
 def _face(rng: np.random.Generator) -> list[Stroke]:
     width = rng.uniform(0.7, 1.1)
     eye_x, eye_y, eye = rng.uniform(0.25, 0.45), rng.uniform(-0.4, -0.1), rng.uniform(0.04, 0.16)
-    strokes = [_ellipse(0, 0, width, 1), _circle(-eye_x, eye_y, eye), _circle(eye_x, eye_y, eye)]
+    strokes = [ellipse(0, 0, width, 1), _circle(-eye_x, eye_y, eye), _circle(eye_x, eye_y, eye)]
     mouth, smile = rng.uniform(0.2, 0.5), rng.uniform(-0.2, 0.3)
-    strokes.append(_arc((-mouth, 0.45), (0, 0.45 + smile), (mouth, 0.45)))
+    strokes.append(arc((-mouth, 0.45), (0, 0.45 + smile), (mouth, 0.45)))
     if rng.random() < 0.5:
         strokes.append([(0, -0.1), (rng.uniform(-0.15, 0.15), 0.2), (0.0, 0.2)])
     kind = rng.integers(5)
@@ -71,7 +71,7 @@ def _face(rng: np.random.Generator) -> list[Stroke]:
         if rng.random() < 0.7:
             strokes += [[(s * 0.3, 0.2 + 0.1 * k), (s * 1.3, 0.1 + 0.2 * k)] for s in (-1, 1) for k in range(3)]
     elif kind == 1:  # round or long ears
-        strokes += [_ellipse(s * width * 0.7, -0.9, rng.uniform(0.2, 0.35), rng.uniform(0.25, 0.9)) for s in (-1, 1)]
+        strokes += [ellipse(s * width * 0.7, -0.9, rng.uniform(0.2, 0.35), rng.uniform(0.25, 0.9)) for s in (-1, 1)]
     elif kind == 2:  # hair
         strokes += [[(x, -0.9), (x + rng.normal(0, 0.2), -1.3)] for x in np.linspace(-0.6, 0.6, 6)]
     return strokes
@@ -90,7 +90,7 @@ def _stick_person(rng: np.random.Generator) -> list[Stroke]:
 def _animal(rng: np.random.Generator) -> list[Stroke]:
     """From the side: a body, a head at its end, legs, a tail; with few legs a bird or a fish."""
     long, high = rng.uniform(0.9, 1.6), rng.uniform(0.4, 0.8)
-    strokes = [_ellipse(0, 0, long, high)]
+    strokes = [ellipse(0, 0, long, high)]
     head, head_y = rng.uniform(0.25, 0.55), rng.uniform(-1.1, 0.1)
     head_x = long + rng.uniform(-0.2, 0.4)
     strokes += [_circle(head_x, head_y, head), _circle(head_x + 0.3 * head, head_y - 0.2 * head, 0.05)]
@@ -105,25 +105,25 @@ def _animal(rng: np.random.Generator) -> list[Stroke]:
             strokes.append([(x * long, 0.6 * high), (x * long, foot), (x * long + 0.2, foot), (x * long + 0.2, high)])
     tail = rng.integers(4)
     if tail == 0:
-        strokes.append(_arc((-long, 0), (-long - 0.4, rng.uniform(-0.8, 0.4)), (-long - 0.7, rng.uniform(-1, 0.5))))
+        strokes.append(arc((-long, 0), (-long - 0.4, rng.uniform(-0.8, 0.4)), (-long - 0.7, rng.uniform(-1, 0.5))))
     elif tail == 1:
         strokes.append([(-long, 0), (-long - 0.6, -0.5), (-long - 0.6, 0.5), (-long, 0)])
     if rng.random() < 0.5:
         ear = head_y - head
         strokes.append([(head_x - 0.2, ear), (head_x - 0.2, ear - rng.uniform(0.2, 0.7)), (head_x + 0.1, ear)])
     if rng.random() < 0.3:
-        strokes.append(_arc((-0.6, -0.2), (0, rng.uniform(-1.6, -0.8)), (0.5, -0.2)))  # a wing or a fin
+        strokes.append(arc((-0.6, -0.2), (0, rng.uniform(-1.6, -0.8)), (0.5, -0.2)))  # a wing or a fin
     return strokes
 
 
 def _insect(rng: np.random.Generator) -> list[Stroke]:
     long = rng.uniform(0.6, 1.4)
-    strokes = [_ellipse(0, 0, rng.uniform(0.15, 0.5), long), _circle(0, -long - 0.2, 0.22)]
+    strokes = [ellipse(0, 0, rng.uniform(0.15, 0.5), long), _circle(0, -long - 0.2, 0.22)]
     wings = rng.random() < 0.6
     for side in (-1, 1):
         if wings:
             for y, size in ((-0.4, 0.7), (0.4, 0.5)):
-                strokes.append(_ellipse(side * (0.3 + size), y, size, size * rng.uniform(0.5, 0.9)))
+                strokes.append(ellipse(side * (0.3 + size), y, size, size * rng.uniform(0.5, 0.9)))
         else:
             for y in np.linspace(-0.6, 0.6, int(rng.integers(3, 5))):
                 strokes.append([(0.0, y * long), (side * 0.8, y * long - 0.3), (side * 1.3, y * long + 0.3)])
@@ -133,7 +133,7 @@ def _insect(rng: np.random.Generator) -> list[Stroke]:
 
 def _plant(rng: np.random.Generator) -> list[Stroke]:
     kind, height = rng.integers(4), rng.uniform(1.2, 2.5)
-    stem = [_arc((0, 0), (rng.normal(0, 0.2), height / 2), (0, height))]
+    stem = [arc((0, 0), (rng.normal(0, 0.2), height / 2), (0, height))]
     if kind == 0:  # a flower
         petals = int(rng.integers(4, 9))
         size = rng.uniform(0.3, 0.6)
@@ -153,8 +153,8 @@ def _plant(rng: np.random.Generator) -> list[Stroke]:
         strokes = []
         for y in np.linspace(0.2, height - 0.3, int(rng.integers(2, 6))):
             side = rng.choice([-1, 1])
-            strokes.append(_arc((0, y), (side * 0.8, y - 0.5), (side * 0.9, y - 0.9)))
-            strokes.append(_arc((0, y), (side * 0.3, y - 0.6), (side * 0.9, y - 0.9)))
+            strokes.append(arc((0, y), (side * 0.8, y - 0.5), (side * 0.9, y - 0.9)))
+            strokes.append(arc((0, y), (side * 0.3, y - 0.6), (side * 0.9, y - 0.9)))
     if rng.random() < 0.3:
         stem += [[(-0.5, height), (-0.35, height + 0.7), (0.35, height + 0.7), (0.5, height), (-0.5, height)]]
     return strokes + stem
@@ -162,10 +162,10 @@ def _plant(rng: np.random.Generator) -> list[Stroke]:
 
 def _fruit(rng: np.random.Generator) -> list[Stroke]:
     strokes = [_blob(rng, 0.15)]
-    strokes.append(_arc((0, -0.9), (rng.normal(0, 0.1), -1.2), (rng.normal(0, 0.3), -1.5)))
+    strokes.append(arc((0, -0.9), (rng.normal(0, 0.1), -1.2), (rng.normal(0, 0.3), -1.5)))
     if rng.random() < 0.6:
-        strokes.append(_arc((0, -1.2), (0.4, -1.6), (0.8, -1.3)))
-        strokes.append(_arc((0, -1.2), (0.4, -1.0), (0.8, -1.3)))
+        strokes.append(arc((0, -1.2), (0.4, -1.6), (0.8, -1.3)))
+        strokes.append(arc((0, -1.2), (0.4, -1.0), (0.8, -1.3)))
     if rng.random() < 0.4:
         spots = rng.uniform(-0.6, 0.6, (int(rng.integers(3, 12)), 2))
         strokes += [_circle(float(x), float(y), 0.04) for x, y in spots]
@@ -216,7 +216,7 @@ def _vehicle(rng: np.random.Generator) -> list[Stroke]:
         strokes = [[(-long, 0), (-long * 0.7, high), (long * 0.7, high), (long, 0), (-long, 0)], [(0, 0), (0, -1.6)]]
         strokes.append([(0, -1.5), (rng.uniform(0.5, 1.2), -0.3), (0, -0.3)])
     else:  # an airplane, a rocket
-        strokes = [_ellipse(0, 0, long, 0.3)]
+        strokes = [ellipse(0, 0, long, 0.3)]
         strokes.append([(0.3, 0.1), (-0.6, rng.uniform(0.7, 1.3)), (-0.3, 0.1)])
         strokes.append([(0.3, -0.1), (-0.6, -rng.uniform(0.7, 1.3)), (-0.3, -0.1)])
         strokes.append([(-long, 0), (-long - 0.3, -0.6), (-long * 0.7, -0.1)])
@@ -230,12 +230,12 @@ def _vessel(rng: np.random.Generator) -> list[Stroke]:
     widths, heights = rng.uniform(0.15, 1.0, points), np.sort(rng.uniform(0, 2.0, points))
     half = [(float(w), float(h)) for w, h in zip(widths, heights, strict=True)]
     half = [(half[0][0], 0.0), *half, (half[-1][0], 2.1)]
-    strokes = [_mirrored(half) + [half[0]]]
+    strokes = [mirrored(half) + [half[0]]]
     if rng.random() < 0.4:
-        strokes.append(_ellipse(0, 0, half[0][0], rng.uniform(0.05, 0.2)))
+        strokes.append(ellipse(0, 0, half[0][0], rng.uniform(0.05, 0.2)))
     if rng.random() < 0.5:
         x = half[1][0]
-        strokes.append(_ellipse(x, 1.0, rng.uniform(0.3, 0.6), rng.uniform(0.3, 0.6), -np.pi / 2, np.pi / 2))
+        strokes.append(ellipse(x, 1.0, rng.uniform(0.3, 0.6), rng.uniform(0.3, 0.6), -np.pi / 2, np.pi / 2))
     if rng.random() < 0.3:
         strokes += [[(-0.6, y), (0.6, y)] for y in rng.uniform(0.3, 1.8, int(rng.integers(1, 4)))]
     return strokes
@@ -249,7 +249,7 @@ def _tool(rng: np.random.Generator) -> list[Stroke]:
     kind = rng.integers(5)
     size = rng.uniform(0.3, 0.9)
     if kind == 0:
-        strokes.append(_ellipse(0, -size, size * rng.uniform(0.5, 1), size))
+        strokes.append(ellipse(0, -size, size * rng.uniform(0.5, 1), size))
         if rng.random() < 0.5:
             strokes.append(_circle(0, -size, size * 0.4))
     elif kind == 1:
@@ -299,14 +299,14 @@ def _handled(rng: np.random.Generator) -> list[Stroke]:
     if kind == 0:
         arcs = int(rng.integers(1, 5))
         xs = np.linspace(-1, 1, arcs + 1)
-        strokes = [_ellipse(0, 0, 1, rng.uniform(0.6, 1.1), -np.pi, 0), [(0, 0), (0, 1.3), (0.2, 1.5), (0.4, 1.3)]]
-        strokes += [_arc((a, 0), ((a + b) / 2, -0.25), (b, 0)) for a, b in zip(xs[:-1], xs[1:], strict=True)]
+        strokes = [ellipse(0, 0, 1, rng.uniform(0.6, 1.1), -np.pi, 0), [(0, 0), (0, 1.3), (0.2, 1.5), (0.4, 1.3)]]
+        strokes += [arc((a, 0), ((a + b) / 2, -0.25), (b, 0)) for a, b in zip(xs[:-1], xs[1:], strict=True)]
         return strokes
     if kind == 1:
         low = rng.uniform(0.5, 1.0)
         strokes = [[(-1, 0), (-low, 1.2), (low, 1.2), (1, 0), (-1, 0)]]
-        return [*strokes, _ellipse(0, 0, rng.uniform(0.4, 1), rng.uniform(0.5, 1.2), -np.pi, 0)]
-    strokes = [_ellipse(0, 0, rng.uniform(0.6, 1), 1), _arc((0, 1), (rng.normal(0, 0.3), 2), (0, 2.8))]
+        return [*strokes, ellipse(0, 0, rng.uniform(0.4, 1), rng.uniform(0.5, 1.2), -np.pi, 0)]
+    strokes = [ellipse(0, 0, rng.uniform(0.6, 1), 1), arc((0, 1), (rng.normal(0, 0.3), 2), (0, 2.8))]
     if rng.random() < 0.4:
         strokes.append(_spiral(rng))
     return strokes
@@ -319,7 +319,7 @@ def _tower_of_lines(rng: np.random.Generator) -> list[Stroke]:
     strokes: list[Stroke] = [[(-wide, float(y)), (wide, float(y))] for y in np.linspace(-high, high, rows)]
     strokes += [[(float(x), -high), (float(x), high)] for x in np.linspace(-wide, wide, columns)]
     if rng.random() < 0.3:
-        strokes.append(_arc((-wide, high), (0, -high), (wide, high)))
+        strokes.append(arc((-wide, high), (0, -high), (wide, high)))
     return _turned(strokes, rng.normal(0, 0.2))
 
 
@@ -372,14 +372,14 @@ def _heart_moon_cloud(rng: np.random.Generator) -> list[Stroke]:
     kind = rng.integers(4)
     if kind == 0:
         half = [(0.0, -0.3), (0.4, -0.8), (0.9, -0.6), (0.9, -0.1), (0.4, 0.5), (0.0, 1.0)]
-        return [_mirrored(half)]
+        return [mirrored(half)]
     if kind == 1:
-        outer = _ellipse(0, 0, 1, 1, -np.pi / 2 - 0.6, np.pi / 2 + 0.6)
+        outer = ellipse(0, 0, 1, 1, -np.pi / 2 - 0.6, np.pi / 2 + 0.6)
         middle = rng.uniform(-0.2, 0.6)
-        return _turned([outer, _arc(outer[0], (middle, 0), outer[-1])], rng.uniform(0, 6))
+        return _turned([outer, arc(outer[0], (middle, 0), outer[-1])], rng.uniform(0, 6))
     if kind == 2:
         angles = np.linspace(0, 2 * np.pi, int(rng.integers(5, 10)), endpoint=False)
-        return [_ellipse(float(1.2 * np.cos(a)), float(0.6 * np.sin(a)), 0.5, 0.45, a - 1.3, a + 1.3) for a in angles]
+        return [ellipse(float(1.2 * np.cos(a)), float(0.6 * np.sin(a)), 0.5, 0.45, a - 1.3, a + 1.3) for a in angles]
     return [[(0.2, -1), (-0.5, 0.1), (0.0, 0.1), (-0.3, 1), (0.6, -0.2), (0.1, -0.2), (0.5, -1), (0.2, -1)]]
 
 
@@ -391,7 +391,7 @@ def _parts(rng: np.random.Generator) -> list[Stroke]:
         size = rng.uniform(0.2, 1.0)
         kind = rng.integers(4)
         if kind == 0:
-            part = [_ellipse(0, 0, 1, rng.uniform(0.4, 1.5))]
+            part = [ellipse(0, 0, 1, rng.uniform(0.4, 1.5))]
         elif kind == 1:
             part = [_box(-1, -rng.uniform(0.3, 1.5), 1, rng.uniform(0.3, 1.5))]
         elif kind == 2:

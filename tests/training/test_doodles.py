@@ -8,12 +8,12 @@ from scipy import ndimage
 from diffsketching_pipeline.training.doodles import (
     DOODLES,
     ONE_LINE,
-    _arc,
-    _mirrored,
     _outlined,
     _redrawn_ends,
     _rounded,
+    arc,
     draw_doodle,
+    mirrored,
 )
 
 
@@ -52,10 +52,10 @@ def test_classes_differ_as_the_garments_do():
 
 
 def test_curves():
-    arc = np.array(_arc((0, 0), (1, 2), (2, 0)))
-    np.testing.assert_allclose(arc[[0, 4, 8]], [(0, 0), (1, 2), (2, 0)], atol=1e-12)
-    np.testing.assert_allclose(arc[:, 1], 2 - 2 * (arc[:, 0] - 1) ** 2, atol=1e-12)
-    assert _mirrored([(1, 0), (2, 3)]) == [(1, 0), (2, 3), (-2, 3), (-1, 0)]
+    curve = np.array(arc((0, 0), (1, 2), (2, 0)))
+    np.testing.assert_allclose(curve[[0, 4, 8]], [(0, 0), (1, 2), (2, 0)], atol=1e-12)
+    np.testing.assert_allclose(curve[:, 1], 2 - 2 * (curve[:, 0] - 1) ** 2, atol=1e-12)
+    assert mirrored([(1, 0), (2, 3)]) == [(1, 0), (2, 3), (-2, 3), (-1, 0)]
     corner = np.array([(0.0, 0.0), (1.0, 0.0), (1.0, 1.0)])
     np.testing.assert_allclose(_rounded(corner, 1), [(0, 0), (0.75, 0), (1, 0.25), (1, 1)])
     np.testing.assert_array_equal(_rounded(corner, 0), corner)
