@@ -3,12 +3,15 @@ import os
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from PIL import Image, ImageDraw
 from testing_utils import (
     COMPONENTS,
     ID2LABEL,
     LATENT_COMPONENTS,
     LATENT_UNET,
     PIXEL_SIZE,
+    ROOT,
     SIZE,
     make_scheduler,
     make_unet,
@@ -21,6 +24,42 @@ from diffsketching_pipeline import DiffSketchingPipeline
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator_state():
+    """accelerate keeps its settings for the life of a process; one thread, because more may sum in another order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def script_env():
+    """The environment of a script that a test launches."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    loopback = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", **loopback}
+
+
+@pytest.fixture(scope="session")
+def drawings_dir(tmp_path_factory):
+    """Six outlines of each class, all of different proportions."""
+    root = tmp_path_factory.mktemp("drawings")
+    for i in range(6):
+        for label in ("disc", "square"):
+            page = Image.new("L", (120, 120), 255)
+            draw = ImageDraw.Draw(page)
+            shape = draw.ellipse if label == "disc" else draw.rectangle
+            shape(
+                (10 + 7 * i, 10, 110 - 7 * i, 110) if i % 2 else (10, 10 + 7 * i, 110, 110 - 7 * i), outline=0, width=3
+            )
+            (root / label).mkdir(exist_ok=True)
+            page.save(root / label / f"{label}{i}.png")
+    return root
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DModel
@@ -11,6 +12,10 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 from diffsketching_pipeline import NoisyImageClassifier, PhotoSketcher
 
+
+ROOT = Path(__file__).parents[1]
+TRAINING = ROOT / "training"
+FIXTURES = ROOT / "tests" / "fixtures"
 
 SIZE = 16
 ID2LABEL = {0: "a", 1: "b", 2: "c"}

@@ -5,10 +5,9 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
-from conftest import TRAINING
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
-from testing_utils import make_unet
+from testing_utils import TRAINING, make_unet
 
 
 CONFIGS = TRAINING / "configs" / "accelerate"

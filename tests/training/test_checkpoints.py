@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import torch
-from conftest import TRAINING
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
+from testing_utils import TRAINING
 from torchvision.transforms.functional import pil_to_tensor
 from train_unet import UNetTrainingArguments, check_unet_arguments, make_unet
 

@@ -8,11 +8,10 @@ import sys
 import finetune_diffsketching
 import pytest
 import torch
-from conftest import TRAINING
 from PIL import Image, ImageDraw
 from prepare_sketchy import read_exclusions
 from test_finetune_diffsketching import tiny_args
-from testing_utils import make_scheduler, make_unet
+from testing_utils import TRAINING, make_scheduler, make_unet
 from transformers import ConvNextImageProcessor, ResNetConfig, ResNetForImageClassification
 
 from diffsketching_pipeline import DiffSketchingPipeline

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 import yaml
-from conftest import TRAINING
 from hub_server import READ_TOKEN, WRITE_TOKEN, HubServer
 from test_train_unet import TINY
+from testing_utils import TRAINING
 
 from diffsketching_pipeline.training.arguments import TrainingArguments, check_arguments, public_arguments
 

@@ -8,7 +8,7 @@ import shlex
 import subprocess
 
 import pytest
-from conftest import TRAINING
+from testing_utils import TRAINING
 
 from diffsketching_pipeline.training.arguments import TrainingArguments, parse_args
 

@@ -5,11 +5,10 @@ import sys
 
 import pytest
 import torch
-from conftest import TRAINING
 from diffusers import AutoencoderKL, AutoencoderTiny
 from PIL import Image
 from safetensors.torch import load_file
-from testing_utils import kill_when
+from testing_utils import TRAINING, kill_when
 from train_autoencoder import (
     AutoencoderArguments,
     TrainableAutoencoder,

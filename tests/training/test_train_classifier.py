@@ -5,10 +5,9 @@ import sys
 import pytest
 import torch
 import yaml
-from conftest import TRAINING
 from diffusers import DDIMScheduler, UNet2DModel
 from PIL import Image
-from testing_utils import make_vae
+from testing_utils import TRAINING, make_vae
 from train_classifier import (
     ClassifierTrainingArguments,
     ClassifierValidation,

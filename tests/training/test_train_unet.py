@@ -10,12 +10,11 @@ import pytest
 import torch
 import train_unet
 import yaml
-from conftest import TRAINING
 from diffusers import UNet2DModel
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from testing_utils import kill_when, make_vae
+from testing_utils import TRAINING, kill_when, make_vae
 from train_unet import (
     UNetTrainingArguments,
     UNetValidation,

@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 import yaml
 from accelerate.utils import DistributedType
-from conftest import TRAINING
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from PIL import Image
 from safetensors.torch import load_file
+from testing_utils import TRAINING
 
 from diffsketching_pipeline.command_line import argument
 from diffsketching_pipeline.training.arguments import TrainingArguments, parse_args, resolve_data_dir

@@ -4,12 +4,11 @@
 import ast
 import re
 from graphlib import TopologicalSorter
-from pathlib import Path
 
 import pytest
+from testing_utils import ROOT
 
 
-ROOT = Path(__file__).parents[1]
 PACKAGE = "diffsketching_pipeline"
 SCRIPTS = {path.stem for path in (ROOT / "training").glob("*.py")}
 

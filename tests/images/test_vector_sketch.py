@@ -5,13 +5,13 @@ import resource
 import shutil
 import subprocess
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
 from scipy import ndimage
+from testing_utils import FIXTURES
 
 from diffsketching_pipeline import SketchProcessor, VectorSketch
 from diffsketching_pipeline.images import vector_sketch
@@ -20,7 +20,7 @@ from diffsketching_pipeline.images.svg_rendering import SvgPicture
 
 
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 100 100">{}</svg>'
-FIXTURES = Path(__file__).parent / "fixtures" / "drawings"
+DRAWINGS = FIXTURES / "drawings"
 STROKES = [[[30, 30, 90, 90, 30], [20, 70, 70, 20, 20]], [[60, 60], [20, 70]]]
 
 
@@ -191,16 +191,16 @@ def processor():
 
 @pytest.fixture(scope="module")
 def shirt(processor):
-    return processor.preprocess(FIXTURES / "00-plain.svg")
+    return processor.preprocess(DRAWINGS / "00-plain.svg")
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in FIXTURES.glob("*.svg")))
+@pytest.mark.parametrize("name", sorted(path.stem for path in DRAWINGS.glob("*.svg")))
 def test_the_same_shirt_is_read_from_every_way_to_save_it(processor, shirt, name):
     # Others are another drawing, or not the whole shirt.
     if name.startswith(("09", "16", "17", "18", "19", "20", "25")):
         pytest.skip("held against the browser's picture")
     # Pens' outlines and the polyline have another neck: straight, or an arc.
-    assert distance(processor.preprocess(FIXTURES / f"{name}.svg"), shirt) < 0.02
+    assert distance(processor.preprocess(DRAWINGS / f"{name}.svg"), shirt) < 0.02
 
 
 def chromium_pictures(paths, folder, side=400):
@@ -232,7 +232,7 @@ def chromium_pictures(paths, folder, side=400):
 
 def test_every_file_is_read_as_the_picture_that_a_browser_shows(tmp_path):
     processor = SketchProcessor(256)
-    paths = [path for path in sorted(FIXTURES.glob("*.svg")) if not path.stem.startswith("25")]
+    paths = [path for path in sorted(DRAWINGS.glob("*.svg")) if not path.stem.startswith("25")]
     for path, picture in zip(paths, chromium_pictures(paths, tmp_path), strict=True):
         found = distance(processor.preprocess(path), processor.preprocess(picture))
         assert found < 0.02, (path.name, found)
@@ -281,7 +281,7 @@ def test_what_leads_out_of_the_file_is_not_followed_and_named(tmp_path, caplog):
 
 
 def test_white_strokes_on_no_paper_are_strokes_and_on_dark_strokes_an_eraser(processor, shirt, tmp_path):
-    text = (FIXTURES / "00-plain.svg").read_text()
+    text = (DRAWINGS / "00-plain.svg").read_text()
     white = write(tmp_path / "white.svg", text.replace("#1e1e1e", "white"))
     assert distance(processor.preprocess(white), shirt) < 0.01
     dark = write(
@@ -292,7 +292,7 @@ def test_white_strokes_on_no_paper_are_strokes_and_on_dark_strokes_an_eraser(pro
 
 
 def test_a_small_drawing_on_a_large_page_is_drawn_close(processor, shirt, tmp_path):
-    text = (FIXTURES / "26-white-fill-shape.svg").read_text()
+    text = (DRAWINGS / "26-white-fill-shape.svg").read_text()
     assert (
         distance(processor.preprocess(write(tmp_path / "a.svg", text.replace("0 0 400 400", "0 0 9000 9000"))), shirt)
         < 0.005

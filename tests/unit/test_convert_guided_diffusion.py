@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
+from testing_utils import FIXTURES
 
 from diffsketching_pipeline import DiffSketchingPipeline
 from diffsketching_pipeline.converters.guided_diffusion import (
@@ -23,7 +24,7 @@ from diffsketching_pipeline.files import staged_folder
 from diffsketching_pipeline.unet_surgery import expand_unet_for_sketch
 
 
-ADM_MINI = Path(__file__).parent / "fixtures" / "adm_mini"
+ADM_MINI = FIXTURES / "adm_mini"
 NUM_CLASSES = 7
 
 

@@ -16,6 +16,7 @@ import hub_client
 import pytest
 import torch
 from hub_server import READ_TOKEN, WRITE_TOKEN, HubServer
+from testing_utils import ROOT
 
 from diffsketching_pipeline import export_pipeline
 
@@ -135,7 +136,7 @@ def offline(hub, online, tmp_path_factory):
 
 
 def readme_block(kind, name):
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     return re.search(rf"<!-- {kind}: {name} -->\s*```\w+\n(.*?)```", readme, re.S)[1]
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import TRAINING
+from testing_utils import TRAINING
 from torchmetrics.image.fid import NoTrainInceptionV3
 from transformers import (
     BertConfig,

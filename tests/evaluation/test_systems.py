@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import TRAINING
 from diffusers import AutoencoderTiny, DDIMScheduler, DPMSolverMultistepScheduler, UNet2DModel
 from PIL import Image
+from testing_utils import TRAINING
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from diffsketching_pipeline import (

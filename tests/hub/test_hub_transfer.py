@@ -10,17 +10,16 @@ import socket
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from hub_server import OTHER_TOKEN, READ_TOKEN, WRITE_TOKEN, HubServer
 from safetensors.numpy import save
 from test_hub_load_matrix import run_client
+from testing_utils import ROOT
 
 from diffsketching_pipeline.manifest import write_manifest
 
 
-ROOT = Path(__file__).parents[1]
 CARD = "---\nlicense: apache-2.0\n---\n\n# Nothing\n"
 
 

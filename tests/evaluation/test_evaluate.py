@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import TRAINING
 from PIL import Image
 from scipy import ndimage
+from testing_utils import TRAINING
 from transformers import RegNetForImageClassification, ResNetConfig, ResNetForImageClassification
 
 from diffsketching_pipeline import DiffSketchingPipeline, SketchProcessor

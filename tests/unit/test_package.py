@@ -6,12 +6,10 @@ import warnings
 from pathlib import Path
 
 import pytest
+from testing_utils import ROOT
 
 import diffsketching_pipeline
 from diffsketching_pipeline import registry
-
-
-ROOT = Path(__file__).parents[1]
 
 
 def run(code):

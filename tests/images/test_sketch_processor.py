@@ -7,13 +7,13 @@ import runpy
 import shutil
 import struct
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
 from scipy import ndimage
+from testing_utils import ROOT
 
 from diffsketching_pipeline.images import reading
 from diffsketching_pipeline.images.reading import (
@@ -26,7 +26,7 @@ from diffsketching_pipeline.images.sketch_processor import SketchProcessor
 from diffsketching_pipeline.images.surround import find_sheet
 
 
-DRAWINGS = Path(__file__).parents[1] / "examples" / "drawings"
+DRAWINGS = ROOT / "examples" / "drawings"
 # An open zigzag, as shares of the page's shorter side.
 ZIGZAG = [(0.15, 0.2), (0.85, 0.3), (0.2, 0.5), (0.8, 0.8), (0.3, 0.75)]
 

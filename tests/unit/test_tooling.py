@@ -4,10 +4,10 @@
 import re
 import subprocess
 import sys
-from pathlib import Path
+
+from testing_utils import ROOT
 
 
-ROOT = Path(__file__).parents[1]
 SNIPPET = """
 from diffsketching_pipeline.images.contours import bounding_box
 from diffsketching_pipeline import DiffSketchingEditPipeline, DiffSketchingPipeline

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn as nn
 from safetensors.torch import load_file, save_file
+from testing_utils import FIXTURES
 
 from diffsketching_pipeline.converters.photosketch import convert_photosketch, convert_photosketch_checkpoint
 from diffsketching_pipeline.modeling_photo_sketcher import PhotoSketcher
 
 
-PHOTOSKETCH_MINI = Path(__file__).parent / "fixtures" / "photosketch_mini"
+PHOTOSKETCH_MINI = FIXTURES / "photosketch_mini"
 
 
 class Residual(nn.Module):

@@ -22,6 +22,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image, ImageDraw, ImageOps
+from testing_utils import ROOT
 
 
 gradio_client = pytest.importorskip("gradio_client", reason="Gradio is not installed: pip install .[demo]")
@@ -31,7 +32,6 @@ from diffsketching_pipeline.demo import page as demo_page  # noqa: E402
 from diffsketching_pipeline.demo.service import CANVAS_SIZE, PhotoRequest, Studio, example_drawings  # noqa: E402
 
 
-ROOT = Path(__file__).parents[1]
 # The outline of the pants among the examples, in pixels of the canvas.
 PANTS = [(150, 48), (366, 46), (402, 462), (304, 466), (258, 194), (214, 466), (112, 464), (150, 48)]
 SQUARE = [(120, 120), (400, 120), (400, 400), (120, 400), (120, 120)]

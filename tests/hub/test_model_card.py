@@ -3,15 +3,14 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
+from testing_utils import ROOT
 
 from diffsketching_pipeline.hub.model_card import read_metrics
 
 
-ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "training" / "results" / "garments-64"
 # `<!-- results: FILE METRIC METRIC ... -->`, then a table with a system per row and its measurements in that order.
 TABLE = re.compile(r"<!-- results: (\S+) (.+?) -->\n\|.*\n\|[-| ]+\n((?:\|.*\n)+)")
