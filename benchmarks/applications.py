@@ -33,13 +33,13 @@ from diffsketching_pipeline import (
     DiffSketchingEditPipeline,
     DiffSketchingInterpolationPipeline,
     DiffSketchingPipeline,
-    bundled_checkpoint,
 )
 from diffsketching_pipeline.evaluation.extractors import Evaluator
 from diffsketching_pipeline.evaluation.image_sets import Drawing, read_drawings, select_drawings, squash
 from diffsketching_pipeline.evaluation.metrics import CONTOUR_RESOLUTION, contour_distances, edge_map, retrieval_ranks
 from diffsketching_pipeline.files import write_file
 from diffsketching_pipeline.images.sketch_processor import SketchProcessor
+from diffsketching_pipeline.registry import find_checkpoint
 
 
 EVALUATOR = Path(__file__).resolve().parents[1] / "training" / "evaluators" / "garments-64"
@@ -318,7 +318,7 @@ def main() -> None:
     args = parser.parse_args()
 
     cls, measure = PARTS[args.part]
-    pipe = cls.from_pretrained(args.model or bundled_checkpoint())
+    pipe = cls.from_pretrained(find_checkpoint(args.model))
     pipe.to("cuda" if torch.cuda.is_available() else "cpu", getattr(torch, args.dtype))
     pipe.set_progress_bar_config(disable=True)
     args.output_dir.mkdir(parents=True, exist_ok=True)

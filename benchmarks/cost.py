@@ -27,6 +27,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 from diffsketching_pipeline import NoisyImageClassifier, PhotoSketcher, expand_unet_for_sketch
 from diffsketching_pipeline.autoencoding import get_scale_factor
 from diffsketching_pipeline.converters.guided_diffusion import networks_of_preset
+from diffsketching_pipeline.registry import find_checkpoint
 
 
 GIBIBYTE = 2**30
@@ -165,7 +166,7 @@ def load(args: argparse.Namespace) -> tuple[UNet2DModel, NoisyImageClassifier | 
     if args.preset is not None:
         unet, classifier = networks_of_preset(args.preset)
         return expand_unet_for_sketch(unet), classifier, 1
-    folder = Path(args.model)
+    folder = Path(find_checkpoint(args.model))
     unet = on_meta(lambda: UNet2DModel.from_config(json.loads((folder / "unet" / "config.json").read_text())))
     vae = folder / "vae" / "config.json"
     scale_factor = get_scale_factor(SimpleNamespace(config=json.loads(vae.read_text())) if vae.is_file() else None)

@@ -27,9 +27,10 @@ import torch
 from guidance import NetworkClock
 from PIL import Image
 
-from diffsketching_pipeline import DiffSketchingPipeline, bundled_checkpoint
+from diffsketching_pipeline import DiffSketchingPipeline
 from diffsketching_pipeline.demo.page import launch
 from diffsketching_pipeline.demo.service import Studio
+from diffsketching_pipeline.registry import find_checkpoint
 
 
 # Memory is read this often while there is load.
@@ -143,7 +144,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--num_images", type=int, default=4)
     args = parser.parse_args()
-    pipe = DiffSketchingPipeline.from_pretrained(args.model or bundled_checkpoint()).to(getattr(torch, args.dtype))
+    pipe = DiffSketchingPipeline.from_pretrained(find_checkpoint(args.model)).to(getattr(torch, args.dtype))
     studio = Studio(pipe, args.model)
     if args.what == "load":
         load(studio, args.clients, args.seconds)

@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 
-from diffsketching_pipeline import DiffSketchingPipeline, bundled_checkpoint
+from diffsketching_pipeline import DiffSketchingPipeline
+from diffsketching_pipeline.registry import find_checkpoint
 from diffsketching_pipeline.training.chain import FinetuneArguments, make_loss, run_chain
 
 
@@ -50,7 +51,7 @@ def timed(seconds: list[float]) -> Any:
 def one_setting(args: argparse.Namespace, options: dict[str, Any]) -> dict[str, float]:
     """Memory and time of training steps with these options, in this process."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe = DiffSketchingPipeline.from_pretrained(args.model if args.model is not None else bundled_checkpoint())
+    pipe = DiffSketchingPipeline.from_pretrained(find_checkpoint(args.model))
     pipe.to(device)
     finetune_args = FinetuneArguments(identity_weight=0.0, **options)
     loss = make_loss(pipe, finetune_args)

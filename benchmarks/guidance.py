@@ -23,6 +23,7 @@ from diffsketching_pipeline import DiffSketchingPipeline, NoisyImageClassifier, 
 from diffsketching_pipeline.conditioning import Conditioning
 from diffsketching_pipeline.files import write_file
 from diffsketching_pipeline.guidance import GuidedPredictor
+from diffsketching_pipeline.registry import find_checkpoint
 
 
 CALLS: dict[str, dict[str, float]] = {
@@ -104,7 +105,7 @@ def load_pipeline(model: str | None) -> tuple[DiffSketchingPipeline, str]:
             model = bundled_checkpoint()
         except ValueError:
             return random_pipeline(), "random weights"
-    return DiffSketchingPipeline.from_pretrained(model), model
+    return DiffSketchingPipeline.from_pretrained(find_checkpoint(model)), model
 
 
 def synchronized_time(device: torch.device) -> float:

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 
-from diffsketching_pipeline import DiffSketchingPipeline, bundled_checkpoint
+from diffsketching_pipeline import DiffSketchingPipeline
 from diffsketching_pipeline.images.reading import preprocess_photos
+from diffsketching_pipeline.registry import find_checkpoint
 
 
 def psnr(found: torch.Tensor, images: torch.Tensor, peak: float = 2.0) -> torch.Tensor:
@@ -52,7 +53,7 @@ def main() -> None:
     parser.add_argument("--textbook_steps", type=int, default=None)
     args = parser.parse_args()
 
-    pipe = DiffSketchingPipeline.from_pretrained(args.model if args.model is not None else bundled_checkpoint())
+    pipe = DiffSketchingPipeline.from_pretrained(find_checkpoint(args.model))
     pipe.to("cuda" if torch.cuda.is_available() else "cpu").set_progress_bar_config(disable=True)
     images = preprocess_photos(args.photos, pipe.height, pipe.width)
     known = set(pipe.id2label.values())

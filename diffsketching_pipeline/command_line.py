@@ -14,6 +14,8 @@ from typing import Any, TypeVar, cast
 import yaml
 from transformers import HfArgumentParser
 
+from diffsketching_pipeline.messages import brief
+
 
 ArgumentsT = TypeVar("ArgumentsT")
 
@@ -121,5 +123,5 @@ def user_errors(script: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        print(f"{Path(script).name}: error: {error}", file=sys.stderr)
+        print(f"{Path(script).name}: error: {brief(error)}", file=sys.stderr)
         raise SystemExit(2) from None

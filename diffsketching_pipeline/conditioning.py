@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 from diffsketching_pipeline.images.reading import is_number, preprocess_mask
+from diffsketching_pipeline.messages import CONTROL_CHARACTERS, brief
+from diffsketching_pipeline.splits import normalize_name
 
 
 @dataclass
@@ -102,6 +104,34 @@ def join_conditions(conditions: Sequence[Sequence[tuple[Condition, float]]]) -> 
     )
 
 
+def read_id2label(id2label: Any, where: str = "This pipeline") -> dict[int, str]:
+    """
+    Return the name of each class, from a dict whose keys JSON may have turned into strings.
+
+    Args:
+        where: what has it, for errors.
+
+    Raises:
+        ValueError: unless the keys are 0 ... n-1, and the names texts without control characters.
+    """
+    if id2label is None:
+        return {}
+    try:
+        names = {int(key): normalize_name(str(name)) for key, name in id2label.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{where}: `id2label` must be a dict of integers to names, but got {brief(id2label)}."
+        ) from error
+    if sorted(names) != list(range(len(id2label))):
+        raise ValueError(f"{where}: `id2label` must have the keys 0 ... n-1, but got {brief(list(id2label))}.")
+    for name in names.values():
+        if not name.strip() or CONTROL_CHARACTERS.search(name):
+            raise ValueError(
+                f"{where}: `id2label` must name classes without control characters, but got '{brief(name)}'."
+            )
+    return names
+
+
 @dataclass(frozen=True)
 class ClassVocabulary:
     """
@@ -126,12 +156,15 @@ class ClassVocabulary:
         """
         if isinstance(label, str):
             names = {name.lower(): index for index, name in self.id2label.items()}
-            if label.lower() in names:
-                return names[label.lower()]
-            close = difflib.get_close_matches(label.lower(), names, n=3, cutoff=0.4)
+            wanted = normalize_name(label).lower()
+            if wanted in names:
+                return names[wanted]
+            close = difflib.get_close_matches(wanted[:100], names, n=3, cutoff=0.4)
             hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
             known = ", ".join(self.id2label.values()) or "integers only: this checkpoint has no `id2label`"
-            raise ValueError(f"`{argument}` has the unknown class {label!r}: {hint}The classes are: {known}.")
+            raise ValueError(
+                f"`{argument}` has the unknown class '{brief(label)}': {hint}The classes are: {brief(known)}."
+            )
         if isinstance(label, bool) or not isinstance(label, (int, np.integer)):
             raise ValueError(f"`{argument}` has to hold names, integers or None but has {label!r}.")
         if not 0 <= label < self.num_classes:

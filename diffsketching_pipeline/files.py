@@ -4,9 +4,13 @@
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+_ROOM = 2**20  # a disk that has less left is full
 
 
 @contextmanager
@@ -40,15 +44,32 @@ def write_file(path: str | os.PathLike, content: str | bytes, durable: bool = Fa
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
+def check_writable(folder: str | os.PathLike, argument: str = "output_dir") -> None:
+    """
+    Raises:
+        ValueError: if no file can be written to `folder`, or to the folder that it is to be made in; `argument` named it.
+    """
+    existing = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists())
+    try:
+        with tempfile.NamedTemporaryFile(dir=existing, prefix=".diffsketching-") as file:
+            file.write(bytes(_ROOM))
+            file.flush()
+    except OSError as error:
+        raise ValueError(
+            f"`{argument}` must be a folder that can be written to, but {existing} is not: {error.strerror}."
+        ) from error
+
+
 def check_output_dir(output_dir: str | os.PathLike) -> None:
     """
     Raises:
-        ValueError: unless `output_dir` is free: missing below an existing folder, or an empty folder.
+        ValueError: unless `output_dir` is free, missing below an existing folder or an empty folder, and can be written to.
     """
     output_dir = Path(output_dir)
     existing = next(path for path in (output_dir, *output_dir.parents) if path.exists())
     if not existing.is_dir() or (existing == output_dir and any(output_dir.iterdir())):
         raise ValueError(f"`output_dir` must not exist or be an empty folder, and {existing} is in the way.")
+    check_writable(output_dir)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -18,6 +18,8 @@ MANIFEST_NAME = "SHA256SUMS"
 _NOT_LISTED = (MANIFEST_NAME, "README.md", ".gitattributes")
 _MANIFEST_LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 _MAX_MANIFEST_SIZE = 2**20
+_TEXT_SUFFIXES = ("", ".json", ".md", ".py", ".txt")
+_MAX_TEXT_SIZE = 2**24
 
 
 def is_inside(name: str) -> bool:
@@ -35,6 +37,15 @@ def sha256_of(path: str | os.PathLike) -> str:
     return digest.hexdigest()
 
 
+def _is_listed(path: Path, expected: str) -> bool:
+    """Whether a file has this sha256 sum; a text also has it where git for Windows has given it other line ends."""
+    if sha256_of(path) == expected:
+        return True
+    if path.suffix not in _TEXT_SUFFIXES or path.stat().st_size > _MAX_TEXT_SIZE:
+        return False
+    return hashlib.sha256(path.read_bytes().replace(b"\r\n", b"\n")).hexdigest() == expected
+
+
 def weights_sha256(model: Any) -> str:
     """Return the sha256 sum of a `torch.nn.Module`'s weights as float32, whatever file they came from, in hexadecimal."""
     digest = hashlib.sha256()
@@ -45,9 +56,35 @@ def weights_sha256(model: Any) -> str:
 
 
 def listed_files(folder: str | os.PathLike) -> list[str]:
-    """List what belongs into the manifest of a folder: all its files but the hidden, the README and the manifest itself."""
-    names = [path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if path.is_file()]
-    return sorted(n for n in names if n not in _NOT_LISTED and not any(p.startswith(".") for p in n.split("/")))
+    """
+    List what belongs into the manifest of a folder: all its files but the hidden, the README and the manifest itself.
+
+    Raises:
+        ValueError: for a link to what is not in the folder, see [`check_links`].
+    """
+    check_links(folder)
+    return sorted(name for name in _visible_files(Path(folder)) if name not in _NOT_LISTED)
+
+
+def check_links(folder: str | os.PathLike, pattern: str = "**/*") -> None:
+    """
+    Raises:
+        ValueError: for a link in a folder to what is not in it: to publish the folder would publish that.
+    """
+    root = Path(folder).resolve()
+    for path in Path(folder).glob(pattern):
+        if path.is_symlink() and not (path.is_file() and path.resolve().is_relative_to(root)):
+            name = path.relative_to(folder).as_posix()
+            raise ValueError(
+                f"{folder}: `{name}` is a link to what is no file of this folder: put a copy in its place."
+            )
+
+
+def _visible_files(folder: Path) -> Iterator[str]:
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and not any(part.startswith(".") for part in name.split("/")):
+            yield name
 
 
 def write_manifest(folder: str | os.PathLike) -> Path:
@@ -90,8 +127,12 @@ def parse_manifest(text: str, where: str) -> dict[str, str]:
 def read_manifest(folder: str | os.PathLike, where: str) -> dict[str, str] | None:
     """Return the manifest of a folder, or `None` if it has none; raises as [`parse_manifest`]."""
     path = Path(folder, MANIFEST_NAME)
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
+    if not path.is_file():
+        raise ValueError(
+            f"{where}: {MANIFEST_NAME} is no file but a folder, a pipe or a link that leads nowhere: remove it."
+        )
     if path.stat().st_size > _MAX_MANIFEST_SIZE:
         raise ValueError(f"{where}: {MANIFEST_NAME} has more than {_MAX_MANIFEST_SIZE} bytes, which no list needs.")
     try:
@@ -100,7 +141,7 @@ def read_manifest(folder: str | os.PathLike, where: str) -> dict[str, str] | Non
         raise ValueError(f"{where}: {MANIFEST_NAME} is not text.") from error
 
 
-def check_manifest(folder: str | os.PathLike, names: Iterable[str], where: str) -> None:
+def check_manifest(folder: str | os.PathLike, names: Iterable[str], where: str, complete: Iterable[str] = ()) -> None:
     """
     Compare files with the manifest of their folder, if it has one.
 
@@ -108,6 +149,7 @@ def check_manifest(folder: str | os.PathLike, names: Iterable[str], where: str) 
         folder: what the names are relative to.
         names: the files that are about to be used.
         where: what the folder is called in errors.
+        complete: subfolders of which all files must be listed, as those who load them look for more than `names`.
 
     Raises:
         ValueError: for a file that the manifest does not list, or whose content is not the one listed.
@@ -115,13 +157,16 @@ def check_manifest(folder: str | os.PathLike, names: Iterable[str], where: str) 
     sums = read_manifest(folder, where)
     if sums is None:
         return
-    for name in names:
+    names = list(names)
+    beside = [f"{sub}/{name}" for sub in complete for name in _visible_files(Path(folder, sub))]
+    for name in [*names, *beside, *(path.name for path in Path(folder).glob("*.py"))]:
         if name not in sums:
             raise ValueError(
                 f"{where}: `{name}` is not in {MANIFEST_NAME}, so it was added later: remove it, or write the list again"
                 " if you added it yourself (`diffsketching_pipeline.manifest.write_manifest`)."
             )
-        if sha256_of(Path(folder, name)) != sums[name]:
+    for name in names:
+        if not _is_listed(Path(folder, name), sums[name]):
             raise ValueError(
                 f"{where}: `{name}` is not the file that {MANIFEST_NAME} lists, so it was damaged or changed: fetch it"
                 " again, or write the list again if you changed it yourself"

@@ -23,6 +23,7 @@ from diffsketching_pipeline.conditioning import (
     find_class_shares,
     join_conditions,
     make_conditions,
+    read_id2label,
 )
 from diffsketching_pipeline.denoising import UNetInputs, denoise, get_unet_inputs, invert
 from diffsketching_pipeline.guidance import ClassifierGuidanceCallback, GuidedPredictor
@@ -134,8 +135,8 @@ class DiffSketchingMixin(_Base):
             vae=vae,
         )
         self.register_to_config(id2label=id2label, recommended=recommended)
-        # JSON turns the keys of a dict into strings.
-        self.id2label: dict[int, str] = {int(key): str(value) for key, value in (id2label or {}).items()}
+        self.id2label: dict[int, str] = read_id2label(id2label)
+        check_recommended(recommended)
         self.recommended: dict[str, Any] = dict(recommended or {})
         check_components(self)
 
@@ -190,6 +191,20 @@ class DiffSketchingMixin(_Base):
         if any(kwargs.get(name) is not None for name in ("torch_dtype", "dtype", "custom_pipeline")):
             return super().from_pipe(pipeline, **kwargs)
         return share_components(cls, pipeline, kwargs)
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """
+        What `Pipeline(**pipe.components)` needs to be the same pipeline, or another with the same parts: the modules, and the
+        names of classes and the recommended settings where there are any.
+        """
+        settings = {"id2label": self.id2label, "recommended": self.recommended}
+        return {**super().components, **{name: value for name, value in settings.items() if value}}
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Nothing: what diffusers has here beside its `components` is among ours."""
+        return {}
 
     @property
     def vae_scale_factor(self) -> int:
@@ -562,8 +577,6 @@ def check_components(pipe: DiffSketchingMixin) -> None:
     if pipe.classifier is not None:
         _check_classifier_space(pipe)
     num_labels, num_embeds = len(pipe.id2label), config.num_class_embeds
-    if sorted(pipe.id2label) != list(range(num_labels)):
-        raise ValueError(f"`id2label` has to have the keys 0 ... n-1 but has {sorted(pipe.id2label)}.")
     if num_labels and num_embeds is not None and num_embeds not in (num_labels, num_labels + 1):
         raise ValueError(
             f"`id2label` has {num_labels} classes, so `unet.config.num_class_embeds` has to be {num_labels} or, with"
@@ -573,7 +586,6 @@ def check_components(pipe: DiffSketchingMixin) -> None:
         raise ValueError(
             f"`classifier` knows {pipe.classifier.config.num_classes} classes but `id2label` has {num_labels}."
         )
-    check_recommended(pipe.recommended)
 
 
 def _check_space(pipe: DiffSketchingMixin) -> None:

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 
 from diffsketching_pipeline.manifest import forget_origins, write_manifest
+from diffsketching_pipeline.messages import brief_errors
 from diffsketching_pipeline.verification import check_checkpoint, fetch_manifest
 
 
+@brief_errors()
 def load_checked(load: Callable[..., Any], source: Any, kwargs: Mapping[str, Any]) -> Any:
     """
     Return the pipeline that `load(source, **kwargs)` loads, in float32 unless a dtype is given.
@@ -39,6 +41,7 @@ def load_checked(load: Callable[..., Any], source: Any, kwargs: Mapping[str, Any
     return pipe
 
 
+@brief_errors()
 def download_checked(download: Callable[..., str], repo_id: str, kwargs: Mapping[str, Any]) -> str:
     """
     Return the folder that `download(repo_id, **kwargs)`, diffusers' own, has filled, with the checkpoint's list of sums.

@@ -3,7 +3,7 @@
 
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from diffsketching_pipeline.guidance import (
     check_guidance_interval,
 )
 from diffsketching_pipeline.images.reading import is_number
+from diffsketching_pipeline.messages import brief
 
 
 logger = logging.get_logger(__name__)
@@ -41,8 +42,8 @@ _COMPONENT_CLASSES = {
 _DEFAULT_NUM_INFERENCE_STEPS = 50
 # Colours are settled in the first part of the guided steps; guided to the end, fabric would be painted flat.
 _COLOURED_SHARE = 0.6
-# Settings other than the number of steps, η and the scales for which a checkpoint may recommend a value in [0, 1].
-_RECOMMENDED_SHARES = ("sketch_abstraction", "class_mixture")
+# Settings other than the number of steps and the scales for which a checkpoint may recommend a value in [0, 1].
+_RECOMMENDED_SHARES = ("eta", "sketch_abstraction", "class_mixture")
 _OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
@@ -318,18 +319,29 @@ def resolve_num_inference_steps(recommended: dict[str, Any], num_inference_steps
     return recommended.get("num_inference_steps", _DEFAULT_NUM_INFERENCE_STEPS)
 
 
-def check_recommended(recommended: dict[str, Any]) -> None:
+def check_recommended(recommended: Any, where: str = "This pipeline") -> None:
     """
+    Args:
+        recommended: what a checkpoint recommends, or `None`.
+        where: what has it, for errors.
+
     Raises:
-        ValueError: for a recommendation of a setting that there is not, or out of range.
+        ValueError: for what is no dict, a setting that there is not, or a value out of range.
     """
-    unknown = set(recommended) - {"num_inference_steps", "eta", *_SCALES, *_RECOMMENDED_SHARES}
+    if recommended is None:
+        return
+    if not isinstance(recommended, Mapping):
+        raise ValueError(f"{where}: `recommended` must be a dict of settings, but got {brief(recommended)}.")
+    unknown = set(recommended) - {"num_inference_steps", *_SCALES, *_RECOMMENDED_SHARES}
     if unknown:
-        raise ValueError(f"`recommended` has unknown keys {sorted(unknown)}.")
-    for name in _RECOMMENDED_SHARES:
-        share = recommended.get(name, 0.0)
-        if not is_number(share) or not 0.0 <= share <= 1.0:
-            raise ValueError(f"`recommended` must have a `{name}` in [0, 1], but got {share!r}.")
+        raise ValueError(f"{where}: `recommended` has unknown keys {brief(sorted(map(str, unknown)))}.")
+    for name, value in recommended.items():
+        if name == "num_inference_steps":
+            check_integer("recommended.num_inference_steps", value, at_least=1)
+        elif name in _RECOMMENDED_SHARES and not (is_number(value) and 0.0 <= value <= 1.0):
+            raise ValueError(f"{where}: `recommended` must have a `{name}` in [0, 1], but got {brief(repr(value))}.")
+        elif not is_number(value) or not math.isfinite(value):
+            raise ValueError(f"{where}: `recommended` must have a finite `{name}`, but got {brief(repr(value))}.")
 
 
 def check_has_classes(pipe: Any, class_labels: Any) -> None:
@@ -365,7 +377,7 @@ def check_integer(name: str, value: Any, at_least: int) -> None:
         ValueError: if the argument `name` is no integer, or a smaller one.
     """
     if not is_number(value, numbers.Integral) or value < at_least:
-        raise ValueError(f"`{name}` has to be an integer of at least {at_least} but is {value!r}.")
+        raise ValueError(f"`{name}` has to be an integer of at least {at_least} but is {brief(repr(value))}.")
 
 
 def check_invertible(scheduler: Any, num_fixed_point_iterations: Any) -> None:

@@ -5,6 +5,7 @@ Nothing of this package is imported here, so that every module of it may import 
 """
 
 import importlib
+import os
 import sys
 from pathlib import Path
 
@@ -38,6 +39,19 @@ def register() -> None:
             " load. Use a diffusers version that diffsketching_pipeline was tested with.",
             stacklevel=2,
         )
+
+
+def find_checkpoint(name_or_path: str | os.PathLike | None) -> str:
+    """
+    Return what `from_pretrained` takes for the model that a command or script was given: the folder of a bundled checkpoint
+    for its name, unless there is a folder of that name here, or for `None`; a path or hub id as it is.
+    """
+    if name_or_path is None:
+        return bundled_checkpoint()
+    name = str(name_or_path)
+    bundled = Path(__file__).parent / "checkpoints" / name
+    is_bundled = Path(name).name == name and (bundled / "model_index.json").is_file() and not os.path.exists(name)
+    return str(bundled) if is_bundled else name
 
 
 def bundled_checkpoint(name: str = "garments-64") -> str:

@@ -16,6 +16,9 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
+from diffsketching_pipeline.images.reading import is_number
+from diffsketching_pipeline.messages import brief
+
 
 SUPPORTED_SCHEDULERS = (
     DDIMScheduler,
@@ -33,6 +36,8 @@ _SIGMA_OPTIONS = (
     "use_flow_sigmas",
     "use_lu_lambdas",
 )
+_PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+_TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
 _LEARNED_VARIANCE = ("learned", "learned_range")
 # Below this ᾱ_t (the last timestep of a cosine schedule) a change of ε moves x̂_0 by more than a thousand times itself,
 # so that the gradient of anything explodes there, and ε says next to nothing about x_0.
@@ -42,6 +47,35 @@ MIN_GUIDED_ALPHA_PROD = 1e-6
 def get_alpha_prod(scheduler: Any, timestep: torch.Tensor | int, sample: torch.Tensor) -> torch.Tensor:
     """Return ᾱ_t in float32, shaped to broadcast against `sample` `[batch_size, channels, height, width]`."""
     return scheduler.alphas_cumprod.to(sample.device, torch.float32)[timestep].reshape(-1, 1, 1, 1)
+
+
+def check_scheduler_values(scheduler: Any, where: str) -> None:
+    """
+    Refuse settings of a scheduler from a file that its constructor takes and that mean nothing, whatever the call.
+
+    Args:
+        scheduler: of `SUPPORTED_SCHEDULERS`.
+        where: the file, for errors.
+
+    Raises:
+        ValueError: for a setting of another type, out of range or not among those there are.
+    """
+    config, alphas = scheduler.config, scheduler.alphas_cumprod
+    steps, offset = config.num_train_timesteps, config.get("steps_offset", 0)
+    clip_range = config.get("clip_sample_range", 1.0)
+    checks = {
+        "prediction_type": config.prediction_type in _PREDICTION_TYPES,
+        "timestep_spacing": config.timestep_spacing in _TIMESTEP_SPACINGS,
+        "num_train_timesteps": is_number(steps, numbers.Integral) and len(alphas) == steps,
+        "steps_offset": is_number(offset, numbers.Integral) and 0 <= offset < len(alphas),
+        "clip_sample_range": is_number(clip_range) and clip_range > 0,
+        "beta_schedule": bool(((alphas >= 0) & (alphas <= 1)).all()),
+    }
+    for name, is_right in checks.items():
+        if not is_right:
+            raise ValueError(
+                f"{where} has the {name} {brief(repr(config.get(name)))}, with which nothing can be sampled."
+            )
 
 
 def check_scheduler(scheduler: Any, num_inference_steps: int) -> None:

@@ -2,9 +2,15 @@
 """Who trains, who is chosen by and who is reported on: photos and drawings, told apart by the hash of their names."""
 
 import hashlib
+import unicodedata
 
 
 VALIDATION_PERCENT = 8
+
+
+def normalize_name(name: str) -> str:
+    """Return the name of a file or class as NFC: macOS writes the same name with its accents apart."""
+    return unicodedata.normalize("NFC", name)
 
 
 def in_first_half(name: str) -> bool:
@@ -13,9 +19,9 @@ def in_first_half(name: str) -> bool:
 
     The low digits are left alone because the split into train, validation and test is made with them.
     """
-    return int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) % 2 == 0
+    return int(hashlib.sha256(normalize_name(name).encode()).hexdigest()[:8], 16) % 2 == 0
 
 
 def in_validation(stem: str) -> bool:
     """Whether a photo validates: 8 of 100, by the SHA-256 of its name."""
-    return int(hashlib.sha256(stem.encode()).hexdigest(), 16) % 100 < VALIDATION_PERCENT
+    return int(hashlib.sha256(normalize_name(stem).encode()).hexdigest(), 16) % 100 < VALIDATION_PERCENT

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from diffsketching_pipeline import DiffSketchingEditPipeline, bundled_checkpoint
+from diffsketching_pipeline import DiffSketchingEditPipeline
+from diffsketching_pipeline.registry import find_checkpoint
 
 
 def main() -> None:
@@ -27,7 +28,7 @@ def main() -> None:
     parser.add_argument("--model", default=None, help="folder or hub id; the bundled model when left out")
     args = parser.parse_args()
 
-    pipe = DiffSketchingEditPipeline.from_pretrained(args.model or bundled_checkpoint())
+    pipe = DiffSketchingEditPipeline.from_pretrained(find_checkpoint(args.model))
     photo = Image.open(args.photo)
     mask = pipe.prepare_mask_image(photo, sketch=args.drawing)
     out = pipe(

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from diffsketching_pipeline import DiffSketchingInterpolationPipeline, bundled_checkpoint
+from diffsketching_pipeline import DiffSketchingInterpolationPipeline
+from diffsketching_pipeline.registry import find_checkpoint
 
 
 def main() -> None:
@@ -28,7 +29,7 @@ def main() -> None:
     parser.add_argument("--model", default=None, help="folder or hub id; the bundled model when left out")
     args = parser.parse_args()
 
-    pipe = DiffSketchingInterpolationPipeline.from_pretrained(args.model or bundled_checkpoint())
+    pipe = DiffSketchingInterpolationPipeline.from_pretrained(find_checkpoint(args.model))
     out = pipe(
         args.drawings,
         class_labels=args.class_label,

@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from diffsketching_pipeline import DiffSketchingPipeline, bundled_checkpoint
+from diffsketching_pipeline import DiffSketchingPipeline
 from diffsketching_pipeline.images.reading import preprocess_photos
+from diffsketching_pipeline.registry import find_checkpoint
 
 
 def main() -> None:
@@ -26,7 +27,7 @@ def main() -> None:
     parser.add_argument("--model", default=None, help="folder or hub id; the bundled model when left out")
     args = parser.parse_args()
 
-    pipe = DiffSketchingPipeline.from_pretrained(args.model or bundled_checkpoint())
+    pipe = DiffSketchingPipeline.from_pretrained(find_checkpoint(args.model))
     photo = preprocess_photos(args.photo, pipe.height, pipe.width)
     noise = pipe.invert(photo, args.class_label, num_inference_steps=args.num_inference_steps)
     common = {"num_inference_steps": args.num_inference_steps, "latents": noise, "output_type": "latent"}

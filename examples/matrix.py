@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
-from diffsketching_pipeline import DiffSketchingPipeline, bundled_checkpoint
+from diffsketching_pipeline import DiffSketchingPipeline
+from diffsketching_pipeline.registry import find_checkpoint
 
 
 TILE, MARGIN = 128, 110
@@ -28,7 +29,7 @@ def main() -> None:
     parser.add_argument("--model", default=None, help="folder or hub id; the bundled model when left out")
     args = parser.parse_args()
 
-    pipe = DiffSketchingPipeline.from_pretrained(args.model or bundled_checkpoint())
+    pipe = DiffSketchingPipeline.from_pretrained(find_checkpoint(args.model))
     labels = args.class_label or list(pipe.id2label.values())
     rows = [*labels, {label: 1.0 for label in labels[:2]}]  # the last row is half the first class, half the second
     sheet = Image.new("RGB", (MARGIN + args.num_seeds * TILE, len(rows) * TILE), "white")

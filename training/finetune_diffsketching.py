@@ -41,8 +41,9 @@ from diffsketching_pipeline import (
 )
 from diffsketching_pipeline.images.free_hand import check_free_hand
 from diffsketching_pipeline.losses import DiffSketchingLosses
+from diffsketching_pipeline.registry import find_checkpoint
 from diffsketching_pipeline.schedulers import check_scheduler
-from diffsketching_pipeline.training.arguments import parse_args, resolve_data_dir
+from diffsketching_pipeline.training.arguments import check_dataset_name, parse_args, resolve_data_dir
 from diffsketching_pipeline.training.chain import FinetuneArguments, decoded, make_loss, run_chain
 from diffsketching_pipeline.training.chain_data import (
     ChainDataset,
@@ -230,7 +231,7 @@ class FinetuneValidation:
 
 def load_frozen_pipeline(args: FinetuneArguments) -> DiffSketchingPipeline:
     """The pretrained pipeline in float32, none of whose parameters learns."""
-    pipeline = DiffSketchingPipeline.from_pretrained(str(args.pretrained_model_name_or_path))
+    pipeline = DiffSketchingPipeline.from_pretrained(find_checkpoint(args.pretrained_model_name_or_path))
     check_pipeline(pipeline, args)
     pipeline.set_progress_bar_config(disable=True)
     for component in pipeline.components.values():
@@ -251,6 +252,7 @@ def load_photos(args: FinetuneArguments, pipeline: DiffSketchingPipeline) -> dic
         raise ValueError("`conditioning_image_column` is a column of `dataset_name`: give that, too.")
     pairs = None
     if args.dataset_name is not None and args.conditioning_image_column is not None:
+        check_dataset_name(args.dataset_name, has_columns=True)
         columns = (args.image_column, args.conditioning_image_column, args.label_column)
         pairs = load_dataset_pairs(args.dataset_name, *columns, cache_dir=args.cache_dir)
     elif args.train_data_dir is not None and (Path(args.train_data_dir) / "sketch").is_dir():

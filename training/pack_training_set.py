@@ -29,6 +29,7 @@ from diffsketching_pipeline.files import staged_file
 from diffsketching_pipeline.images.contours import CONTOUR_NAMES, CONTOUR_SIZE, resized_to_short_side
 from diffsketching_pipeline.images.photo_files import decode_photo
 from diffsketching_pipeline.manifest import is_inside
+from diffsketching_pipeline.splits import normalize_name
 from diffsketching_pipeline.training.cache import cache_photo
 from diffsketching_pipeline.training.dataset import PhotoSketchDataset
 
@@ -147,7 +148,7 @@ def _photos(sets: dict[str, PhotoSketchDataset]) -> Iterator[tuple[str, PhotoSke
     """`<split>/<class>/<stem>`, dataset and index of every photo."""
     for split, dataset in sets.items():
         for index, file in enumerate(dataset.files):
-            yield f"{split}/{file.parent.name}/{file.stem}", dataset, index
+            yield normalize_name(f"{split}/{file.parent.name}/{file.stem}"), dataset, index
 
 
 def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:

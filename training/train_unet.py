@@ -32,6 +32,7 @@ from diffsketching_pipeline.command_line import argument
 from diffsketching_pipeline.denoising import join_unet_inputs
 from diffsketching_pipeline.images.contours import check_contour_source
 from diffsketching_pipeline.images.free_hand import check_free_hand, check_stroke_deletion
+from diffsketching_pipeline.registry import find_checkpoint
 from diffsketching_pipeline.training.arguments import TrainingArguments, parse_args, resolve_data_dir
 from diffsketching_pipeline.training.dataset import PhotoSketchDataset
 from diffsketching_pipeline.training.keyed import (
@@ -210,7 +211,7 @@ def load_unet(
         ValueError: it has no sketch channel or other input channels than this run, another number of classes, or its pipeline has other classes or another
             noise schedule than this run.
     """
-    path = str(args.pretrained_model_name_or_path)
+    path = find_checkpoint(args.pretrained_model_name_or_path)
     unet = load_pretrained(UNet2DModel, path, "unet")
     if unet.config.in_channels != in_channels:
         raise ValueError(

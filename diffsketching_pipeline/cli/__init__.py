@@ -22,6 +22,8 @@ from diffsketching_pipeline.cli import (
     push,
 )
 from diffsketching_pipeline.cli.options import UserError
+from diffsketching_pipeline.cli.running import RESCUED
+from diffsketching_pipeline.messages import brief
 
 
 app = typer.Typer(
@@ -47,11 +49,14 @@ def main() -> None:
         if not hasattr(error, "format_message"):
             raise
         sys.exit(_fail(error.format_message() or "see `diffsketching --help`"))
+    if RESCUED:
+        where = " and ".join(f"'{rescue}' instead of '{folder}'" for folder, rescue in RESCUED.items())
+        sys.exit(_fail(f"what could not be written any more is in {where}."))
     sys.exit(code if isinstance(code, int) else 0)
 
 
 def _fail(message: str) -> int:
-    print("diffsketching: error: " + " ".join(message.split()), file=sys.stderr)
+    print("diffsketching: error: " + brief(message), file=sys.stderr)
     return 2
 
 

@@ -37,6 +37,7 @@ from diffsketching_pipeline.cli.running import (
     load_pipeline,
     progress,
     seed_tiles,
+    where_written,
     write_atomically,
     write_metadata,
     write_photos,
@@ -145,7 +146,7 @@ def edit(
     tiles += seed_tiles(images, seeds)
     write_atomically(sheet_path, png(contact_sheet(tiles, caption(photo.name, record))))
     write_metadata(metadata_path, earlier, records, model_record(pipe, model))
-    print(sheet_path)
+    print(where_written(sheet_path))
 
 
 def _parse_box(text: str) -> tuple[float, ...]:

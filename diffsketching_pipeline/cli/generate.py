@@ -41,6 +41,7 @@ from diffsketching_pipeline.cli.running import (
     load_pipeline,
     progress,
     seed_tiles,
+    where_written,
     write_atomically,
     write_metadata,
     write_photos,
@@ -150,4 +151,4 @@ def generate(
             write_atomically(sheets[name], png(contact_sheet(tiles, caption(drawing.name, record))))
             write_metadata(metadata_path, earlier, records, weights)
     for sheet_path in sheets.values():
-        print(sheet_path)
+        print(where_written(sheet_path))

@@ -32,7 +32,14 @@ from diffsketching_pipeline.cli.options import (
     unique_names,
     user_errors,
 )
-from diffsketching_pipeline.cli.running import load_pipeline, progress, step_reporter, write_atomically, write_metadata
+from diffsketching_pipeline.cli.running import (
+    load_pipeline,
+    progress,
+    step_reporter,
+    where_written,
+    write_atomically,
+    write_metadata,
+)
 from diffsketching_pipeline.results import contact_sheet, file_record, model_record, png, sampling_record
 
 
@@ -131,8 +138,8 @@ def interpolate(
     }
     records = [{"file": path.name, "frame": k, **record} for k, path in enumerate(files)]
     write_metadata(metadata_path, earlier, records, model_record(pipe, model))
-    print(film_path)
-    print(sheet_path)
+    print(where_written(film_path))
+    print(where_written(sheet_path))
 
 
 def _film(frames: list["Image.Image"], kind: str, fps: int) -> bytes:

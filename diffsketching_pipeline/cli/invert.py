@@ -19,7 +19,7 @@ from diffsketching_pipeline.cli.options import (
     unique_names,
     user_errors,
 )
-from diffsketching_pipeline.cli.running import load_pipeline, progress, write_atomically, write_metadata
+from diffsketching_pipeline.cli.running import load_pipeline, progress, where_written, write_atomically, write_metadata
 from diffsketching_pipeline.results import class_record, contact_sheet, file_record, model_record, png
 
 
@@ -81,4 +81,4 @@ def invert(
             write_metadata(metadata_path, earlier, records, weights)
             advance(1)
     for paths in files.values():
-        print(paths[-1])
+        print(where_written(paths[-1]))

@@ -39,6 +39,7 @@ from diffsketching_pipeline.cli.running import (
     load_pipeline,
     progress,
     seed_tiles,
+    where_written,
     write_atomically,
     write_metadata,
     write_photos,
@@ -131,7 +132,7 @@ def matrix(
             tiles += [(sketch_image(sketch), str(label)), *seed_tiles(images, seeds)]
             write_metadata(metadata_path, earlier, records, weights)
     write_atomically(sheet_path, png(contact_sheet(tiles, drawing.name, num_images + 1)))
-    print(sheet_path)
+    print(where_written(sheet_path))
 
 
 def _slug(label: Any) -> str:

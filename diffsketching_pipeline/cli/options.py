@@ -10,6 +10,8 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from diffsketching_pipeline.files import check_writable
+
 
 BUNDLED_SIZE = 64
 
@@ -23,7 +25,9 @@ class DtypeName(str, Enum):
 
 
 Steps = Annotated[Optional[int], typer.Option("--steps", help="Denoising steps. [default: the model's]")]
-Model = Annotated[Optional[str], typer.Option("--model", help="Folder or hub id. [default: the bundled garments-64]")]
+Model = Annotated[
+    Optional[str], typer.Option("--model", help="Folder, hub id or a bundled model. [default: garments-64]")
+]
 OutputDir = Annotated[Path, typer.Option("--output-dir", help="Folder for pictures, sheets and metadata.json.")]
 
 SketchScale = Annotated[
@@ -185,7 +189,7 @@ def numbered_names(names: list[str], counts: list[int]) -> list[str]:
 
 
 def check_output(output_dir: Path, paths: Sequence[Path], overwrite: bool) -> None:
-    """Refuses a folder that is a file, and files that are there and not to be replaced."""
+    """Refuses a folder that is a file or cannot be written to, and files that are there and not to be replaced."""
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"`--output-dir` has to be a folder but '{output_dir}' is a file.")
     existing = [path for path in paths if path.exists()]
@@ -193,6 +197,8 @@ def check_output(output_dir: Path, paths: Sequence[Path], overwrite: bool) -> No
         raise UserError(
             f"'{existing[0]}' exists already: choose another `--output-dir` or `--seed`, or pass `--overwrite`."
         )
+    with user_errors():
+        check_writable(output_dir, "--output-dir")
 
 
 def read_metadata(path: Path) -> dict[str, dict[str, Any]]:

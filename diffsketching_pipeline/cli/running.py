@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What commands share at work: models, batches, progress, and files that are written whole or not."""
 
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,11 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from diffsketching_pipeline.cli.options import DtypeName, UserError, user_errors
 from diffsketching_pipeline.files import write_file
+from diffsketching_pipeline.registry import find_checkpoint
 from diffsketching_pipeline.results import metadata, png
 
 
 if TYPE_CHECKING:
     from PIL import Image
+
+
+RESCUED: dict[Path, Path] = {}
+"""Folders that could not be written to in the course of this command, and where their files are instead."""
 
 
 def load_pipeline(
@@ -35,7 +41,7 @@ def load_pipeline(
     transformers_logging.disable_progress_bar()
     with user_errors((ValueError, OSError)):
         cls = getattr(diffsketching_pipeline, class_name)
-        pipe = cls.from_pretrained(model or diffsketching_pipeline.bundled_checkpoint())
+        pipe = cls.from_pretrained(find_checkpoint(model))
     # By the modules' own methods: diffusers warns of `to(dtype)`, and renames the argument of `from_pretrained`.
     casts = {DtypeName.float16: torch.nn.Module.half, DtypeName.bfloat16: torch.nn.Module.bfloat16}
     if dtype in casts:
@@ -99,15 +105,27 @@ def write_metadata(
     write_atomically(path, metadata(model, list(merged.values())))
 
 
+def where_written(path: Path) -> Path:
+    """The path of what [`write_atomically`] was given to write to `path`."""
+    return RESCUED.get(path.parent, path.parent) / path.name
+
+
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write beside `path` and rename, so that no reader ever sees half a file."""
+    """
+    Write beside `path` and rename, so that no reader ever sees half a file. What was made is not lost
+    where a folder cannot be written to any more: from then on its files go to a temporary one.
+    """
+    target = where_written(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, content)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_file(target, content)
     except OSError as error:
         if error.errno is None:
             raise  # not by the operating system
-        raise UserError(f"cannot write to '{path.parent}': {error.strerror}.") from error
+        if target != path:
+            raise UserError(f"cannot write to '{path.parent}' or '{target.parent}': {error.strerror}.") from error
+        RESCUED[path.parent] = Path(tempfile.mkdtemp(prefix="diffsketching-"))
+        write_atomically(path, content)
 
 
 @contextmanager

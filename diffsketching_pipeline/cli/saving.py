@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Options of the commands that save a model, and the model."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
@@ -25,5 +24,4 @@ FP16_OPTION = typer.Option("--fp16-variant", help='Also write float16 weights, f
 
 def load_to_save(model: str, save_dtype: DtypeName) -> "DiffSketchingPipeline":
     """A pipeline on the CPU, in the type it is to be saved in."""
-    bundled = model == "garments-64" and not Path(model).exists()
-    return load_pipeline(None if bundled else model, "cpu", dtype=save_dtype)
+    return load_pipeline(model, "cpu", dtype=save_dtype)

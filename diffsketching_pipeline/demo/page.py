@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The drawing page: what is on it, and which part of it calls what in `service.py`."""
 
+import functools
 import os
 import secrets
 from collections.abc import Iterator
@@ -166,8 +167,7 @@ class _Handlers:
                 raise ValueError(
                     "There is nothing to edit yet: upload a photo or start from one you made, and draw on it."
                 )
-            background, lines = photo["background"].convert("RGB"), photo["layers"][0].convert("RGBA")
-            strokes = Image.alpha_composite(Image.new("RGBA", lines.size, "white"), lines).convert("RGB")
+            background, strokes = photo["background"].convert("RGB"), _stacked(None, photo["layers"]).convert("RGB")
             label, owner = _label(class_label), str(request.session_hash)
             yield from _show(
                 self.studio.edit_photo(background, strokes, label, int(num_images), int(seed), strength, owner)
@@ -238,10 +238,21 @@ def _label(choice: str) -> str | None:
 
 
 def _drawing(canvas: dict[str, Any] | None) -> Image.Image:
-    drawing = canvas and (canvas["composite"] or canvas["background"])
-    if not drawing:
+    """What a canvas shows; a program may leave the composite to us."""
+    canvas = canvas or {}
+    layers = canvas.get("layers") or []
+    shown = canvas.get("composite") or (None if layers else canvas.get("background"))
+    if shown is None and not layers:
         raise ValueError("There is no drawing yet: draw, upload or choose one.")
-    return drawing
+    return shown or _stacked(canvas.get("background"), layers)
+
+
+def _stacked(page: Image.Image | None, layers: list[Image.Image]) -> Image.Image:
+    """The layers of a canvas over its background, a white page when left out."""
+    parts = [part.convert("RGBA") for part in (page or Image.new("RGBA", layers[0].size, "white"), *layers)]
+    if len(sizes := {part.size for part in parts}) > 1:
+        raise ValueError(f"The background and layers of a drawing must have one size, but have {sorted(sizes)}.")
+    return functools.reduce(Image.alpha_composite, parts)
 
 
 def _cached(content: bytes, name: str) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from diffsketching_pipeline.command_line import argument, required
+from diffsketching_pipeline.files import check_writable
 from diffsketching_pipeline.images.free_hand import check_free_hand
 
 
@@ -89,6 +90,7 @@ class EvaluationArguments:
 
 def check_evaluation_arguments(args: EvaluationArguments) -> None:
     """Raises `ValueError` for a missing or impossible argument, before anything is read."""
+    check_writable(args.output_dir)
     if args.model is None and not args.images:
         raise ValueError("give `model` to generate images, `images` to score folders of them, or both.")
     for name in ("systems", "perceptual_sketch_distance", "measure_memory"):

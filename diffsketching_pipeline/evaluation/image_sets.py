@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from diffsketching_pipeline.files import staged_file, write_file
 from diffsketching_pipeline.images.photo_files import IMAGE_ERRORS, IMAGE_SUFFIXES, MAX_SQUASH
-from diffsketching_pipeline.splits import in_first_half
+from diffsketching_pipeline.splits import in_first_half, normalize_name
 
 
 class Drawing(NamedTuple):
@@ -114,13 +114,14 @@ def list_class_folders(folder: Path, name: str) -> list[tuple[str, Path]]:
     files = sorted(p for p in folder.glob("*/*") if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
     if not files:
         raise ValueError(f"`{name}` must hold images in one folder per class, but {str(folder)!r} holds none.")
-    return [(path.parent.name, path) for path in files]
+    return [(normalize_name(path.parent.name), path) for path in files]
 
 
 def read_drawings(folder: Path) -> list[Drawing]:
     """All drawings of a folder in a fixed order; `ValueError` for two of the same name in a class."""
     drawings = [
-        Drawing(path.stem, label, path, i) for i, (label, path) in enumerate(list_class_folders(folder, "sketches"))
+        Drawing(normalize_name(path.stem), label, path, i)
+        for i, (label, path) in enumerate(list_class_folders(folder, "sketches"))
     ]
     twice = [key for key, count in Counter((d.label, d.name) for d in drawings).items() if count > 1]
     if twice:
@@ -151,8 +152,8 @@ def match_images(folder: Path, drawings: list[Drawing], selected: list[Drawing])
     for path in sorted([*folder.glob("*"), *folder.glob("*/*")]):
         if path.suffix.lower() not in IMAGE_SUFFIXES or path.name.startswith("."):
             continue
-        match = re.fullmatch(r"(.+)_(\d+)", path.stem)
-        label = None if path.parent == folder else path.parent.name
+        match = re.fullmatch(r"(.+)_(\d+)", normalize_name(path.stem))
+        label = None if path.parent == folder else normalize_name(path.parent.name)
         candidates = by_name.get((label, match[1]), []) if match else []
         if match is None or len(candidates) != 1:
             raise ValueError(_mismatch(path, label, len(candidates)))

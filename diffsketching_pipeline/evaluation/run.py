@@ -68,6 +68,7 @@ from diffsketching_pipeline.evaluation.report import (
 from diffsketching_pipeline.evaluation.scoring import Scorer, make_noise
 from diffsketching_pipeline.evaluation.systems import System
 from diffsketching_pipeline.manifest import weights_sha256
+from diffsketching_pipeline.registry import find_checkpoint
 from diffsketching_pipeline.splits import in_first_half
 
 
@@ -92,7 +93,7 @@ def load_model(
             network itself: a metric is never computed by a network that a loss may have used.
     """
     try:
-        pipeline = DiffSketchingPipeline.from_pretrained(args.model)
+        pipeline = DiffSketchingPipeline.from_pretrained(find_checkpoint(args.model))
     except OSError as error:
         raise ValueError(f"`model` {args.model!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     pipeline.set_progress_bar_config(disable=True)
@@ -308,7 +309,7 @@ def evaluate(args: EvaluationArguments, inputs: Inputs, accelerator: Accelerator
         batch = plan.jobs[: args.eval_batch_size]
         labels = labels_to_give(batch, args.class_labels)
         dtype = getattr(torch, args.dtype)
-        measure_memory(str(args.model), dtype, plan.system, batch, labels, images_dir(args, plan.system))
+        measure_memory(find_checkpoint(args.model), dtype, plan.system, batch, labels, images_dir(args, plan.system))
     generated = {plan.system.name: read_generated(args, inputs, plan) for plan in inputs.plans}
     inputs.systems = {**generated, **inputs.systems}
     scores = score_all(args, inputs, inputs.train)

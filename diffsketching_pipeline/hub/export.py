@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffsketching_pipeline.files import check_output_dir, staged_folder
-from diffsketching_pipeline.manifest import write_manifest
+from diffsketching_pipeline.manifest import check_links, write_manifest
 from diffsketching_pipeline.registry import COMPONENT_METHODS, bundled_checkpoint
 
 
@@ -90,18 +90,19 @@ def export_pipeline(
 def _check_exportable(pipe: Any) -> None:
     from diffsketching_pipeline.lora import has_lora
     from diffsketching_pipeline.pipeline_base import DiffSketchingMixin
+    from diffsketching_pipeline.verification import COMPONENT_CLASSES
 
     if not isinstance(pipe, DiffSketchingMixin) or type(pipe).__module__.split(".")[0] != _PACKAGE:
         raise ValueError(
             f"`pipe` has to be a pipeline of this package but is a {type(pipe).__module__}.{type(pipe).__name__}: load it"
             " with `diffsketching_pipeline.DiffSketchingPipeline.from_pretrained`."
         )
-    for name, component in pipe.components.items():
-        library = type(component).__module__.split(".")[0]
-        if component is not None and library not in ("diffusers", "transformers", _PACKAGE):
+    for name, classes in COMPONENT_CLASSES.items():
+        component = getattr(pipe, name)
+        if component is not None and type(component) not in classes:
             raise ValueError(
-                f"`pipe.{name}` is a {type(component).__name__} of {library!r}, which others do not have: only components"
-                f" of diffusers, transformers and {_PACKAGE} can be exported."
+                f"`pipe.{name}` is a {type(component).__name__} of {type(component).__module__.split('.')[0]!r}, which others"
+                f" could not load: it has to be a {' or '.join(cls.__name__ for cls in classes)}."
             )
     if has_lora(pipe.unet):
         raise ValueError("`pipe.unet` carries an adapter: call `fuse_lora` or `unload_lora` before exporting.")
@@ -150,6 +151,8 @@ def _card_of_origin(pipe: "DiffSketchingPipeline") -> Path | None:
     candidates = [Path(origin) / "README.md"]
     if Path(origin).resolve() == bundled.resolve():
         candidates.append(Path(__file__).parents[2] / "model_card.md")
+    # It is published, so a link in somebody's checkpoint must not say what else is.
+    check_links(origin, "README.md")
     return next((path for path in candidates if path.is_file()), None)
 
 

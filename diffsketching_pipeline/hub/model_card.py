@@ -136,11 +136,13 @@ def input_names(pipe: Any) -> list[str]:
 
 def make_card(pipe: Any, title: str, license: str | None) -> str:
     """A card with what can be read off the pipeline itself: components, sizes, classes, recommended settings."""
+    from diffsketching_pipeline.verification import COMPONENT_CLASSES
+
     matter = ["---", *([f"license: {license}"] if license else []), "library_name: diffusers"]
     matter += ["pipeline_tag: image-to-image", "tags:", "- sketch-to-image", "- diffusion", "- diffsketching", "---"]
     rows = ["| component | class | parameters |", "| --- | --- | --- |"]
-    for name, component in pipe.components.items():
-        if component is not None:
+    for name in COMPONENT_CLASSES:
+        if (component := getattr(pipe, name)) is not None:
             parameters = getattr(component, "parameters", None)
             count = f"{sum(p.numel() for p in parameters()):,}" if parameters is not None else ""
             rows.append(f"| `{name}` | `{type(component).__name__}` | {count} |")

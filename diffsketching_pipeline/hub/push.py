@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from diffsketching_pipeline.hub.export import export_pipeline
 from diffsketching_pipeline.manifest import (
     MANIFEST_NAME,
+    check_links,
     check_manifest,
     forget_origins,
     listed_files,
@@ -139,6 +140,7 @@ def push_component(folder: str | os.PathLike, repo_id: str, **push_options: Any)
     from diffsketching_pipeline.hub.model_card import component_card
 
     folder = Path(folder)
+    check_links(folder)
     with tempfile.TemporaryDirectory() as temporary:
         copied = Path(shutil.copytree(folder, Path(temporary) / folder.name))
         forget_origins(copied)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
+from diffsketching_pipeline.splits import normalize_name
+
 
 MAX_SQUASH = 4 / 3
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -26,8 +28,11 @@ def list_images(root: Path, split: str) -> tuple[list[Path], list[str]]:
     if not folder.is_dir():
         raise ValueError(f"`root` must hold a folder {split!r} with a folder of photos per class, but it has none.")
     class_root = root / "train" if (root / "train").is_dir() else folder
-    class_names = sorted(path.name for path in class_root.iterdir() if path.is_dir())
-    unknown = sorted({path.name for path in folder.iterdir() if path.is_dir()} - set(class_names))
+    class_names, names = (
+        sorted({normalize_name(path.name) for path in parent.iterdir() if path.is_dir()})
+        for parent in (class_root, folder)
+    )
+    unknown = sorted(set(names) - set(class_names))
     if unknown:
         raise ValueError(f"`split` {split!r} has classes that the training photos lack: {', '.join(unknown)}.")
     files = sorted(p for p in folder.glob("*/*") if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))

@@ -2,12 +2,14 @@
 """The arguments that every training script has."""
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from diffsketching_pipeline.command_line import argument, parse_arguments
+from diffsketching_pipeline.files import check_writable
 
 
 ArgumentsT = TypeVar("ArgumentsT", bound="TrainingArguments")
@@ -123,6 +125,8 @@ def parse_args(
 
 def check_arguments(args: TrainingArguments) -> None:
     """Raises `ValueError` for a value that would only fail, or be silently wrong, after work has begun."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        check_writable(args.output_dir)
     at_least: dict[str, float] = {"seed": 0, "validation_steps": 0, "lr_warmup_steps": 0, "dataloader_num_workers": 0}
     at_least |= dict.fromkeys(("train_batch_size", "gradient_accumulation_steps", "checkpointing_steps"), 1)
     at_least |= dict.fromkeys(("checkpoints_total_limit", "logging_steps", "resolution", "num_train_epochs"), 1)
@@ -153,6 +157,19 @@ def public_arguments(args: TrainingArguments) -> dict[str, Any]:
     return {name: value for name, value in dataclasses.asdict(args).items() if name != "hub_token"}
 
 
+def check_dataset_name(name: str, has_columns: bool = False) -> None:
+    """
+    Raises:
+        ValueError: if `dataset_name` is a folder here of the kind that `train_data_dir` is for. With columns it may be a dataset.
+    """
+    root = Path(name)
+    of_files = (root / "sketch").is_dir() or any(path.is_dir() for path in root.glob("train/*"))
+    if root.is_dir() and (of_files or not has_columns):
+        raise ValueError(
+            f"`dataset_name` must be a dataset on the Hub, but {name!r} is a folder of photos here: give it as `--train_data_dir`."
+        )
+
+
 def resolve_data_dir(args: TrainingArguments) -> Path:
     """The imagefolder to train on: `train_data_dir`, or the downloaded snapshot of `dataset_name`.
 
@@ -163,6 +180,8 @@ def resolve_data_dir(args: TrainingArguments) -> Path:
         raise ValueError("give either `train_data_dir` or `dataset_name`: exactly one says what to train on.")
     if args.dataset_name is not None:
         from huggingface_hub import snapshot_download
+
+        check_dataset_name(args.dataset_name)
 
         root = Path(snapshot_download(args.dataset_name, repo_type="dataset", cache_dir=args.cache_dir))
     else:

@@ -37,6 +37,7 @@ from diffsketching_pipeline.images.free_hand import (
     render_jittered,
 )
 from diffsketching_pipeline.images.photo_files import IMAGE_ERRORS, MAX_SQUASH, decode_photo, list_images
+from diffsketching_pipeline.splits import normalize_name
 from diffsketching_pipeline.training.cache import (
     DRAWING_ARRAYS,
     HED_CACHE_VERSION,
@@ -158,7 +159,7 @@ class PhotoSketchDataset(Dataset):
         return list_images(Path(root), split)
 
     def _class_label(self, file: Any) -> int:
-        return self.label2id[file.parent.name]
+        return self.label2id[normalize_name(file.parent.name)]
 
     def _read(self, file: Any) -> bytes:
         """Everything that the photo and its drawings are made of."""

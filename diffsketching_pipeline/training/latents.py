@@ -22,6 +22,7 @@ from diffsketching_pipeline import FoldedPixels
 from diffsketching_pipeline.autoencoding import encode_photos, get_scale_factor
 from diffsketching_pipeline.images.contours import Box
 from diffsketching_pipeline.manifest import weights_sha256
+from diffsketching_pipeline.registry import find_checkpoint
 from diffsketching_pipeline.training.cache import load_arrays, save_arrays
 from diffsketching_pipeline.training.dataset import PhotoSketchDataset
 from diffsketching_pipeline.training.modules import load_pretrained
@@ -38,6 +39,7 @@ def load_vae(name_or_path: str) -> Any:
     Raises:
         ValueError: its config names no autoencoder that photos can be encoded with.
     """
+    name_or_path = find_checkpoint(name_or_path)
     is_alone = os.path.isfile(os.path.join(name_or_path, "config.json"))
     config = AutoencoderTiny.load_config(name_or_path, **({} if is_alone else {"subfolder": "vae"}))
     classes = {kind.__name__: kind for kind in (AutoencoderTiny, AutoencoderKL, FoldedPixels)}

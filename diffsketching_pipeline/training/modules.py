@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
 from diffsketching_pipeline.lora import LORA_WEIGHTS_NAME, fuse_lora, has_lora, load_lora_state_dict, save_lora
+from diffsketching_pipeline.registry import find_checkpoint
 
 
 logger = get_logger(__name__)
@@ -23,6 +24,7 @@ logger = get_logger(__name__)
 
 def load_pretrained(model_class: Any, name_or_path: str, subfolder: str, **kwargs: Any) -> Any:
     """Load a component in float32 from a pipeline (folder or Hub id) or from a folder that holds just the model."""
+    name_or_path = find_checkpoint(name_or_path)
     is_model_folder = os.path.isfile(os.path.join(name_or_path, "config.json"))
     location = {} if is_model_folder else {"subfolder": subfolder}
     return model_class.from_pretrained(name_or_path, **location, **kwargs).float()

@@ -27,7 +27,7 @@ from torch import Tensor
 from diffsketching_pipeline import SketchProcessor
 from diffsketching_pipeline.images.contours import CONTOUR_SIZE, Box, bounding_box, resized_to_short_side
 from diffsketching_pipeline.images.photo_files import IMAGE_ERRORS, IMAGE_SUFFIXES, decode_photo
-from diffsketching_pipeline.splits import in_validation
+from diffsketching_pipeline.splits import in_validation, normalize_name
 from diffsketching_pipeline.training.cache import CachedPhoto, photo_to_keep
 from diffsketching_pipeline.training.dataset import PhotoSketchDataset
 
@@ -95,7 +95,7 @@ def _images_by_stem(folder: Path, what: str) -> tuple[dict[str, Path], list[str]
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() not in IMAGE_SUFFIXES or path.name.startswith(".") or not path.is_file():
             continue
-        stem = path.relative_to(folder).with_suffix("").as_posix()
+        stem = normalize_name(path.relative_to(folder).with_suffix("").as_posix())
         if stem in found:
             doubled.append(path.name)
         found.setdefault(stem, path)
@@ -113,8 +113,16 @@ def find_pair_files(photo_dir: Path, sketch_dir: Path) -> list[tuple[str, Path, 
     out, counted and named in a warning.
 
     Raises:
-        ValueError: a folder is missing or has no images, or nothing matches.
+        ValueError: a folder is missing, has no images or is the root of several sets of them, or nothing matches.
     """
+    for folder, what in ((photo_dir, "photos"), (sketch_dir, "drawings")):
+        renderings = sorted(path.name for path in folder.glob("tx_*") if path.is_dir())
+        if renderings:
+            raise ValueError(
+                f"{folder} holds Sketchy's {what} in {len(renderings)} renderings, {', '.join(renderings)}: choose one of them, "
+                f"such as `{folder / renderings[0]}` for `--{'photo' if what == 'photos' else 'sketch'}_dir` of "
+                "prepare_sketchy.py."
+            )
     photos, doubled_photos = _images_by_stem(photo_dir, "photos")
     sketches, doubled_sketches = _images_by_stem(sketch_dir, "drawings")
     drawings: dict[str, list[Path]] = defaultdict(list)
@@ -201,8 +209,13 @@ def _class_names(rows: Any, column: str | None) -> list[str | None]:
     if column is None or column not in rows.column_names:
         return [None] * len(rows)
     feature = rows.features[column]
+    # `datasets` writes -1 for a `ClassLabel` that is missing, and pandas NaN, which is not equal to itself.
+    missing = [value is None or value == -1 or value != value or str(value).strip() == "" for value in rows[column]]
     to_name = feature.int2str if hasattr(feature, "int2str") else str
-    return [to_name(value) for value in rows[column]]
+    return [
+        None if is_missing else normalize_name(to_name(value))
+        for value, is_missing in zip(rows[column], missing, strict=True)
+    ]
 
 
 def load_dataset_pairs(
@@ -220,7 +233,8 @@ def load_dataset_pairs(
         name_or_path: a dataset on the Hub, or a folder.
         image_column: photos.
         conditioning_image_column: drawings, one or a list of them per row; rows with the same photo are joined.
-        label_column: class names or a `ClassLabel`; None, or a column that is not there, means no class.
+        label_column:
+            class names or a `ClassLabel`; None, a column that is not there, or a row without a value mean no class.
         split: which split is read; validation photos are taken from it by hash.
         cache_dir: where `datasets` keeps what it downloads.
 
@@ -234,19 +248,26 @@ def load_dataset_pairs(
     rows = _undecoded(rows, "conditioning_image_column", conditioning_image_column, may_be_list=True)
     labels = _class_names(rows, label_column)
     by_photo: dict[str, list[int]] = defaultdict(list)
+    without_photo = []
     for row, value in enumerate(rows.select_columns([image_column])):
-        by_photo[hashlib.sha256(_encoded(value[image_column])).hexdigest()].append(row)
+        try:
+            by_photo[hashlib.sha256(_encoded(value[image_column])).hexdigest()].append(row)
+        except (OSError, TypeError):
+            without_photo.append(f"row {row}")
+    _report({"rows have no photo, left out": without_photo}, len(rows))
 
     pairs = []
     for digest, members in by_photo.items():
         sketches = []
         for row in members:
             value = rows[row][conditioning_image_column]
-            positions = range(len(value)) if isinstance(value, list) else () if value is None else (None,)
+            cells = list(enumerate(value)) if isinstance(value, list) else [(None, value)]
+            positions = [position for position, cell in cells if cell is not None]
             sketches += [partial(_read_cell, rows, row, conditioning_image_column, k) for k in positions]
         if sketches:
             photo = partial(_read_cell, rows, members[0], image_column)
-            pairs.append(PhotoSketchPair(digest[:16], labels[members[0]], photo, tuple(sketches)))
+            label = next((labels[row] for row in members if labels[row] is not None), None)
+            pairs.append(PhotoSketchPair(digest[:16], label, photo, tuple(sketches)))
     if len(pairs) < len(by_photo):
         logger.warning("%d of %d photos have no drawing, left out", len(by_photo) - len(pairs), len(by_photo))
     if not pairs:

@@ -24,7 +24,7 @@ import numpy as np
 from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
 from diffsketching_pipeline.images.photo_files import IMAGE_ERRORS, IMAGE_SUFFIXES
-from diffsketching_pipeline.splits import in_validation
+from diffsketching_pipeline.splits import in_validation, normalize_name
 from diffsketching_pipeline.training.keyed import Sample, keyed_seed
 from diffsketching_pipeline.training.pairs import PhotoSketchPair
 
@@ -76,6 +76,7 @@ def _class_of(content: bytes | None, class_names: Sequence[str]) -> str | None:
     if content is None:
         return None
     text = content.decode("utf-8", "replace").strip()
+    text = normalize_name(text)
     if text in class_names or not text.isdecimal() or int(text) >= len(class_names):
         return text
     return class_names[int(text)]
@@ -103,7 +104,9 @@ def read_shard(shard: str, class_names: Sequence[str], problems: dict[str, list[
         return is_double  # anything else is the tar file's end
 
     names: set[str] = set()
-    for files in wds.DataPipeline(wds.SimpleShardList([shard]), wds.tarfile_to_samples(handler=broken)):
+    # macOS puts a `._` file with what it knows of it beside each file.
+    read = wds.tarfile_to_samples(broken, lambda name: not name.split("/")[-1].startswith("."), normalize_name)
+    for files in wds.DataPipeline(wds.SimpleShardList([shard]), read):
         name = files["__key__"]
         drawings = sorted(key for key in files if key.split(".")[0].split("-")[0] == "sketch")
         photos = [key for key in files if f".{key}" in IMAGE_SUFFIXES]

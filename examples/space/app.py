@@ -14,11 +14,12 @@ except ModuleNotFoundError as error:
         " a checkout of it, and push again."
     ) from None
 
-from diffsketching_pipeline import DiffSketchingPipeline, bundled_checkpoint
+from diffsketching_pipeline import DiffSketchingPipeline
 from diffsketching_pipeline.demo.page import launch
 from diffsketching_pipeline.demo.service import Studio
+from diffsketching_pipeline.registry import find_checkpoint
 
 
-model = os.environ.get("DIFFSKETCHING_MODEL")
-pipe = DiffSketchingPipeline.from_pretrained(model or bundled_checkpoint())
+model = os.environ.get("DIFFSKETCHING_MODEL") or None
+pipe = DiffSketchingPipeline.from_pretrained(find_checkpoint(model))
 launch(Studio(pipe, model)).block_thread()

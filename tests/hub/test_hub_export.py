@@ -173,7 +173,7 @@ def test_what_others_could_not_load_is_refused_and_leaves_nothing(tiny_pipeline,
     with pytest.raises(ValueError, match="`pipe.unet` carries an adapter: call `fuse_lora`"):
         export_pipeline(tiny_pipeline, out)
     tiny_pipeline.register_modules(unet=MyUNet.from_config(fuse_lora(tiny_pipeline.unet).config))
-    with pytest.raises(ValueError, match="`pipe.unet` is a MyUNet of 'test_hub_export', which others do not have"):
+    with pytest.raises(ValueError, match="`pipe.unet` is a MyUNet of 'test_hub_export', which others could not load"):
         export_pipeline(tiny_pipeline, out)
     assert sorted(os.listdir(tmp_path)) == ["metrics.json"]
 

@@ -754,7 +754,8 @@ def test_a_pipeline_fits_the_conventions_of_diffusers(tiny_pipeline):
     for name in DiffSketchingPipeline._optional_components:
         assert type(None) in get_args(parameters[name].annotation)
     assert set(DiffSketchingPipeline.model_cpu_offload_seq.split("->")) == {"unet", "vae", *COMPONENTS}
-    assert set(tiny_pipeline.components) == {"unet", "scheduler", "vae", *COMPONENTS}
+    assert set(tiny_pipeline.components) == {"unet", "scheduler", "vae", "id2label", *COMPONENTS}
+    assert tiny_pipeline.parameters == {}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="offloading needs a GPU")
@@ -778,7 +779,7 @@ def test_components_that_do_not_fit_are_refused(tiny_pipeline_factory):
         ({"in_channels": 6}, "`unet` must have 3 input channels .* but got `in_channels=6`"),
         ({"out_channels": 4}, "`unet` has to have 3 output channels, .* but has `out_channels=4`"),
         ({"num_class_embeds": 7}, "`id2label` has 3 classes, so `unet.config.num_class_embeds` has to be 3 or"),
-        ({"id2label": {1: "a", 2: "b"}}, r"`id2label` has to have the keys 0 ... n-1 but has \[1, 2\]"),
+        ({"id2label": {1: "a", 2: "b"}}, r"`id2label` must have the keys 0 ... n-1, but got \[1, 2\]"),
         ({"recommended": {"guidance_scale": 2}}, r"`recommended` has unknown keys \['guidance_scale'\]"),
         (
             {"id2label": {0: "a", 1: "b"}, "num_class_embeds": 3},

@@ -2,7 +2,9 @@
 """Checkpoints that are damaged, hostile or both: refused before a file of weights is read or a network is built."""
 
 import json
+import os
 import pickle
+import re
 import shutil
 import struct
 
@@ -98,13 +100,57 @@ def test_pickles_are_never_loaded(checkpoint, tmp_path, monkeypatch):
 
 def test_a_pickle_beside_the_weights_is_not_touched(checkpoint):
     (checkpoint / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"not even a pickle")
+    write_manifest(checkpoint)
     DiffSketchingPipeline.from_pretrained(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "name", ["unet/diffusion_pytorch_model.bin", "image_encoder/generation_config.json", "unet/a/b.json", "None.py"]
+)
+def test_a_file_that_came_later_and_that_a_loader_might_find_is_refused(checkpoint, name, monkeypatch):
+    (checkpoint / name).parent.mkdir(exist_ok=True)
+    (checkpoint / name).write_text("{}")
+    refused(checkpoint, f"`{name}` is not in SHA256SUMS, so it was added later", monkeypatch)
+    # Files of the desktop, and what is written about a checkpoint, are nobody's to load.
+    (checkpoint / name).unlink()
+    for other in ("unet/.DS_Store", "unet/._config.json", "README.md", ".gitattributes", "sheet.png"):
+        (checkpoint / other).write_text("x")
+    check_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize("has_manifest", [True, False])
+@pytest.mark.parametrize("component", ["sketch_encoder", "unet"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "adapter_config.json",
+        "shard-00001-model-00001-of-00001.safetensors",
+        "diffusion_pytorch_model.safetensors.ema.index.json",
+    ],
+)
+def test_what_makes_other_weights_be_loaded_is_refused_listed_or_not(
+    checkpoint, component, name, has_manifest, monkeypatch
+):
+    (checkpoint / component / name).write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "ana/x"}))
+    write_manifest(checkpoint) if has_manifest else (checkpoint / MANIFEST_NAME).unlink()
+    refused(checkpoint, f"`{component}/{name}` would make other weights be loaded", monkeypatch)
+
+
+def test_the_weights_that_are_checked_are_those_of_the_library_that_loads_them(checkpoint, monkeypatch):
+    (checkpoint / MANIFEST_NAME).unlink()
+    # Of a fitting file by the other library's name nothing is read.
+    weights = checkpoint / "image_encoder" / "model.safetensors"
+    weights.rename(weights.with_name("diffusion_pytorch_model.safetensors"))
+    refused(checkpoint, "`image_encoder` has no safetensors weights", monkeypatch)
 
 
 @pytest.mark.parametrize(
     "entry",
     [
         ["os", "system"],
+        ["transformers", "DetrForObjectDetection"],
+        ["diffusers", "UNet2DModel"],
+        ["diffusers", "NoisyImageClassifier"],
         ["antigravity", "fly"],
         ["diffusers", "DiffusionPipeline"],
         ["diffusers.utils", "logging"],
@@ -118,9 +164,18 @@ def test_an_index_that_names_another_class_is_refused_and_nothing_imported(check
 
     edit_json(checkpoint / "model_index.json", classifier=entry)
     write_manifest(checkpoint)
-    refused(checkpoint, r"`classifier` in `model_index.json` is .*nothing is imported", monkeypatch)
+    refused(
+        checkpoint,
+        rf"`classifier` has to be .*, but is {re.escape(repr(entry))}, and nothing is imported",
+        monkeypatch,
+    )
     # Also when the component is passed in, as older versions of diffusers import it even then.
-    refused(checkpoint, r"`classifier` in `model_index.json` is .*nothing is imported", monkeypatch, classifier=None)
+    refused(
+        checkpoint,
+        rf"`classifier` has to be .*, but is {re.escape(repr(entry))}, and nothing is imported",
+        monkeypatch,
+        classifier=None,
+    )
     assert "antigravity" not in sys.modules
 
 
@@ -128,14 +183,30 @@ def test_an_index_that_names_another_class_is_refused_and_nothing_imported(check
 def test_an_index_that_names_a_folder_outside_is_refused(checkpoint, name, monkeypatch):
     edit_json(checkpoint / "model_index.json", **{name: ["diffusers", "UNet2DModel"]})
     write_manifest(checkpoint)
-    refused(checkpoint, "which is no name of a folder in it", monkeypatch)
+    refused(checkpoint, f"has the component .{re.escape(name)}., but there are only unet, scheduler, vae", monkeypatch)
 
 
-@pytest.mark.parametrize("entry", [[], ["diffusers"], ["diffusers", 3], ["diffusers", "UNet2DModel", "more"], [1, 2]])
+@pytest.mark.parametrize(
+    "entry",
+    [
+        [],
+        ["diffusers"],
+        ["diffusers", 3],
+        ["diffusers", "UNet2DModel", "more"],
+        [1, 2],
+        5,
+        None,
+        [None, None],
+        {},
+        "a",
+    ],
+)
 def test_an_entry_of_another_form_is_refused(checkpoint, entry, monkeypatch):
     edit_json(checkpoint / "model_index.json", unet=entry)
     write_manifest(checkpoint)
-    refused(checkpoint, r"`unet` in `model_index.json` has to be \[library, class\]", monkeypatch)
+    refused(
+        checkpoint, rf"`unet` has to be \['diffusers', 'UNet2DModel'\], but is {re.escape(repr(entry))}", monkeypatch
+    )
 
 
 @pytest.mark.parametrize("name", ["../../secret.safetensors", "/etc/passwd", "..\\x.safetensors", ".safetensors", 7])
@@ -159,6 +230,15 @@ def test_a_manifest_that_leads_outside_is_refused(checkpoint, monkeypatch):
     manifest.write_bytes(b"\xff\xfe")
     refused(checkpoint, "is not text", monkeypatch)
     assert parse_manifest(text, "it").keys() >= {"model_index.json", "unet/config.json"}
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "link"])
+def test_a_manifest_that_is_no_file_is_refused(checkpoint, kind, monkeypatch):
+    manifest = checkpoint / MANIFEST_NAME
+    manifest.unlink()
+    make = {"folder": os.mkdir, "pipe": os.mkfifo, "link": lambda path: os.symlink("nowhere", path)}
+    make[kind](manifest)
+    refused(checkpoint, "SHA256SUMS is no file but a folder, a pipe or a link", monkeypatch)
 
 
 def test_a_file_that_the_manifest_does_not_list_is_refused(checkpoint, monkeypatch):
@@ -196,6 +276,111 @@ def test_absurd_sizes_are_refused_before_anything_is_allocated(checkpoint, compo
     edit_json(config, **changes)
     write_manifest(checkpoint)
     refused(checkpoint, rf"`{component}/{config.name}` {message}", monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "name, changes, message",
+    [
+        ("model_index", {"_class_name": None}, "has to have the `_class_name` of a pipeline but has None"),
+        ("model_index", {"_class_name": ["a", "b"]}, "has to have the `_class_name` of a pipeline but has .'a', 'b'."),
+        (
+            "model_index",
+            {"id2label": ["a", "b", "c"]},
+            r"`id2label` must be a dict of integers to names, but got \['a'",
+        ),
+        (
+            "model_index",
+            {"id2label": {"x": "a"}},
+            "`id2label` must be a dict of integers to names, but got {'x': 'a'}",
+        ),
+        ("model_index", {"id2label": {"0": "a", "2": "b"}}, r"`id2label` must have the keys 0 ... n-1, but got"),
+        ("model_index", {"id2label": {"0": "\x1b[31ma"}}, r"control characters: '\\x1b\[31ma'"),
+        ("model_index", {"recommended": [1]}, r"`recommended` must be a dict of settings, but got \[1\]"),
+        ("model_index", {"recommended": {"eta": "much"}}, r"must have a `eta` in \[0, 1\], but got 'much'"),
+        ("model_index", {"recommended": {"num_inference_steps": 2.5}}, "num_inference_steps` has to be an integer of"),
+        (
+            "model_index",
+            {"recommended": {"sketch_guidance_scale": True}},
+            "finite `sketch_guidance_scale`, but got True",
+        ),
+        (
+            "scheduler/scheduler_config",
+            {"beta_start": "small", "beta_schedule": "linear"},
+            "describes no DDIMScheduler",
+        ),
+        (
+            "scheduler/scheduler_config",
+            {"num_train_timesteps": 10.0},
+            "describes no DDIMScheduler|num_train_timesteps 10.0",
+        ),
+        (
+            "scheduler/scheduler_config",
+            {"num_train_timesteps": -1},
+            "describes no DDIMScheduler|num_train_timesteps -1",
+        ),
+        ("scheduler/scheduler_config", {"prediction_type": "\u202e"}, "holds a text that"),
+        (
+            "scheduler/scheduler_config",
+            {"prediction_type": "noise"},
+            "has the prediction_type 'noise', with which nothing",
+        ),
+        ("scheduler/scheduler_config", {"timestep_spacing": 1}, "has the timestep_spacing 1"),
+        ("scheduler/scheduler_config", {"steps_offset": 10**4}, "has the steps_offset 10000"),
+        ("scheduler/scheduler_config", {"trained_betas": [0.5] * 7}, "has the num_train_timesteps 1000"),
+        ("scheduler/scheduler_config", {"beta_schedule": "linear", "beta_end": 7}, "has the beta_schedule 'linear'"),
+        ("unet/config", {"quantization_config": {"quant_method": "bitsandbytes"}}, "has a `quantization_config`"),
+        ("unet/config", {"sample_size": "x" * 10**5}, r"holds a text that is too long .*: 'x{30} ... x{30}'"),
+        ("image_encoder/config", {"quantization_config": {"quant_method": "gptq"}}, "has a `quantization_config`"),
+        (
+            "image_encoder/config",
+            {"transformers_weights": "other.safetensors"},
+            r"it has no \['transformers_weights'\]",
+        ),
+        ("image_encoder/config", {"configuration_files": ["config.4.0.0.json"]}, r"has no \['configuration_files'\]"),
+        ("image_encoder/config", {"attn_implementation": "ana/kernel"}, r"has no \['attn_implementation'\]"),
+        ("image_encoder/config", {"dtype": "save"}, "its dtype has to be one of .* but is 'save'"),
+        ("image_encoder/config", {"id2label": [5]}, "describes no ResNetForImageClassification"),
+    ],
+)
+def test_settings_of_another_type_are_one_error(checkpoint, name, changes, message, monkeypatch):
+    edit_json(checkpoint / f"{name}.json", **changes)
+    write_manifest(checkpoint)
+    refused(checkpoint, message, monkeypatch)
+
+
+@pytest.mark.parametrize("number", ["Infinity", "-Infinity", "NaN", "1e999"])
+def test_numbers_that_are_none_are_refused(checkpoint, number, monkeypatch):
+    config = checkpoint / "unet" / "config.json"
+    config.write_text(config.read_text().replace("{", f'{{"norm_eps": {number},', 1))
+    (checkpoint / MANIFEST_NAME).unlink()
+    refused(checkpoint, f"`config.json` is not JSON .{number} is no number", monkeypatch)
+
+
+def write_header(path, header):
+    content = json.dumps(header).encode()
+    size = max((e["data_offsets"][1] for n, e in header.items() if n != "__metadata__"), default=0)
+    path.write_bytes(struct.pack("<Q", len(content)) + content + bytes(size))
+
+
+def test_the_check_of_a_header_costs_little(checkpoint, monkeypatch):
+    (checkpoint / MANIFEST_NAME).unlink()
+    weights = checkpoint / "unet" / "diffusion_pytorch_model.safetensors"
+    for shape in ([float("inf")], [-1], [2**62, 2], [5], "x", [[1]]):
+        write_header(weights, {"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, 4]}})
+        refused(checkpoint, "has a header that cannot be read", monkeypatch)
+    write_header(weights, {"__metadata__": {"a": "x" * 2**20}})
+    refused(checkpoint, "has a header of more than 1048576 bytes", monkeypatch)
+    # Tensors without elements cost nothing to write, so they say nothing about how many layers there may be.
+    empty = {f"t{i}": {"dtype": "F32", "shape": [0, 10**9], "data_offsets": [0, 0]} for i in range(4000)}
+    write_header(weights, empty)
+    edit_json(checkpoint / "unet" / "config.json", layers_per_block=1000)
+    refused(checkpoint, "has the layers_per_block 1000; with these weights it can be 1 at most", monkeypatch)
+    # Nor do small ones about the product of two settings: the building stops by itself.
+    full = {f"t{i}": {"dtype": "U8", "shape": [1], "data_offsets": [i, i + 1]} for i in range(1000)}
+    write_header(weights, full)
+    refused(checkpoint, "it has more than 2064 parameters, where the weights have far fewer tensors", monkeypatch)
+    write_header(weights, {f"t{i}": {"dtype": "U8", "shape": [1], "data_offsets": [i, i + 1]} for i in range(5000)})
+    refused(checkpoint, "stands beside weights of 5000 tensors; 4096 are the most", monkeypatch)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", "[" * 10**5, "null"])
