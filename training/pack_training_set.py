@@ -29,6 +29,7 @@ from diffsketching_pipeline.files import staged_file
 from diffsketching_pipeline.images.contours import CONTOUR_NAMES, CONTOUR_SIZE, resized_to_short_side
 from diffsketching_pipeline.images.photo_files import decode_photo
 from diffsketching_pipeline.manifest import is_inside
+from diffsketching_pipeline.stopping import stoppable
 from diffsketching_pipeline.training.cache import cache_photo
 from diffsketching_pipeline.training.dataset import PhotoSketchDataset
 
@@ -231,4 +232,5 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with stoppable(__file__):
+        main()
