@@ -76,6 +76,7 @@ setup(
     install_requires=[
         "accelerate>=1.1",
         "diffusers>=0.39",
+        "filelock>=3.13",
         "fonttools>=4.50",
         "huggingface_hub>=0.34",
         "numpy>=1.26",

@@ -20,6 +20,7 @@ import numpy as np
 from diffsketching_pipeline.command_line import argument, parse_arguments, required, user_errors
 from diffsketching_pipeline.evaluation.image_sets import write_text
 from diffsketching_pipeline.evaluation.metrics import MIN_GROUPS, percentile_interval
+from diffsketching_pipeline.stopping import stoppable
 
 
 PSEUDO_WINS = 0.5
@@ -300,4 +301,5 @@ def run() -> None:
 
 
 if __name__ == "__main__":
-    run()
+    with stoppable(__file__):
+        run()

@@ -14,6 +14,7 @@ import torch
 from transformers import HfArgumentParser, ResNetForImageClassification
 
 from diffsketching_pipeline import DiffSketchingPipeline, NoisyImageClassifier, PhotoSketcher
+from diffsketching_pipeline.stopping import stoppable
 from diffsketching_pipeline.training.latents import encoder_sha256, load_vae
 from diffsketching_pipeline.training.run_folder import write_folder
 
@@ -117,7 +118,8 @@ def main(args: AssembleArguments) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(HfArgumentParser(AssembleArguments).parse_args_into_dataclasses()[0])  # type: ignore[arg-type]
-    except ValueError as error:
-        sys.exit(f"assemble.py: {error}")
+    with stoppable(__file__):
+        try:
+            main(HfArgumentParser(AssembleArguments).parse_args_into_dataclasses()[0])  # type: ignore[arg-type]
+        except ValueError as error:
+            sys.exit(f"assemble.py: {error}")

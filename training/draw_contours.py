@@ -30,6 +30,7 @@ from diffsketching_pipeline.evaluation.image_sets import (
 )
 from diffsketching_pipeline.images.contours import CONTOUR_NAMES, CONTOUR_SIZE, photo_to_contours
 from diffsketching_pipeline.splits import in_first_half
+from diffsketching_pipeline.stopping import stoppable
 
 
 MIN_INK = CONTOUR_SIZE
@@ -115,4 +116,5 @@ def run() -> None:
 
 
 if __name__ == "__main__":
-    run()
+    with stoppable(__file__):
+        run()

@@ -7,7 +7,9 @@
 """
 
 from diffsketching_pipeline.evaluation.run import run
+from diffsketching_pipeline.stopping import stoppable
 
 
 if __name__ == "__main__":
-    run()
+    with stoppable(__file__):
+        run()

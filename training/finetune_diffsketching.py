@@ -43,6 +43,7 @@ from diffsketching_pipeline.images.free_hand import check_free_hand
 from diffsketching_pipeline.losses import DiffSketchingLosses
 from diffsketching_pipeline.registry import find_checkpoint
 from diffsketching_pipeline.schedulers import check_scheduler
+from diffsketching_pipeline.stopping import stoppable
 from diffsketching_pipeline.training.arguments import check_dataset_name, parse_args, resolve_data_dir
 from diffsketching_pipeline.training.chain import FinetuneArguments, decoded, make_loss, run_chain
 from diffsketching_pipeline.training.chain_data import (
@@ -369,4 +370,5 @@ def main(args: FinetuneArguments) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args(FinetuneArguments, sys.argv[1:], description=__doc__))
+    with stoppable(__file__):
+        main(parse_args(FinetuneArguments, sys.argv[1:], description=__doc__))

@@ -32,6 +32,7 @@ from diffsketching_pipeline.evaluation.image_sets import (
     select_drawings,
     write_text,
 )
+from diffsketching_pipeline.stopping import stoppable
 
 
 QUESTIONS = {
@@ -169,4 +170,5 @@ def run() -> None:
 
 
 if __name__ == "__main__":
-    run()
+    with stoppable(__file__):
+        run()

@@ -30,6 +30,7 @@ from diffsketching_pipeline.images.contours import CONTOUR_NAMES, CONTOUR_SIZE, 
 from diffsketching_pipeline.images.photo_files import decode_photo
 from diffsketching_pipeline.manifest import is_inside
 from diffsketching_pipeline.splits import normalize_name
+from diffsketching_pipeline.stopping import stoppable
 from diffsketching_pipeline.training.cache import cache_photo
 from diffsketching_pipeline.training.dataset import PhotoSketchDataset
 
@@ -232,4 +233,5 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with stoppable(__file__):
+        main()

@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from diffsketching_pipeline.command_line import argument, parse_arguments, required, user_errors
 from diffsketching_pipeline.evaluation.measurements import METRICS
 from diffsketching_pipeline.files import staged_file
+from diffsketching_pipeline.stopping import stoppable
 
 
 GUIDANCE_SETTINGS = (
@@ -211,4 +212,5 @@ def run() -> None:
 
 
 if __name__ == "__main__":
-    run()
+    with stoppable(__file__):
+        run()

@@ -24,6 +24,7 @@ from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 from diffsketching_pipeline.files import staged_file
+from diffsketching_pipeline.stopping import stoppable
 
 
 JUNK_LABELS = ("Not sure", "Other", "Skip")
@@ -168,4 +169,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with stoppable(__file__):
+        sys.exit(main())

@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from diffsketching_pipeline.images.photo_files import decode_photo
+from diffsketching_pipeline.stopping import stoppable
 from diffsketching_pipeline.training.pairs import find_pair_files
 from diffsketching_pipeline.training.run_folder import write_folder
 
@@ -115,16 +116,17 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photo_dir", required=True, help="`<category>/<id>.jpg`")
-    parser.add_argument("--sketch_dir", required=True, help="`<category>/<id>-<k>.png`")
-    parser.add_argument("--output_dir", required=True, help="the new folder with `photo` and `sketch`")
-    parser.add_argument(
-        "--exclude", nargs="*", default=[], help="lists of drawings to leave out, such as Sketchy's own"
-    )
-    parser.add_argument("--classifier_name_or_path", default="microsoft/resnet-50", help="folder or Hub id")
-    parser.add_argument("--batch_size", type=int, default=64)
-    try:
-        main(parser.parse_args())
-    except ValueError as error:
-        sys.exit(f"prepare_sketchy.py: {error}")
+    with stoppable(__file__):
+        parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser.add_argument("--photo_dir", required=True, help="`<category>/<id>.jpg`")
+        parser.add_argument("--sketch_dir", required=True, help="`<category>/<id>-<k>.png`")
+        parser.add_argument("--output_dir", required=True, help="the new folder with `photo` and `sketch`")
+        parser.add_argument(
+            "--exclude", nargs="*", default=[], help="lists of drawings to leave out, such as Sketchy's own"
+        )
+        parser.add_argument("--classifier_name_or_path", default="microsoft/resnet-50", help="folder or Hub id")
+        parser.add_argument("--batch_size", type=int, default=64)
+        try:
+            main(parser.parse_args())
+        except ValueError as error:
+            sys.exit(f"prepare_sketchy.py: {error}")

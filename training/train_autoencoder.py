@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from diffsketching_pipeline.autoencoding import get_scale_factor
 from diffsketching_pipeline.command_line import argument
+from diffsketching_pipeline.stopping import stoppable
 from diffsketching_pipeline.training.arguments import TrainingArguments, parse_args, resolve_data_dir
 from diffsketching_pipeline.training.discriminators import PatchDiscriminator, discriminator_distance
 from diffsketching_pipeline.training.modules import load_pretrained
@@ -258,4 +259,5 @@ def main(args: AutoencoderArguments) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args(AutoencoderArguments, description=__doc__))
+    with stoppable(__file__):
+        main(parse_args(AutoencoderArguments, description=__doc__))

@@ -24,6 +24,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from diffsketching_pipeline import NoisyImageClassifier
 from diffsketching_pipeline.autoencoding import decode_latents, get_scale_factor
 from diffsketching_pipeline.command_line import argument
+from diffsketching_pipeline.stopping import stoppable
 from diffsketching_pipeline.training.arguments import TrainingArguments, parse_args, resolve_data_dir
 from diffsketching_pipeline.training.dataset import PhotoSketchDataset
 from diffsketching_pipeline.training.keyed import (
@@ -277,4 +278,5 @@ def main(args: ClassifierTrainingArguments) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args(ClassifierTrainingArguments, sys.argv[1:], description=__doc__))
+    with stoppable(__file__):
+        main(parse_args(ClassifierTrainingArguments, sys.argv[1:], description=__doc__))

@@ -52,6 +52,7 @@ from diffsketching_pipeline.images.free_hand import (
 )
 from diffsketching_pipeline.images.photo_files import decode_photo
 from diffsketching_pipeline.splits import in_first_half
+from diffsketching_pipeline.stopping import stoppable
 from diffsketching_pipeline.training.arguments import TrainingArguments, parse_args, resolve_data_dir
 from diffsketching_pipeline.training.cache import CachedPhoto
 from diffsketching_pipeline.training.dataset import PhotoSketchDataset
@@ -507,4 +508,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with stoppable(__file__):
+        main()

@@ -26,6 +26,7 @@ from diffsketching_pipeline import PhotoSketcher, SketchProcessor
 from diffsketching_pipeline.command_line import argument
 from diffsketching_pipeline.evaluation.cost import CostMeter
 from diffsketching_pipeline.evaluation.image_sets import check_settings, file_digest, read_drawings, save_png
+from diffsketching_pipeline.stopping import stoppable
 from diffsketching_pipeline.training.arguments import parse_args
 from diffsketching_pipeline.training.image_to_image import SketcherArguments, minimum_l1, train
 from diffsketching_pipeline.training.modules import load_pretrained
@@ -132,4 +133,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with stoppable(__file__):
+        main()

@@ -11,6 +11,7 @@ are contours at several scales made by `images/contours.py`; no human drawing is
 can be evaluated.
 """
 
+from diffsketching_pipeline.stopping import stoppable
 from diffsketching_pipeline.training.arguments import parse_args
 from diffsketching_pipeline.training.image_to_image import SketcherArguments, train
 
@@ -20,4 +21,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with stoppable(__file__):
+        main()

@@ -33,6 +33,7 @@ from diffsketching_pipeline.denoising import join_unet_inputs
 from diffsketching_pipeline.images.contours import check_contour_source
 from diffsketching_pipeline.images.free_hand import check_free_hand, check_stroke_deletion
 from diffsketching_pipeline.registry import find_checkpoint
+from diffsketching_pipeline.stopping import stoppable
 from diffsketching_pipeline.training.arguments import TrainingArguments, parse_args, resolve_data_dir
 from diffsketching_pipeline.training.dataset import PhotoSketchDataset
 from diffsketching_pipeline.training.keyed import (
@@ -487,4 +488,5 @@ def main(args: UNetTrainingArguments) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args(UNetTrainingArguments, sys.argv[1:], description=__doc__))
+    with stoppable(__file__):
+        main(parse_args(UNetTrainingArguments, sys.argv[1:], description=__doc__))

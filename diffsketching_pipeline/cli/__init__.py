@@ -24,6 +24,7 @@ from diffsketching_pipeline.cli import (
 from diffsketching_pipeline.cli.options import UserError
 from diffsketching_pipeline.cli.running import RESCUED
 from diffsketching_pipeline.messages import brief
+from diffsketching_pipeline.stopping import stoppable
 
 
 app = typer.Typer(
@@ -38,12 +39,10 @@ app = typer.Typer(
 def main() -> None:
     """Entry point: turns what the user got wrong into one line on stderr and exit code 2."""
     try:
-        code = app(standalone_mode=False)
+        with stoppable("diffsketching"):
+            code = app(standalone_mode=False)
     except UserError as error:
         sys.exit(_fail(str(error)))
-    except KeyboardInterrupt:
-        print("diffsketching: stopped; finished files are complete.", file=sys.stderr)
-        sys.exit(130)
     except Exception as error:
         # typer ships its own click or uses the installed one, depending on its version; both have this method.
         if not hasattr(error, "format_message"):

@@ -29,4 +29,7 @@ def demo(
     with user_errors((OSError,)):
         page = launch(Studio(pipe, model), host, port, share)
     print(f"Draw at {page.share_url or page.local_url}; Ctrl+C ends it.", flush=True)
-    page.block_thread()
+    try:
+        page.block_thread()
+    finally:
+        page.close()

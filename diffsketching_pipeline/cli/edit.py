@@ -2,7 +2,7 @@
 """The command `edit`."""
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -94,10 +94,10 @@ def edit(
     if mask is not None and box is not None:
         raise UserError("`--mask` and `--box` say the same: give one of them.")
     seeds = range(seed, seed + num_images)
-    files = [output_dir / f"{photo.stem}_{k}.png" for k in seeds]
+    files = {k: output_dir / f"{photo.stem}_{k}.png" for k in seeds}
     sheet_path, metadata_path = output_dir / f"{photo.stem}_sheet.png", output_dir / "metadata.json"
-    check_output(output_dir, [*files, sheet_path], overwrite)
-    earlier = read_metadata(metadata_path)
+    check_output(output_dir, [*files.values(), sheet_path], overwrite)
+    read_metadata(metadata_path)
 
     label = None if class_label is None else parse_label(class_label)
     negative = parse_negative_label(negative_class_label)
@@ -131,21 +131,24 @@ def edit(
     inputs = {"image": photo, "mask_image": mask_image, "sketch": sketch}
     with user_errors():
         shown = pipe.prepare_mask_image(**inputs, mask_padding=mask_padding)
-        with progress(num_images) as advance:
-            images, out = generate_images(pipe, seeds, batch_size, advance, class_labels=label, **inputs, **settings)
-    record = {
-        **file_record("photo", photo),
-        **file_record("drawing", sketch),
-        **file_record("mask", mask),
-        "box": None if box is None else mask_image,
-        **class_record(label, out),
-        **sampling_record(pipe, settings),
-    }
-    records = write_photos(images, files, seeds, record)
     tiles = [(image, name) for name, image in opened.items()] + [(shown, "may change")]
-    tiles += seed_tiles(images, seeds)
+    weights = model_record(pipe, model)
+    records: list[dict[str, Any]] = []
+    with progress(num_images) as advance:
+        arguments = {"class_labels": label, **inputs, **settings}
+        for batch, out in generate_images(pipe, seeds, batch_size, advance, **arguments):
+            record = {
+                **file_record("photo", photo),
+                **file_record("drawing", sketch),
+                **file_record("mask", mask),
+                "box": None if box is None else mask_image,
+                **class_record(label, out),
+                **sampling_record(pipe, settings),
+            }
+            records += write_photos(out.images, files, batch, record)
+            write_metadata(metadata_path, records, weights)
+            tiles += seed_tiles(out.images, batch)
     write_atomically(sheet_path, png(contact_sheet(tiles, caption(photo.name, record))))
-    write_metadata(metadata_path, earlier, records, model_record(pipe, model))
     print(where_written(sheet_path))
 
 

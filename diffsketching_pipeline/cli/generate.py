@@ -100,11 +100,14 @@ def generate(
         counts = [len(SketchProcessor(BUNDLED_SIZE).preprocess(path, invert=invert)) for path in drawings]
     names = numbered_names(unique_names(drawings), counts)
     labels = labels_for_each(class_label, len(names), "drawings")
-    files = {name: [output_dir / f"{name}_{seed + k}.png" for k in range(num_images)] for name in names}
+    seeds = range(seed, seed + num_images)
+    files = {name: {k: output_dir / f"{name}_{k}.png" for k in seeds} for name in names}
     sheets = {name: output_dir / f"{name}_sheet.png" for name in names}
-    check_output(output_dir, [*(path for paths in files.values() for path in paths), *sheets.values()], overwrite)
+    check_output(
+        output_dir, [*(path for paths in files.values() for path in paths.values()), *sheets.values()], overwrite
+    )
     metadata_path = output_dir / "metadata.json"
-    earlier = read_metadata(metadata_path)
+    read_metadata(metadata_path)
 
     hint = read_colour_hint(colour_hint)
     pipe = load_pipeline(model, device, dtype=dtype)
@@ -132,23 +135,21 @@ def generate(
     }
     weights = model_record(pipe, model)
     records: list[dict[str, Any]] = []
-    seeds = range(seed, seed + num_images)
     with progress(len(names) * num_images) as advance:
         for (drawing, index, sketch), name, label in zip(sketches, names, labels, strict=True):
-            with user_errors():
-                images, out = generate_images(
-                    pipe, seeds, batch_size, advance, sketch=sketch, class_labels=label, **settings
-                )
-            record = {
-                **file_record("drawing", drawing),
-                "drawing_index": index,
-                "invert": invert,
-                **class_record(label, out),
-                **sampling_record(pipe, settings),
-            }
-            records += write_photos(images, files[name], seeds, record)
-            tiles = [(sketch_image(sketch), "drawing"), *seed_tiles(images, seeds)]
+            tiles = [(sketch_image(sketch), "drawing")]
+            arguments = {"sketch": sketch, "class_labels": label, **settings}
+            for batch, out in generate_images(pipe, seeds, batch_size, advance, **arguments):
+                record = {
+                    **file_record("drawing", drawing),
+                    "drawing_index": index,
+                    "invert": invert,
+                    **class_record(label, out),
+                    **sampling_record(pipe, settings),
+                }
+                records += write_photos(out.images, files[name], batch, record)
+                write_metadata(metadata_path, records, weights)
+                tiles += seed_tiles(out.images, batch)
             write_atomically(sheets[name], png(contact_sheet(tiles, caption(drawing.name, record))))
-            write_metadata(metadata_path, earlier, records, weights)
     for sheet_path in sheets.values():
         print(where_written(sheet_path))

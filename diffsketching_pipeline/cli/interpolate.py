@@ -91,7 +91,7 @@ def interpolate(
     sheet_path, film_path = output_dir / f"{name}_sheet.png", output_dir / f"{name}.{film}"
     metadata_path = output_dir / "metadata.json"
     check_output(output_dir, [*files, sheet_path, film_path], overwrite)
-    earlier = read_metadata(metadata_path)
+    read_metadata(metadata_path)
 
     import torch
 
@@ -137,7 +137,7 @@ def interpolate(
         **sampling_record(pipe, settings),
     }
     records = [{"file": path.name, "frame": k, **record} for k, path in enumerate(files)]
-    write_metadata(metadata_path, earlier, records, model_record(pipe, model))
+    write_metadata(metadata_path, records, model_record(pipe, model))
     print(where_written(film_path))
     print(where_written(sheet_path))
 

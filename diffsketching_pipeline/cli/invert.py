@@ -44,7 +44,7 @@ def invert(
     }
     check_output(output_dir, [path for paths in files.values() for path in paths], overwrite)
     metadata_path = output_dir / "metadata.json"
-    earlier = read_metadata(metadata_path)
+    read_metadata(metadata_path)
 
     import torch
     from safetensors.torch import save
@@ -78,7 +78,7 @@ def invert(
             ):
                 write_atomically(path, data)
             records.append({"file": files[name][0].name, **record})
-            write_metadata(metadata_path, earlier, records, weights)
+            write_metadata(metadata_path, records, weights)
             advance(1)
     for paths in files.values():
         print(where_written(paths[-1]))

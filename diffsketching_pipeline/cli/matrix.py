@@ -87,7 +87,7 @@ def matrix(
     rows = [parse_label(text) for text in class_label or []]
     check_output(output_dir, [], overwrite)
     metadata_path, sheet_path = output_dir / "metadata.json", output_dir / f"{drawing.stem}_matrix.png"
-    earlier = read_metadata(metadata_path)
+    read_metadata(metadata_path)
 
     from diffsketching_pipeline.images.sketch_processor import SketchProcessor
 
@@ -100,8 +100,8 @@ def matrix(
         raise UserError("this model has no classes: use `diffsketching generate`.")
     check_labels(pipe, labels, negative)
     seeds = range(seed, seed + num_images)
-    files = [[output_dir / f"{drawing.stem}_{_slug(label)}_{k}.png" for k in seeds] for label in labels]
-    check_output(output_dir, [*(path for row in files for path in row), sheet_path], overwrite)
+    files = [{k: output_dir / f"{drawing.stem}_{_slug(label)}_{k}.png" for k in seeds} for label in labels]
+    check_output(output_dir, [*(path for row in files for path in row.values()), sheet_path], overwrite)
     with user_errors():
         sketch = pipe.sketch_processor.preprocess(drawing, pipe.height, pipe.width, fit=sketch_fit(hint))
     settings = {
@@ -119,18 +119,17 @@ def matrix(
     tiles: list[tuple[Image.Image, str]] = []
     with progress(len(labels) * num_images) as advance:
         for label, row in zip(labels, files, strict=True):
-            with user_errors():
-                images, out = generate_images(
-                    pipe, seeds, batch_size, advance, sketch=sketch, class_labels=label, **settings
-                )
-            record = {
-                **source,
-                **class_record(label, out),
-                **sampling_record(pipe, settings),
-            }
-            records += write_photos(images, row, seeds, record)
-            tiles += [(sketch_image(sketch), str(label)), *seed_tiles(images, seeds)]
-            write_metadata(metadata_path, earlier, records, weights)
+            tiles.append((sketch_image(sketch), str(label)))
+            arguments = {"sketch": sketch, "class_labels": label, **settings}
+            for batch, out in generate_images(pipe, seeds, batch_size, advance, **arguments):
+                record = {
+                    **source,
+                    **class_record(label, out),
+                    **sampling_record(pipe, settings),
+                }
+                records += write_photos(out.images, row, batch, record)
+                write_metadata(metadata_path, records, weights)
+                tiles += seed_tiles(out.images, batch)
     write_atomically(sheet_path, png(contact_sheet(tiles, drawing.name, num_images + 1)))
     print(where_written(sheet_path))
 

@@ -2,12 +2,12 @@
 """What commands share at work: models, batches, progress, and files that are written whole or not."""
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffsketching_pipeline.cli.options import DtypeName, UserError, user_errors
+from diffsketching_pipeline.cli.options import DtypeName, UserError, read_metadata, user_errors
 from diffsketching_pipeline.files import write_file
 from diffsketching_pipeline.registry import find_checkpoint
 from diffsketching_pipeline.results import metadata, png
@@ -56,21 +56,20 @@ def load_pipeline(
 
 def generate_images(
     pipe: Any, seeds: range, batch_size: int, advance: Callable[[float], None], **arguments: Any
-) -> tuple[list["Image.Image"], Any]:
-    """Photo k from `seeds[k]`, in batches, and the output of the last batch."""
+) -> Iterator[tuple[range, Any]]:
+    """Batch after batch, its seeds and the output of the call: photo k from `seeds[k]`. What is written at once stays."""
     import torch
 
-    images: list[Image.Image] = []
     for start in range(0, len(seeds), batch_size):
         batch = seeds[start : start + batch_size]
-        out = pipe(
-            num_images_per_sketch=len(batch),
-            generator=[torch.Generator("cpu").manual_seed(seed) for seed in batch],
-            callback_on_step_end=step_reporter(advance, len(batch)),
-            **arguments,
-        )
-        images += out.images
-    return images, out
+        with user_errors():
+            out = pipe(
+                num_images_per_sketch=len(batch),
+                generator=[torch.Generator("cpu").manual_seed(seed) for seed in batch],
+                callback_on_step_end=step_reporter(advance, len(batch)),
+                **arguments,
+            )
+        yield batch, out
 
 
 def step_reporter(advance: Callable[[float], None], amount: float) -> Callable[..., dict[str, Any]]:
@@ -84,12 +83,12 @@ def step_reporter(advance: Callable[[float], None], amount: float) -> Callable[.
 
 
 def write_photos(
-    images: Sequence["Image.Image"], paths: Sequence[Path], seeds: range, record: dict[str, Any]
+    images: Sequence["Image.Image"], paths: Mapping[int, Path], seeds: range, record: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """Write photo k, made from `seeds[k]`, to `paths[k]`; returns the record of each, `record` being what they share."""
-    for image, path in zip(images, paths, strict=True):
-        write_atomically(path, png(image))
-    return [{"file": path.name, "seed": seed, **record} for path, seed in zip(paths, seeds, strict=True)]
+    """Write photo k, made from `seeds[k]`, to the path of that seed; returns the record of each, with what they share."""
+    for image, seed in zip(images, seeds, strict=True):
+        write_atomically(paths[seed], png(image))
+    return [{"file": paths[seed].name, "seed": seed, **record} for seed in seeds]
 
 
 def seed_tiles(images: Sequence["Image.Image"], seeds: range) -> list[tuple["Image.Image", str]]:
@@ -97,11 +96,10 @@ def seed_tiles(images: Sequence["Image.Image"], seeds: range) -> list[tuple["Ima
     return [(image, f"seed {seed}") for image, seed in zip(images, seeds, strict=True)]
 
 
-def write_metadata(
-    path: Path, earlier: dict[str, dict[str, Any]], records: list[dict[str, Any]], model: dict[str, Any]
-) -> None:
-    """The records of this run beside those of earlier ones into the same folder; `model` is the [`model_record`]."""
-    merged = {**earlier, **{record["file"]: record for record in records}}
+def write_metadata(path: Path, records: list[dict[str, Any]], model: dict[str, Any]) -> None:
+    """The records of this run beside those of other ones into the same folder; `model` is the [`model_record`]."""
+    # Read now: another command may have written there since this one began.
+    merged = {**read_metadata(path), **{record["file"]: record for record in records}}
     write_atomically(path, metadata(model, list(merged.values())))
 
 

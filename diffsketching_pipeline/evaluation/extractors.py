@@ -3,6 +3,7 @@
 
 import hashlib
 import json
+import logging
 import pickle
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,15 +13,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoModelForImageClassification
 
 from diffsketching_pipeline.evaluation.image_sets import ImageSet, read_photos
-from diffsketching_pipeline.files import staged_file
+from diffsketching_pipeline.files import write_file
 from diffsketching_pipeline.manifest import weights_sha256
 
+
+logger = logging.getLogger(__name__)
 
 INCEPTION_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 """The file that torch-fidelity publishes: Inception-v3 as TensorFlow released it and as FID is defined by."""
@@ -346,7 +349,10 @@ def read_training_photos(
         photos = ImageSet("training photos", stored["pixels"], labels, np.arange(len(files)), paths)
         return replace(photos, probabilities=stored["probabilities"], features=stored["features"])
     photos = read_training_photos(files, evaluator, batch_size, None)
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    with staged_file(cached) as temporary:
-        save_file({name: getattr(photos, name) for name in ("pixels", "probabilities", "features")}, temporary)
+    content = save({name: getattr(photos, name) for name in ("pixels", "probabilities", "features")})
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        write_file(cached, content)
+    except OSError as error:
+        logger.warning("the cache %s cannot be written to (%s): the evaluation goes on without it.", cache_dir, error)
     return photos

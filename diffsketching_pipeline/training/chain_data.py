@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DDIMScheduler
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from diffsketching_pipeline import (
@@ -21,13 +21,14 @@ from diffsketching_pipeline import (
 from diffsketching_pipeline.autoencoding import encode_photos
 from diffsketching_pipeline.conditioning import Conditioning
 from diffsketching_pipeline.denoising import invert
-from diffsketching_pipeline.files import staged_file
+from diffsketching_pipeline.files import write_file
 from diffsketching_pipeline.guidance import (
     GuidedPredictor,
 )
 from diffsketching_pipeline.images.contours import DEFAULT_LINE_GAIN, Box, contour_to_sketch
 from diffsketching_pipeline.images.free_hand import free_hand_distortion, half_size
 from diffsketching_pipeline.schedulers import sampling_scheduler
+from diffsketching_pipeline.training.cache import warn_unwritable
 from diffsketching_pipeline.training.chain import FinetuneArguments
 from diffsketching_pipeline.training.dataset import PhotoSketchDataset
 from diffsketching_pipeline.training.keyed import Sample
@@ -62,6 +63,7 @@ class NoiseCache:
 
     def __init__(self, folder: Path, unet: Any, scheduler: DDIMScheduler, args: FinetuneArguments, vae: Any = None):
         self.folder, self.vae = folder, vae
+        self._unwritten: dict[Path, Tensor] = {}
         schedule = {key: value for key, value in dict(scheduler.config).items() if not key.startswith("_")}
         chain = [args.num_train_inference_steps, args.num_fixed_point_iterations]
         provenance = [weights_fingerprint(unet), schedule, chain]
@@ -80,18 +82,24 @@ class NoiseCache:
 
     def load(self, pixel_values: Tensor, class_label: int) -> Tensor | None:
         """x_T [C, H, W] of a photo [3, R, R], or None where the file is missing or damaged."""
+        path = self.path(pixel_values, class_label)
+        if path in self._unwritten:
+            return self._unwritten[path]
         try:
-            latents = load_file(self.path(pixel_values, class_label))["latents"]
+            latents = load_file(path)["latents"]
         except Exception:  # whatever is wrong with the file, it is made again
             return None
         return latents if latents.shape == self.shape else None
 
     def save(self, pixel_values: Tensor, class_label: int, latents: Tensor) -> None:
-        """Writes aside and renames."""
-        path = self.path(pixel_values, class_label)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with staged_file(path) as temporary:
-            save_file({"latents": latents.float().cpu().contiguous()}, temporary)
+        """Write x_T [C, H, W] of a photo aside and rename; where that fails it is kept in the memory of this process."""
+        path, latents = self.path(pixel_values, class_label), latents.float().cpu().contiguous()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_file(path, save({"latents": latents}))
+        except OSError as error:
+            warn_unwritable(self.folder, error.strerror or str(error))
+            self._unwritten[path] = latents
 
 
 def in_groups(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

@@ -43,12 +43,13 @@ from diffsketching_pipeline.training.cache import (
     HED_CACHE_VERSION,
     CachedPhoto,
     cache_path,
+    is_kept,
+    keep_arrays,
     load_arrays,
     pack_contours,
     pack_photo,
     photo_cache_path,
     prepare_photo,
-    save_arrays,
     unpack_contours,
     unpack_photo,
 )
@@ -74,7 +75,8 @@ class PhotoSketchDataset(Dataset):
         seed (`int`): first word of the random key.
         train (`bool`): whether to augment.
         cache_dir (`str` or `Path`, *optional*): where decoded photos and contours are kept, keyed by the files'
-            content; safe to share between runs and to kill. Without it they are kept in memory.
+            content; safe to share between runs and to kill. Without it, or where it cannot be written to, they are kept in
+            memory.
         contours (`"one"`, `"all"` or `"none"`): which drawings a sample holds. "all" adds `sketches` [N, 1, R, R] (N
             fixed, no jitter, middle gain) to `sketch`, "none" leaves both out.
         contour_probabilities (`Sequence[float]`): how often each of `CONTOUR_NAMES` is drawn.
@@ -193,9 +195,7 @@ class PhotoSketchDataset(Dataset):
         if self.cache_dir is None:
             return pack_photo(self._make(content))
         path = photo_cache_path(self.cache_dir, content, self.image_size)
-        if not path.exists():
-            save_arrays(path, pack_photo(self._make(content)))
-        return path
+        return path if is_kept(path) else keep_arrays(path, pack_photo(self._make(content)))
 
     def _load_hed(self) -> None:
         from diffsketching_pipeline.training.hed_contours import HEDNetwork, hash_weights  # it imports this module
@@ -215,9 +215,7 @@ class PhotoSketchDataset(Dataset):
         if self.cache_dir is None:
             return pack_contours(self._make_hed(content))
         path = self._cache_path(f"{HED_CACHE_VERSION}:{self._hed_hash}:{CONTOUR_SIZE}:", content)
-        if not path.exists():
-            save_arrays(path, pack_contours(self._make_hed(content)))
-        return path
+        return path if is_kept(path) else keep_arrays(path, pack_contours(self._make_hed(content)))
 
     def _make_hed(self, content: bytes) -> np.ndarray:
         from diffsketching_pipeline.training.hed_contours import photo_to_hed_contours
@@ -233,7 +231,7 @@ class PhotoSketchDataset(Dataset):
         packed = load_arrays(entry, DRAWING_ARRAYS)
         if packed is None:
             packed = pack_contours(self._make_hed(self._read(self.files[index])))
-            save_arrays(entry, packed)
+            keep_arrays(entry, packed)
         return unpack_contours(packed)
 
     def _cache_path(self, made_with: str, content: bytes) -> Path:
@@ -260,7 +258,7 @@ class PhotoSketchDataset(Dataset):
         packed = load_arrays(entry, ("image", *DRAWING_ARRAYS, "content_box"))
         if packed is None:
             photo = self._make(self._read(self.files[index]))
-            save_arrays(entry, pack_photo(photo))
+            keep_arrays(entry, pack_photo(photo))
             return photo
         return unpack_photo(packed)
 

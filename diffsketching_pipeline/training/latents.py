@@ -23,7 +23,7 @@ from diffsketching_pipeline.autoencoding import encode_photos, get_scale_factor
 from diffsketching_pipeline.images.contours import Box
 from diffsketching_pipeline.manifest import weights_sha256
 from diffsketching_pipeline.registry import find_checkpoint
-from diffsketching_pipeline.training.cache import load_arrays, save_arrays
+from diffsketching_pipeline.training.cache import is_kept, keep_arrays, load_arrays
 from diffsketching_pipeline.training.dataset import PhotoSketchDataset
 from diffsketching_pipeline.training.modules import load_pretrained
 
@@ -120,14 +120,15 @@ class LatentDataset(PhotoSketchDataset):
             return self._encode(index, photo_key, range(self.crops_per_photo), vae, batch_size)
         path = self._cache_path(f"{self._latents_key}:", content)
         # The small array tells how many there are: the latents of all photos need not be read to begin.
-        counted = load_arrays(path, ("boxes",)) if path.exists() else None
+        counted = load_arrays(path, ("boxes",)) if is_kept(path) else None
         count = 0 if counted is None else len(counted["boxes"])
         if count < self.crops_per_photo:
             # Those of a run that was content with fewer are kept.
             kept = load_arrays(path, _LATENT_ARRAYS) if count else None
             count = 0 if kept is None else count
             made = self._encode(index, photo_key, range(count, self.crops_per_photo), vae, batch_size)
-            save_arrays(path, {n: np.concatenate([kept[n], made[n]]) if kept else made[n] for n in _LATENT_ARRAYS})
+            joined = {n: np.concatenate([kept[n], made[n]]) if kept else made[n] for n in _LATENT_ARRAYS}
+            return keep_arrays(path, joined)
         return path
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from diffsketching_pipeline.files import commit_folder, staged_folder
+from diffsketching_pipeline.files import commit_folder, lock_folder, staged_folder, write_file
 
 
 def remove_folder(path: Path) -> None:
@@ -35,6 +35,15 @@ class RunFolder:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+
+    def lock(self) -> None:
+        """
+        Make the folder and take it for this process, as long as it lives.
+
+        Raises:
+            ValueError: another run has it.
+        """
+        self._lock = lock_folder(self.path)
 
     def checkpoints(self) -> list[Path]:
         """Return the complete checkpoints, oldest first."""
@@ -76,13 +85,12 @@ class RunFolder:
         return folder
 
     def prepare(self, arguments: Mapping[str, Any], keep_checkpoints: bool) -> None:
-        """Make the folder, delete what a killed run left behind, and record the arguments as a config for the next call."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        """Delete what a killed run left behind, and record the arguments as a config for the next call."""
         for leftover in self.path.glob(".checkpoint-*"):
             shutil.rmtree(leftover)
         for old in [] if keep_checkpoints else self.checkpoints():
             remove_folder(old)
-        (self.path / "training_args.yaml").write_text(yaml.safe_dump(dict(arguments), sort_keys=False))
+        write_file(self.path / "training_args.yaml", yaml.safe_dump(dict(arguments), sort_keys=False))
 
     def temporary(self, step: int) -> Path:
         """Return the folder in which the checkpoint of a step is written, until [`RunFolder.commit`]."""

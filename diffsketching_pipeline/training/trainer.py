@@ -21,6 +21,7 @@ exactly the samples of one that was not. (A dataset that is streamed depends on 
 import json
 import logging
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -38,6 +39,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from diffsketching_pipeline.stopping import Stopped, TermRequest, ignore_signals
 from diffsketching_pipeline.training.arguments import TrainingArguments, check_arguments, public_arguments
 from diffsketching_pipeline.training.keyed import (
     LAYER_STREAM,
@@ -128,8 +130,11 @@ class Trainer:
         self.args = args
         self.folder = RunFolder(args.output_dir)
         self.dataset, self.transform, self.sample_weights = dataset, transform, sample_weights
-        self.resume_folder = self.folder.find_checkpoint(args.resume_from_checkpoint, args.overwrite_output_dir)
         self.accelerator = self._make_accelerator()
+        if self.accelerator.is_main_process:
+            self.folder.lock()
+        self.resume_folder = self.folder.find_checkpoint(args.resume_from_checkpoint, args.overwrite_output_dir)
+        self._term = TermRequest()
 
         self.samples_per_step = (
             args.train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
@@ -332,6 +337,7 @@ class Trainer:
             batch_sampler=sampler,  # type: ignore[arg-type]
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.accelerator.device.type != "cpu",
+            worker_init_fn=ignore_signals,
         )
         for batch in loader:
             yield send_to_device(batch, self.accelerator.device, non_blocking=True)
@@ -341,7 +347,8 @@ class Trainer:
         index, count = self.accelerator.process_index, self.accelerator.num_processes
         stream = self.dataset.stream(index, count, self.args.dataloader_num_workers, self.stream_state)
         workers, pinned = self.args.dataloader_num_workers, self.accelerator.device.type != "cpu"
-        for streamed in DataLoader(stream, batch_size=None, num_workers=workers, pin_memory=pinned):
+        options = {"num_workers": workers, "pin_memory": pinned, "worker_init_fn": ignore_signals}
+        for streamed in DataLoader(stream, batch_size=None, **options):  # type: ignore[arg-type]
             self.stream_state = stream.next_state(streamed)
             yield send_to_device(streamed.batch, self.accelerator.device, non_blocking=True)
 
@@ -440,6 +447,7 @@ class Trainer:
 
         Raises:
             FloatingPointError: a loss or gradient is not finite; names the step and the samples. Checkpoints stay.
+            Stopped: a SIGTERM came; the step was finished and its checkpoint written. The process ends with exit code 143.
         """
         if not isinstance(losses, Mapping):
             losses = dict.fromkeys(self.modules, losses)
@@ -447,8 +455,8 @@ class Trainer:
         for module in self.modules.values():
             module.train()
         batches = self.batches()
-        with self._progress_bar() as progress:
-            while self.global_step < self.max_train_steps and not self._any_time_is_up():
+        with self._term, self._progress_bar() as progress:
+            while self.global_step < self.max_train_steps and not self._any(self.time_is_up() or self._term.is_set):
                 self.training_step(batches, losses)
                 progress.update()
                 if self.global_step % self.args.logging_steps == 0:
@@ -457,14 +465,17 @@ class Trainer:
                     self._validate(validate)
                 if self.global_step % self.args.checkpointing_steps == 0:
                     self.save_checkpoint()
-        if self._last_checkpoint_step != self.global_step:
-            self.save_checkpoint()
-        if self._last_validation_step != self.global_step:
-            self._validate(validate)
+            if self._last_checkpoint_step != self.global_step:
+                self.save_checkpoint()
+            if self._last_validation_step != self.global_step and not self._any(self._term.is_set):
+                self._validate(validate)
+            is_terminated = self._any(self._term.is_set)
         self.trained.gather_averages()
         self.accelerator.end_training()
         finished = self.global_step >= self.max_train_steps
         logger.info(f"{'finished' if finished else 'stopped'} at step {self.global_step} of {self.max_train_steps}")
+        if is_terminated:
+            raise Stopped(signal.SIGTERM)
         return finished
 
     def time_is_up(self) -> bool:
@@ -472,11 +483,11 @@ class Trainer:
         limit = self.args.max_train_minutes
         return limit is not None and time.monotonic() - self.started >= 60 * limit
 
-    def _any_time_is_up(self) -> bool:
-        if self.args.max_train_minutes is None:
-            return False
-        # The slowest process decides for all, or some would wait for gradients that never come.
-        return bool(self.accelerator.gather(torch.tensor(self.time_is_up(), device=self.accelerator.device)).any())
+    def _any(self, is_so: bool) -> bool:
+        """Whether it is so in any process: the first decides for all, or some would wait for gradients that never come."""
+        if self.accelerator.num_processes == 1:
+            return is_so
+        return bool(self.accelerator.gather(torch.tensor(is_so, device=self.accelerator.device)).any())
 
     def _progress_bar(self) -> tqdm:
         self._window_start, self._window_samples = time.monotonic(), self.samples_seen
@@ -507,8 +518,9 @@ class Trainer:
         # The parts of a sharded module come together on the main process, which validates, so all of them take part.
         if self.trained.is_sharded or (is_main and validate is not None):
             with self.trained.validating():
-                if is_main and validate is not None:
-                    self._log_validation(*validate())
+                measured = self._term.run(validate) if is_main and validate is not None else None
+                if measured is not None:
+                    self._log_validation(*measured)
         self.accelerator.wait_for_everyone()
         self._window_start, self._window_samples = time.monotonic(), self.samples_seen
 

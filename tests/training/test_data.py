@@ -2,6 +2,7 @@
 import io
 import logging
 import os
+import resource
 
 import numpy as np
 import pytest
@@ -394,6 +395,27 @@ def test_interrupted_write_leaves_nothing(shapes_dir, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         PhotoSketchDataset(shapes_dir, "train", resolution=32, cache_dir=tmp_path)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("problem", ["a file is in its place", "the disk is full"])
+def test_a_cache_that_fails_loses_no_photo_and_is_said_once(problem, shapes_dir, tmp_path, caplog, capsys):
+    cache_dir = tmp_path / "cache"
+    if problem == "a file is in its place":
+        cache_dir.touch()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    size = {"the disk is full": 1000}.get(problem, limits[0])
+    plain = PhotoSketchDataset(shapes_dir, "train", resolution=32)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        dataset = PhotoSketchDataset(shapes_dir, "train", resolution=32, cache_dir=cache_dir)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert dataset.ids == plain.ids and not dataset.corrupt_files
+    for index in range(len(plain)):
+        assert_same_sample(dataset.sample(index, 1), plain.sample(index, 1))
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert str(cache_dir) in message and "cannot be written to" in message
+    assert not [path for path in tmp_path.glob("cache/*/*") if path.is_file()]
 
 
 def test_unreadable_files_are_named_once_and_left_out(tmp_path, caplog):

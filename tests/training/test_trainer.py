@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -399,6 +400,58 @@ def test_time_limit_stops_with_a_checkpoint_from_which_the_run_goes_on(tmp_path)
     assert 0 < stopped < 60
     assert train(make_trainer(tmp_path / "cut", resume_from_checkpoint="latest", **options))
     assert_same_checkpoint(tmp_path / "whole" / "checkpoint-60", tmp_path / "cut" / "checkpoint-60")
+
+
+@pytest.mark.parametrize("moment", ["step", "validation", "checkpoint", "last validation"])
+def test_sigterm_saves_a_checkpoint_from_which_the_run_goes_on(moment, tmp_path):
+    class Watched(Points):
+        def sample(self, index, epoch):
+            if moment == "step" and epoch == 10:  # in the fourth step of three draws each
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().sample(index, epoch)
+
+    def validate():
+        validated.append(trainer.global_step)
+        if moment == "validation" or (moment == "last validation" and trainer.global_step == 8):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+            raise AssertionError("SIGTERM ends a validation at once")
+        return {}, {}
+
+    def terminate(*args):
+        (tmp_path / "reached").touch()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before, validated = signal.getsignal(signal.SIGTERM), []
+    options = {"checkpointing_steps": 2 if moment == "checkpoint" else 1000, "validation_steps": 3}
+    assert train(make_trainer(tmp_path / "whole", **options))
+    trainer = make_trainer(tmp_path / "cut", Watched(), **options)
+    if moment == "checkpoint":
+        trainer.accelerator.register_save_state_pre_hook(terminate)
+    with pytest.raises(SystemExit) as stopped:
+        train(trainer, validate)
+    assert stopped.value.code == 143 and signal.getsignal(signal.SIGTERM) is before
+    step = {"step": 4, "validation": 3, "checkpoint": 2, "last validation": 8}[moment]
+    assert [path.name for path in (tmp_path / "cut").glob("checkpoint-*")] == [f"checkpoint-{step}"]
+    assert validated == {"step": [3], "validation": [3], "checkpoint": [], "last validation": [3, 6, 8]}[moment]
+    assert train(make_trainer(tmp_path / "cut", resume_from_checkpoint="latest", **options))
+    assert_same_checkpoint(tmp_path / "whole" / "checkpoint-8", tmp_path / "cut" / "checkpoint-8")
+
+
+def test_a_second_run_in_one_folder_is_told_so_before_it_writes(tmp_path, monkeypatch):
+    from diffsketching_pipeline import files
+
+    monkeypatch.setattr(files, "_LOCK_SECONDS", 0.1)
+    code = "import sys, time; from pathlib import Path; from diffsketching_pipeline.files import lock_folder\n"
+    code += "lock = lock_folder(Path(sys.argv[1])); print(flush=True); time.sleep(60)"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(ValueError, match=f"`output_dir` {tmp_path} is in use by another run"):
+            make_trainer(tmp_path, overwrite_output_dir=True)
+        other.kill()
+    assert os.listdir(tmp_path) == [".lock"]
+    assert train(make_trainer(tmp_path))
 
 
 def test_non_finite_loss_stops_and_keeps_the_last_checkpoint(tmp_path):
