@@ -41,6 +41,7 @@ from diffsketching_pipeline import (
 )
 from diffsketching_pipeline.images.free_hand import check_free_hand
 from diffsketching_pipeline.losses import DiffSketchingLosses
+from diffsketching_pipeline.pipeline_options import SamplingOptions, check_abstraction
 from diffsketching_pipeline.schedulers import check_scheduler
 from diffsketching_pipeline.training.arguments import parse_args, resolve_data_dir
 from diffsketching_pipeline.training.chain import FinetuneArguments, decoded, make_loss, run_chain
@@ -77,6 +78,7 @@ def check_finetune_arguments(args: FinetuneArguments) -> None:
         raise ValueError(f"`identity_weight` must be in [0, 1], but got {args.identity_weight}.")
     if args.free_hand_strength is not None:
         check_free_hand(strength=args.free_hand_strength)
+    check_abstraction(args.sketch_abstraction, has_sketch=True)
     at_least = {"num_train_inference_steps": 1, "num_fixed_point_iterations": 0, "inversion_batch_size": 1}
     at_least |= {"max_train_samples": 1, "num_validation_samples": 1, "num_validation_images": 1}
     at_least |= {"ddpm_num_inference_steps": 1, "lora_rank": 1, "shuffle_buffer": 1}
@@ -190,6 +192,7 @@ class FinetuneValidation:
                     class_labels=labels,
                     num_images_per_sketch=1,
                     num_inference_steps=self.args.ddpm_num_inference_steps,
+                    sketch_abstraction=self.args.sketch_abstraction,
                     generator=[torch.Generator().manual_seed(i) for i in range(len(self.shown))],
                     output_type="pt",
                 ).images
@@ -282,6 +285,10 @@ def main(args: FinetuneArguments) -> None:
     """Fine-tunes as the arguments say; the pipeline lies in `output_dir/pipeline` afterwards."""
     check_finetune_arguments(args)
     pipeline = load_frozen_pipeline(args)
+    # What the chain is told is what a call that leaves it out will be told, or the pictures would be of something else.
+    options = SamplingOptions(sketch_abstraction=args.sketch_abstraction)
+    resolved = options.resolve(pipeline, has_sketch=True, has_class=pipeline.num_classes > 0)
+    args = dataclasses.replace(args, sketch_abstraction=resolved.sketch_abstraction)
     streamed = ShardedChainData(pipeline, args) if args.train_shards is not None else None
     photos = {"validation": streamed.validation_photos()} if streamed is not None else load_photos(args, pipeline)
     cache_folder = Path(args.cache_dir if args.cache_dir is not None else args.output_dir) / "inverted"
