@@ -94,7 +94,6 @@ class FinetuneArguments(TrainingArguments):
         "people made",
     )
     class_balance_power: float = argument(0.5, "0 samples photos evenly, 1 classes, between them in proportion")
-    max_train_samples: int | None = argument(None, "train on this many photos only, chosen by the hash of their names")
     inversion_batch_size: int = argument(16, "photos inverted at once")
 
     num_validation_samples: int = argument(16, "validation photos on which the constraints are measured")
