@@ -4,8 +4,9 @@
     python benchmarks/finetuning.py [--model DIR] [--steps 10 40] [--train_batch_size 1]
 
 Memory is `torch.cuda.max_memory_allocated` on a GPU, else the peak resident size of a fresh process minus its size once
-everything is loaded; glibc is told to give back what is freed, or the gaps between what a long chain keeps would count. Time outside of the networks is 1 - (time in their forwards and in the backward pass) / total,
-median over the runs. Everything is compared inside one run: the figures of one line mean little elsewhere.
+everything is loaded; glibc is told to give back what is freed, or the gaps between what a long chain keeps would count. Time
+outside of the networks is 1 - (time in their forwards and in the backward pass) / total, median over the runs. Everything is
+compared inside one run: the figures of one line mean little elsewhere.
 """
 
 import argparse
@@ -23,7 +24,7 @@ import torch
 
 from diffsketching_pipeline import DiffSketchingPipeline
 from diffsketching_pipeline.registry import find_checkpoint
-from diffsketching_pipeline.training.chain import FinetuneArguments, make_loss, run_chain
+from diffsketching_pipeline.training.chain import FinetuneArguments, decoded, make_loss, run_chain
 
 
 MEBIBYTE = 2**20
@@ -61,7 +62,7 @@ def one_setting(args: argparse.Namespace, options: dict[str, Any]) -> dict[str, 
     torch.manual_seed(0)
     shape = (args.train_batch_size, 3, pipe.height, pipe.width)
     batch = {
-        "latents": torch.randn(shape),
+        "latents": torch.randn(args.train_batch_size, pipe.sample_channels, *pipe.sample_size),
         "pixel_values": torch.rand(shape) * 2 - 1,
         "sketch": torch.rand(shape)[:, :1].gt(0.1).float() * 2 - 1,
         "class_label": torch.zeros(args.train_batch_size, dtype=torch.long),
@@ -72,7 +73,8 @@ def one_setting(args: argparse.Namespace, options: dict[str, Any]) -> dict[str, 
     networks: list[float] = []
     starts: list[float] = []
     if not args.memory:
-        for module in (pipe.unet, pipe.sketcher, pipe.sketch_encoder):
+        decoder = [] if pipe.vae is None else [pipe.vae.decoder]
+        for module in (pipe.unet, pipe.sketcher, pipe.sketch_encoder, *decoder):
             module.register_forward_pre_hook(lambda *_: starts.append(time.perf_counter()))
             module.register_forward_hook(lambda *_: networks.append(time.perf_counter() - starts.pop()))
 
@@ -91,7 +93,7 @@ def one_setting(args: argparse.Namespace, options: dict[str, Any]) -> dict[str, 
                 pipe.components,
                 pipe.null_class,
             )
-            value = loss(pred, batch["pixel_values"], batch["sketch"]).loss.mean()
+            value = loss(decoded(pipe, pred), batch["pixel_values"], batch["sketch"]).loss.mean()
             forwards = sum(networks)  # what is recomputed in the backward pass is part of it
             with timed(backward):
                 value.backward()

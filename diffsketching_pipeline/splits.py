@@ -3,6 +3,7 @@
 
 import hashlib
 import unicodedata
+from collections.abc import Sequence
 
 
 VALIDATION_PERCENT = 8
@@ -19,9 +20,27 @@ def in_first_half(name: str) -> bool:
 
     The low digits are left alone because the split into train, validation and test is made with them.
     """
-    return int(hashlib.sha256(normalize_name(name).encode()).hexdigest()[:8], 16) % 2 == 0
+    return int(_digest(name)[:8], 16) % 2 == 0
 
 
 def in_validation(stem: str) -> bool:
     """Whether a photo validates: 8 of 100, by the SHA-256 of its name."""
-    return int(hashlib.sha256(normalize_name(stem).encode()).hexdigest(), 16) % 100 < VALIDATION_PERCENT
+    return int(_digest(stem), 16) % 100 < VALIDATION_PERCENT
+
+
+def validation_names(names: Sequence[str]) -> set[str]:
+    """Which of these photos validate; at least one does, and one does not, where there are two or more."""
+    chosen = {name for name in names if in_validation(name)}
+    if not chosen or len(chosen) == len(set(names)):
+        chosen = {min(names, key=_digest)}
+    return chosen
+
+
+def first_by_hash(names: Sequence[str], count: int | None) -> list[int]:
+    """Indices, in order, of `count` of these names, chosen by their hash; of all where it is `None` or larger."""
+    ranked = sorted(range(len(names)), key=lambda index: _digest(names[index]))
+    return sorted(ranked[:count])
+
+
+def _digest(name: str) -> str:
+    return hashlib.sha256(normalize_name(name).encode()).hexdigest()

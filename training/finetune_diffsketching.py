@@ -40,7 +40,9 @@ from diffsketching_pipeline import (
     save_lora,
 )
 from diffsketching_pipeline.images.free_hand import check_free_hand
+from diffsketching_pipeline.images.photo_files import list_images
 from diffsketching_pipeline.losses import DiffSketchingLosses
+from diffsketching_pipeline.pipeline_options import SamplingOptions, check_abstraction
 from diffsketching_pipeline.registry import find_checkpoint
 from diffsketching_pipeline.schedulers import check_scheduler
 from diffsketching_pipeline.stopping import stoppable
@@ -65,6 +67,7 @@ from diffsketching_pipeline.training.pairs import (
 )
 from diffsketching_pipeline.training.pictures import image_grid
 from diffsketching_pipeline.training.run_folder import write_folder
+from diffsketching_pipeline.training.starts import add_classes
 from diffsketching_pipeline.training.trainer import Trainer
 
 
@@ -79,8 +82,9 @@ def check_finetune_arguments(args: FinetuneArguments) -> None:
         raise ValueError(f"`identity_weight` must be in [0, 1], but got {args.identity_weight}.")
     if args.free_hand_strength is not None:
         check_free_hand(strength=args.free_hand_strength)
+    check_abstraction(args.sketch_abstraction, has_sketch=True)
     at_least = {"num_train_inference_steps": 1, "num_fixed_point_iterations": 0, "inversion_batch_size": 1}
-    at_least |= {"max_train_samples": 1, "num_validation_samples": 1, "num_validation_images": 1}
+    at_least |= {"num_validation_samples": 1, "num_validation_images": 1}
     at_least |= {"ddpm_num_inference_steps": 1, "lora_rank": 1, "shuffle_buffer": 1}
     for name, minimum in at_least.items():
         value = getattr(args, name)
@@ -192,6 +196,7 @@ class FinetuneValidation:
                     class_labels=labels,
                     num_images_per_sketch=1,
                     num_inference_steps=self.args.ddpm_num_inference_steps,
+                    sketch_abstraction=self.args.sketch_abstraction,
                     generator=[torch.Generator().manual_seed(i) for i in range(len(self.shown))],
                     output_type="pt",
                 ).images
@@ -241,52 +246,65 @@ def load_frozen_pipeline(args: FinetuneArguments) -> DiffSketchingPipeline:
     return pipeline
 
 
-def load_photos(args: FinetuneArguments, pipeline: DiffSketchingPipeline) -> dict[str, PhotoSketchDataset]:
+def load_photos(
+    args: FinetuneArguments, pipeline: DiffSketchingPipeline
+) -> tuple[dict[str, PhotoSketchDataset], DiffSketchingPipeline]:
     """
-    Photos on disk of both splits, never augmented, with what can be drawn of them; see the head of this file for the layouts.
+    Photos on disk of both splits, never augmented, with what can be drawn of them, see the head of this file for the layouts;
+    and the pipeline with those of their classes that it does not know added to its own.
 
     Raises:
-        ValueError: there are none, or their classes are not those of the pipeline.
+        ValueError: there are none, or new classes, of which an adapter can learn nothing.
     """
-    id2label = pipeline.id2label
     if args.conditioning_image_column is not None and args.dataset_name is None:
         raise ValueError("`conditioning_image_column` is a column of `dataset_name`: give that, too.")
-    pairs = None
+    pairs, root = None, Path()
     if args.dataset_name is not None and args.conditioning_image_column is not None:
         check_dataset_name(args.dataset_name, has_columns=True)
         columns = (args.image_column, args.conditioning_image_column, args.label_column)
         pairs = load_dataset_pairs(args.dataset_name, *columns, cache_dir=args.cache_dir)
     elif args.train_data_dir is not None and (Path(args.train_data_dir) / "sketch").is_dir():
         pairs = find_pairs(Path(args.train_data_dir) / "photo", Path(args.train_data_dir) / "sketch")
-    shared: dict[str, Any] = {
-        "resolution": args.resolution,
-        "seed": args.seed,
-        "train": False,
-        "cache_dir": args.cache_dir,
-    }
     if pairs is not None:
-        names = class_names_of(pipeline)
-        shared["null_class"] = pipeline.null_class
-        return {
-            split: PairedPhotoDataset(members, names, split=split, **shared)
-            for split, members in split_pairs(pairs).items()
-        }
-    root = resolve_data_dir(args)
-    photos = {split: PhotoSketchDataset(root, split, **shared) for split in ("train", "validation")}
-    if photos["train"].id2label != id2label:
+        found = sorted({pair.label for pair in pairs if pair.label is not None})
+    else:
+        root = resolve_data_dir(args)
+        found = list_images(root, "train")[1]
+    grown = add_classes(pipeline, found)
+    if args.lora_rank is not None and grown is not pipeline:
+        new = sorted(set(found) - set(pipeline.id2label.values()))
         raise ValueError(
-            f"`train_data_dir` has the classes {list(photos['train'].id2label.values())}, but the pipeline has "
-            f"{list(id2label.values())}."
+            f"`lora_rank` must be left out where the photos have new classes ({', '.join(new)}): an adapter has no "
+            "embedding of a class."
         )
-    return photos
+    names = class_names_of(grown)
+    counts = {"train": args.max_train_samples, "validation": args.num_validation_samples}
+    parts = split_pairs(pairs) if pairs is not None else None
+    photos: dict[str, PhotoSketchDataset] = {}
+    for split, count in counts.items():
+        shared: dict[str, Any] = {"train": False, "cache_dir": args.cache_dir, "max_samples": count}
+        if parts is not None:
+            photos[split] = PairedPhotoDataset(
+                parts[split], names, args.resolution, args.seed, null_class=grown.null_class, split=split, **shared
+            )
+        else:
+            photos[split] = PhotoSketchDataset(root, split, args.resolution, args.seed, class_names=names, **shared)
+    return photos, grown
 
 
 def main(args: FinetuneArguments) -> None:
     """Fine-tunes as the arguments say; the pipeline lies in `output_dir/pipeline` afterwards."""
     check_finetune_arguments(args)
     pipeline = load_frozen_pipeline(args)
+    # What the chain is told is what a call that leaves it out will be told, or the pictures would be of something else.
+    options = SamplingOptions(sketch_abstraction=args.sketch_abstraction)
+    resolved = options.resolve(pipeline, has_sketch=True, has_class=pipeline.num_classes > 0)
+    args = dataclasses.replace(args, sketch_abstraction=resolved.sketch_abstraction)
     streamed = ShardedChainData(pipeline, args) if args.train_shards is not None else None
-    photos = {"validation": streamed.validation_photos()} if streamed is not None else load_photos(args, pipeline)
+    if streamed is not None:
+        photos: dict[str, PhotoSketchDataset] = {"validation": streamed.validation_photos()}
+    else:
+        photos, pipeline = load_photos(args, pipeline)
     cache_folder = Path(args.cache_dir if args.cache_dir is not None else args.output_dir) / "inverted"
     cache = NoiseCache(cache_folder, pipeline.unet, pipeline.scheduler, args, pipeline.vae)
     validation_dataset = ChainDataset(photos["validation"], cache, args, False, args.num_validation_samples)

@@ -28,6 +28,7 @@ GUIDANCE_SETTINGS = (
     "sketch_guidance_scale",
     "classifier_guidance_scale",
     "perceptual_guidance_scale",
+    "sketch_abstraction",
     "strength",
     "eta",
 )

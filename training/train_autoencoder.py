@@ -226,7 +226,7 @@ def main(args: AutoencoderArguments) -> None:
     root = resolve_data_dir(args)
 
     # 1. Data
-    dataset = PhotoDataset(root, "train", args.resolution, args.seed)
+    dataset = PhotoDataset(root, "train", args.resolution, args.seed, max_samples=args.max_train_samples)
     held_out = PhotoDataset(root, "validation", args.validation_resolution, train=False)
     chosen = np.linspace(0, len(held_out) - 1, min(args.num_validation_photos, len(held_out))).astype(int)
     validation = torch.stack([held_out.sample(int(i))["pixel_values"] for i in chosen])
@@ -247,7 +247,10 @@ def main(args: AutoencoderArguments) -> None:
         return
     vae = averaged.plain()
     if not args.freeze_encoder:
-        shift, scale = measure_latents(vae, PhotoDataset(root, "train", args.validation_resolution, train=False))
+        measured = PhotoDataset(
+            root, "train", args.validation_resolution, train=False, max_samples=args.max_train_samples
+        )
+        shift, scale = measure_latents(vae, measured)
         vae.register_to_config(shift_factor=shift, scaling_factor=scale)
     photos = torch.stack([held_out.sample(i)["pixel_values"] for i in range(len(held_out))])
     metrics = reconstruction_metrics(reconstruct(vae, photos), photos)

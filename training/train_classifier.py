@@ -34,9 +34,9 @@ from diffsketching_pipeline.training.keyed import (
     keyed_generator,
 )
 from diffsketching_pipeline.training.latents import LatentDataset, load_vae
-from diffsketching_pipeline.training.modules import load_pretrained
 from diffsketching_pipeline.training.pictures import image_grid
 from diffsketching_pipeline.training.run_folder import write_folder
+from diffsketching_pipeline.training.starts import Start, find_start, with_classifier_classes
 from diffsketching_pipeline.training.trainer import Trainer
 
 
@@ -100,7 +100,7 @@ def check_classifier_arguments(args: ClassifierTrainingArguments) -> None:
 def make_scheduler(args: ClassifierTrainingArguments) -> DDPMScheduler:
     """The noise schedule of `scheduler_name_or_path`, or the one the arguments describe; used to add noise only."""
     if args.scheduler_name_or_path is not None:
-        return DDPMScheduler.from_pretrained(args.scheduler_name_or_path, subfolder="scheduler")
+        return DDPMScheduler.from_pretrained(find_start(args.scheduler_name_or_path), subfolder="scheduler")
     return DDPMScheduler(num_train_timesteps=args.ddpm_num_steps, beta_schedule=args.ddpm_beta_schedule)
 
 
@@ -112,20 +112,22 @@ def make_classifier(
     `pretrained_model_name_or_path`; of the latents of `vae` if it is given.
 
     Raises:
-        ValueError: the pretrained network has another resolution or number of classes than the data.
+        ValueError: the pretrained network has another resolution than the data.
     """
     side, channels = args.resolution // get_scale_factor(vae), 3 if vae is None else vae.config.latent_channels
     if args.unet_name_or_path is not None:
         path = args.unet_name_or_path
-        unet = load_pretrained(UNet2DModel, path, "unet")
-        known = unet.config.num_class_embeds
-        if unet.config.sample_size != side or known not in (None, len(id2label) + 1):
+        start = Start.read(path)
+        unet = start.load(UNet2DModel, "unet")
+        # Its classes may be others than the data's: it is told none of them.
+        known, number = unet.config.num_class_embeds, len(start.id2label or id2label)
+        if unet.config.sample_size != side or known not in (None, number + 1):
             raise ValueError(
-                f"`unet_name_or_path` must have sample_size {side} and no classes or {len(id2label) + 1} (one "
+                f"`unet_name_or_path` must have sample_size {side} and no classes or {number + 1} (one "
                 f"for none), but {path!r} has {unet.config.sample_size} and {known}."
             )
         torch.manual_seed(args.seed)
-        null_class = None if known is None else len(id2label)
+        null_class = None if known is None else number
         return NoisyImageClassifier.from_unet(unet, len(id2label), null_class, args.dropout, channels)
     if args.pretrained_model_name_or_path is None:
         torch.manual_seed(args.seed)
@@ -140,14 +142,15 @@ def make_classifier(
             norm_num_groups=args.norm_num_groups,
             dropout=args.dropout,
         )
-    classifier = load_pretrained(NoisyImageClassifier, args.pretrained_model_name_or_path, "classifier")
-    for name, expected in (("sample_size", side), ("in_channels", channels), ("num_classes", len(id2label))):
+    start = Start.read(args.pretrained_model_name_or_path)
+    classifier = start.load(NoisyImageClassifier, "classifier")
+    for name, expected in (("sample_size", side), ("in_channels", channels)):
         if classifier.config[name] != expected:
             raise ValueError(
                 f"`pretrained_model_name_or_path` must have {name} {expected}, but "
                 f"{args.pretrained_model_name_or_path!r} has {classifier.config[name]}."
             )
-    return classifier
+    return with_classifier_classes(classifier, start.match(id2label, classifier.config.num_classes))
 
 
 def classify_noisy(classifier: Any, scheduler: DDPMScheduler, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -251,7 +254,7 @@ def main(args: ClassifierTrainingArguments) -> None:
     make_dataset = partial(
         dataset_class, root, resolution=args.resolution, seed=args.seed, cache_dir=args.cache_dir, **options
     )
-    dataset = make_dataset(split="train", train=True)
+    dataset = make_dataset(split="train", train=True, max_samples=args.max_train_samples)
     validation_dataset = make_dataset(split="validation", train=False)
     scheduler = make_scheduler(args)
     trainer = Trainer(

@@ -58,10 +58,10 @@ from diffsketching_pipeline.training.cache import CachedPhoto
 from diffsketching_pipeline.training.dataset import PhotoSketchDataset
 from diffsketching_pipeline.training.doodles import DOODLES, draw_carelessly, draw_doodle
 from diffsketching_pipeline.training.keyed import class_balanced_weights
-from diffsketching_pipeline.training.modules import load_pretrained
 from diffsketching_pipeline.training.other_doodles import other_strokes
 from diffsketching_pipeline.training.pictures import image_grid
 from diffsketching_pipeline.training.run_folder import write_folder
+from diffsketching_pipeline.training.starts import ClassMatch, Start, with_encoder_classes
 from diffsketching_pipeline.training.trainer import Trainer
 
 
@@ -247,6 +247,7 @@ def make_dataset(args: EncoderArguments, root: Path, split: str) -> PhotoSketchD
         contour_source=args.contours if args.task == "sketch" else "classical",
         hed_weights=args.hed_weights,
         keep=in_first_half if train and args.task == "evaluation" else None,
+        max_samples=args.max_train_samples if train else None,
     )
     if args.task != "sketch":
         return photos
@@ -271,9 +272,6 @@ def make_model(args: EncoderArguments, id2label: dict[int, str]) -> nn.Module:
 
     transformers' ResNet halves twice in its stem, and its configuration cannot lower that. So its first stage does not
     halve again: at 64 pixels the stem and the first stage are at 16x16, the others at 8x8 and 4x4.
-
-    Raises:
-        ValueError: `pretrained_model_name_or_path` holds a model of other classes.
     """
     shape: dict[str, Any] = {
         "embedding_size": args.embedding_size,
@@ -287,13 +285,12 @@ def make_model(args: EncoderArguments, id2label: dict[int, str]) -> nn.Module:
     }
     torch.manual_seed(args.seed)
     if args.pretrained_model_name_or_path is not None:
-        model = load_pretrained(model_class(args), args.pretrained_model_name_or_path, COMPONENT_NAMES[args.task])
-        if model.config.id2label != id2label:
-            raise ValueError(
-                "`pretrained_model_name_or_path` must hold a model of the classes in `train_data_dir`, "
-                f"{list(id2label.values())}, but it has {list(model.config.id2label.values())}."
-            )
-        return model
+        start = Start.read(args.pretrained_model_name_or_path)
+        model = start.load(model_class(args), COMPONENT_NAMES[args.task])
+        match = ClassMatch(model.config.id2label, id2label)
+        if not match.is_same:
+            logger.info(f"{start.name}: classes {match}")
+        return with_encoder_classes(model, match)
     if args.task == "evaluation" and args.evaluation_model == "mobilenet_v2":
         config = MobileNetV2Config(**labels, image_size=args.resolution, depth_multiplier=args.depth_multiplier)
         return MobileNetV2ForImageClassification(config)

@@ -10,11 +10,15 @@ The drawings are contours made from the photos, so no drawing by a human is need
 withheld from part of the samples; sampling can then strengthen them by classifier-free guidance. The result, with
 averaged weights, is a pipeline folder `output_dir/pipeline`. To save time at the start, train with `--resolution 32`
 first and go on with `--resolution 64 --pretrained_model_name_or_path OUTPUT_DIR/pipeline`.
+
+`--pretrained_model_name_or_path` takes a pipeline of this package (the bundled one by its name, a folder, a Hub id), also a
+converted one, or a plain unconditional one of diffusers. Its architecture, noise schedule and autoencoder are then used in the
+place of what the arguments say, and its classes need not be those of the photos: see
+`diffsketching_pipeline/training/starts.py`.
 """
 
-import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +26,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DModel
+from diffusers import DDIMScheduler, UNet2DModel
 from diffusers.training_utils import compute_snr
 from torch import Tensor
 
@@ -32,7 +36,6 @@ from diffsketching_pipeline.command_line import argument
 from diffsketching_pipeline.denoising import join_unet_inputs
 from diffsketching_pipeline.images.contours import check_contour_source
 from diffsketching_pipeline.images.free_hand import check_free_hand, check_stroke_deletion
-from diffsketching_pipeline.registry import find_checkpoint
 from diffsketching_pipeline.stopping import stoppable
 from diffsketching_pipeline.training.arguments import TrainingArguments, parse_args, resolve_data_dir
 from diffsketching_pipeline.training.dataset import PhotoSketchDataset
@@ -44,9 +47,9 @@ from diffsketching_pipeline.training.keyed import (
     keyed_generator,
 )
 from diffsketching_pipeline.training.latents import LatentDataset, load_vae
-from diffsketching_pipeline.training.modules import load_pretrained
 from diffsketching_pipeline.training.pictures import image_grid
 from diffsketching_pipeline.training.run_folder import write_folder
+from diffsketching_pipeline.training.starts import Start
 from diffsketching_pipeline.training.trainer import Trainer
 
 
@@ -141,7 +144,8 @@ def check_unet_arguments(args: UNetTrainingArguments) -> None:
     check_contour_source(args.contours, args.hed_weights)
     if args.snr_gamma is not None and args.snr_gamma <= 0:
         raise ValueError(f"`snr_gamma` must be positive, but got {args.snr_gamma}.")
-    check_size(args)
+    if args.pretrained_model_name_or_path is None:
+        check_size(args.resolution, args.block_out_channels)
     for name in ("num_validation_samples", "num_validation_images", "crops_per_photo"):
         if getattr(args, name) < 1:
             raise ValueError(f"`{name}` must be at least 1, but got {getattr(args, name)}.")
@@ -153,11 +157,11 @@ def check_unet_arguments(args: UNetTrainingArguments) -> None:
         raise ValueError(f"`publish_ema` must be one of {known}, but got {args.publish_ema!r}.")
 
 
-def check_size(args: UNetTrainingArguments, scale_factor: int = 1) -> None:
+def check_size(resolution: int, block_out_channels: Sequence[int], scale_factor: int = 1) -> None:
     """Raises `ValueError` where the levels of the UNet, or the autoencoder below it, do not divide `resolution`."""
-    factor = 2 ** (len(args.block_out_channels) - 1) * scale_factor
-    if args.resolution % factor:
-        raise ValueError(f"`resolution` must be a multiple of {factor} for this UNet, but got {args.resolution}.")
+    factor = 2 ** (len(block_out_channels) - 1) * scale_factor
+    if resolution % factor:
+        raise ValueError(f"`resolution` must be a multiple of {factor} for this UNet, but got {resolution}.")
 
 
 def make_scheduler(args: UNetTrainingArguments) -> DDIMScheduler:
@@ -174,21 +178,25 @@ def make_scheduler(args: UNetTrainingArguments) -> DDIMScheduler:
     )
 
 
-def make_unet(args: UNetTrainingArguments, id2label: dict[int, str], vae: Any = None) -> UNet2DModel:
+def make_unet(
+    args: UNetTrainingArguments, id2label: dict[int, str], vae: Any = None, start: Start | None = None
+) -> UNet2DModel:
     """
-    A new UNet, or the one of `pretrained_model_name_or_path` at this resolution; class n is "no class". With `vae` it
-    denoises that autoencoder's latents.
+    A new UNet, or that of `start` at this resolution, told these classes; class n is "no class". With `vae` it denoises
+    that autoencoder's latents.
     """
     factor = get_scale_factor(vae)
-    check_size(args, factor)
     channels = 3 if vae is None else vae.config.latent_channels
-    in_channels = channels + factor**2 + int(args.abstraction_plane)
-    if args.pretrained_model_name_or_path is not None:
-        return load_unet(args, id2label, in_channels, factor)
+    if start is not None:
+        unet = start.unet(id2label, channels, factor, args.abstraction_plane)
+        check_size(args.resolution, unet.config.block_out_channels, factor)
+        unet.register_to_config(sample_size=args.resolution // factor)
+        return unet
+    check_size(args.resolution, args.block_out_channels, factor)
     torch.manual_seed(args.seed)
     return UNet2DModel(
         sample_size=args.resolution // factor,
-        in_channels=in_channels,
+        in_channels=channels + factor**2 + int(args.abstraction_plane),
         out_channels=channels,
         block_out_channels=tuple(args.block_out_channels),
         down_block_types=tuple(args.down_block_types),
@@ -200,41 +208,6 @@ def make_unet(args: UNetTrainingArguments, id2label: dict[int, str], vae: Any = 
         dropout=args.dropout,
         num_class_embeds=len(id2label) + 1,
     )
-
-
-def load_unet(
-    args: UNetTrainingArguments, id2label: dict[int, str], in_channels: int = 4, scale_factor: int = 1
-) -> UNet2DModel:
-    """
-    Loads the UNet to go on from.
-
-    Raises:
-        ValueError: it has no sketch channel or other input channels than this run, another number of classes, or its pipeline has other classes or another
-            noise schedule than this run.
-    """
-    path = find_checkpoint(args.pretrained_model_name_or_path)
-    unet = load_pretrained(UNet2DModel, path, "unet")
-    if unet.config.in_channels != in_channels:
-        raise ValueError(
-            f"`pretrained_model_name_or_path` must have {in_channels} input channels, but {path!r} has "
-            f"{unet.config.in_channels}: add those of the sketch with `diffsketching_pipeline.expand_unet_for_sketch`."
-        )
-    if unet.config.num_class_embeds != len(id2label) + 1:
-        raise ValueError(
-            f"`pretrained_model_name_or_path` must have {len(id2label) + 1} class embeddings (the data's classes and "
-            f"one for none), but {path!r} has {unet.config.num_class_embeds}."
-        )
-    if not os.path.isfile(os.path.join(path, "config.json")):
-        config: Any = DiffusionPipeline.load_config(path)
-        labels = config.get("id2label")
-        if labels and {int(key): label for key, label in labels.items()} != id2label:
-            raise ValueError(f"`pretrained_model_name_or_path` {path!r} has the classes {list(labels.values())}.")
-        pretrained = DDIMScheduler.load_config(path, subfolder="scheduler")
-        for name in ("prediction_type", "beta_schedule", "num_train_timesteps"):
-            if pretrained[name] != make_scheduler(args).config[name]:
-                raise ValueError(f"`pretrained_model_name_or_path` {path!r} has the {name} {pretrained[name]!r}.")
-    unet.register_to_config(sample_size=args.resolution // scale_factor)
-    return unet
 
 
 def drop_conditions(
@@ -279,7 +252,8 @@ class ModelGuidance:
         is_given = (batch["class_label"] != self.null_class) | (batch["sketch"] != 0).flatten(1).any(dim=1)
         nulls = torch.full_like(batch["class_label"], self.null_class)
         unconditional = unet(join_unet_inputs(noisy_images, in_channels), batch["timestep"], class_labels=nulls).sample
-        return self.scale * is_given.reshape(-1, 1, 1, 1) * (prediction.detach() - unconditional.float())
+        unconditional = unconditional.float()[:, : prediction.shape[1]]
+        return self.scale * is_given.reshape(-1, 1, 1, 1) * (prediction.detach() - unconditional)
 
 
 def diffusion_loss(
@@ -312,6 +286,7 @@ def diffusion_loss(
     noisy_images = scheduler.add_noise(images, noise, timesteps)
     inputs = join_unet_inputs(noisy_images, in_channels, batch["sketch"], batch.get("sketch_abstraction", 0.0))
     prediction = unet(inputs, timesteps, class_labels=batch["class_label"]).sample.float()
+    prediction = prediction[:, : images.shape[1]]  # a learned variance after it is left as it is: DDIM does not use it
     prediction_type = scheduler.config.prediction_type
     if prediction_type == "epsilon":
         target = noise
@@ -348,7 +323,7 @@ class UNetValidation:
         for i, sample in enumerate(samples):
             noise = torch.randn(clean_images(sample).shape, generator=keyed_generator(args.seed, i))
             # Evenly spread timesteps in an order that has nothing to do with the order of the classes.
-            timestep = int(args.ddpm_num_steps * ((i * 0.6180339887) % 1))
+            timestep = int(scheduler.config.num_train_timesteps * ((i * 0.6180339887) % 1))
             sample |= {"noise": noise, "timestep": timestep}
         self.batch: dict[str, Tensor] = {
             name: torch.stack([torch.as_tensor(sample[name]) for sample in samples])
@@ -406,6 +381,7 @@ def make_dataset(args: UNetTrainingArguments, root: Path, split: str, vae: Any =
     is_train = split == "train"
     options: dict[str, Any] = {"train": is_train, "cache_dir": args.cache_dir}
     if is_train:
+        options["max_samples"] = args.max_train_samples
         names = ("free_hand_share", "free_hand_strength", "stroke_deletion_share")
         options |= {name: getattr(args, name) for name in names}
         options |= {"contour_source": args.contours, "hed_weights": args.hed_weights}
@@ -438,18 +414,24 @@ def main(args: UNetTrainingArguments) -> None:
     """Trains as the arguments say; the pipeline lies in `output_dir/pipeline` afterwards."""
     check_unet_arguments(args)
     root = resolve_data_dir(args)
-    vae = None
-    if args.pretrained_vae_model_name_or_path is not None:
-        vae = load_vae(args.pretrained_vae_model_name_or_path)
-    check_size(args, get_scale_factor(vae))
+    start = None
+    if args.pretrained_model_name_or_path is not None:
+        start = Start.read(args.pretrained_model_name_or_path)
+    vae, vae_name = None, args.pretrained_vae_model_name_or_path
+    if vae_name is None and start is not None and start.has("vae"):
+        vae_name = start.path
+    if vae_name is not None:
+        vae = load_vae(vae_name)
+    if start is None:
+        check_size(args.resolution, args.block_out_channels, get_scale_factor(vae))
 
     # 1. Data
     dataset = make_dataset(args, root, "train", vae)
     validation_dataset = make_dataset(args, root, "validation", vae)
 
     # 2. Model and loop
-    scheduler = make_scheduler(args)
-    unet = make_unet(args, dataset.id2label, vae)
+    scheduler = (start.scheduler() if start is not None else None) or make_scheduler(args)
+    unet = make_unet(args, dataset.id2label, vae, start)
     in_channels = unet.config.in_channels
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
@@ -460,7 +442,7 @@ def main(args: UNetTrainingArguments) -> None:
         dataset,
         transform=partial(
             drop_conditions,
-            num_train_timesteps=args.ddpm_num_steps,
+            num_train_timesteps=scheduler.config.num_train_timesteps,
             null_class=null_class,
             proportion_empty_class_labels=args.proportion_empty_class_labels,
             proportion_empty_sketches=args.proportion_empty_sketches,

@@ -52,6 +52,7 @@ class EvaluationArguments:
     )
     num_inference_steps: int | None = argument(None, "overrides the checkpoint's recommendation")
     eta: float | None = argument(None, "overrides the checkpoint's recommendation")
+    sketch_abstraction: float | None = argument(None, "overrides the checkpoint's recommendation")
     sketch_guidance_scale: float | None = argument(None, "overrides the checkpoint's recommendation")
     classifier_guidance_scale: float | None = argument(None, "overrides the checkpoint's recommendation")
     perceptual_guidance_scale: float | None = argument(None, "overrides the checkpoint's recommendation")

@@ -36,7 +36,7 @@ from diffsketching_pipeline.unet_surgery import without_class, without_sketch
 
 
 SCALE_NAMES = ("sketch_guidance_scale", "classifier_guidance_scale", "perceptual_guidance_scale")
-SAMPLING_NAMES = ("num_inference_steps", "eta", *SCALE_NAMES)
+SAMPLING_NAMES = ("num_inference_steps", "eta", "sketch_abstraction", *SCALE_NAMES)
 CLIPPING_NAMES = ("clip_sample", "clip_sample_range")
 
 
@@ -59,7 +59,7 @@ class System:
         withhold: what the UNet is not told: `"sketch"`, `"class"`, both or nothing.
         scheduler: name of a scheduler of diffusers, with the noise schedule of the checkpoint's own.
         timestep_spacing: the scheduler's spacing, if not the checkpoint's.
-        strength, guidance_start, guidance_end, num_inference_steps, eta, sketch_guidance_scale,
+        strength, guidance_start, guidance_end, num_inference_steps, eta, sketch_abstraction, sketch_guidance_scale,
             classifier_guidance_scale, perceptual_guidance_scale: arguments of the pipeline's call.
     """
 
@@ -72,6 +72,7 @@ class System:
     guidance_end: float = 1.0
     num_inference_steps: int | None = None
     eta: float | None = None
+    sketch_abstraction: float | None = None
     sketch_guidance_scale: float | None = None
     classifier_guidance_scale: float | None = None
     perceptual_guidance_scale: float | None = None
@@ -119,6 +120,8 @@ class System:
             "timestep_spacing": pipeline.scheduler.config.timestep_spacing,
             "num_inference_steps": resolved.num_inference_steps,
             "eta": resolved.eta,
+            # Where it is no choice it is no condition of a number either.
+            **({"sketch_abstraction": resolved.sketch_abstraction} if pipeline.takes_abstraction else {}),
             **resolved.scales,
             "strength": self.strength,
             "guidance_start": self.guidance_start,
@@ -139,6 +142,10 @@ class System:
 
     def check(self, pipeline: DiffSketchingPipeline) -> None:
         """Raises `ValueError` for what its pipeline would refuse in the middle of the work."""
+        if self.sketch_abstraction and not pipeline.takes_abstraction:
+            raise ValueError(
+                f"{self._place} has `sketch_abstraction={self.sketch_abstraction}`, but its UNet has no plane for it."
+            )
         try:
             pipeline.check_inputs("drawing", None, 1, self.strength, None, None, self._options)
             steps = self.resolve(pipeline)["num_inference_steps"]
@@ -212,5 +219,7 @@ def _read_system(name: str, settings: Any, path: str) -> System:
 
 
 def with_defaults(system: System, defaults: dict[str, Any]) -> System:
-    """A system with `defaults` in the place of what it leaves to the checkpoint."""
+    """A system with `defaults` in the place of what it leaves to the checkpoint, and of what it can be told at all."""
+    if "sketch" in system.withhold:
+        defaults = {**defaults, "sketch_abstraction": None}
     return replace(system, **{name: value for name, value in defaults.items() if getattr(system, name) is None})

@@ -2,6 +2,7 @@
 """The arguments that every training script has."""
 
 import dataclasses
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,16 +24,23 @@ class TrainingArguments:
     """
 
     train_data_dir: str | None = argument(
-        None, "an imagefolder with `train` and `validation`, each holding one folder of photos per class"
+        None,
+        "photos in one folder per class, below `train` and `validation`, below `photo` (Sketchy's layout) or alone; without "
+        "`validation` they are split by the hash of their names",
     )
     dataset_name: str | None = argument(
         None, "instead of `train_data_dir`: the id of a dataset repository on the Hub with the same folders"
+    )
+    max_train_samples: int | None = argument(
+        None, "train on this many photos only, chosen by the hash of their names before any is read"
     )
     cache_dir: str | None = argument(None, "where the dataset and what is computed from it are cached")
     output_dir: str = argument("output", "where checkpoints, samples, logs and the final weights are written")
     overwrite_output_dir: bool = argument(False, "delete the checkpoints that `output_dir` already holds")
     pretrained_model_name_or_path: str | None = argument(
-        None, "start from these weights (a pipeline folder, a model folder or a Hub id) with a fresh optimizer"
+        None,
+        "start from these weights (the name of a bundled model, a pipeline folder, a model folder or a Hub id) with a fresh "
+        "optimizer",
     )
     seed: int = argument(0, "the seed of everything random, at least 0")
     resolution: int = argument(64, "side of the training images in pixels")
@@ -118,6 +126,9 @@ def parse_args(
         ValueError: an argument that does not exist (with the closest ones that do), a config that is no mapping, or a
             value out of range.
     """
+    # What is said before the trainer is there, and its logger that knows the processes apart, is said once.
+    if os.environ.get("RANK", "0") == "0":
+        logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
     arguments = parse_arguments(arguments_class, description, args, takes_config=True)
     check_arguments(arguments)
     return arguments
@@ -130,7 +141,7 @@ def check_arguments(args: TrainingArguments) -> None:
     at_least: dict[str, float] = {"seed": 0, "validation_steps": 0, "lr_warmup_steps": 0, "dataloader_num_workers": 0}
     at_least |= dict.fromkeys(("train_batch_size", "gradient_accumulation_steps", "checkpointing_steps"), 1)
     at_least |= dict.fromkeys(("checkpoints_total_limit", "logging_steps", "resolution", "num_train_epochs"), 1)
-    at_least |= {"max_train_steps": 1, "lr_decay_steps": 1}
+    at_least |= {"max_train_steps": 1, "max_train_samples": 1, "lr_decay_steps": 1}
     for name, minimum in at_least.items():
         value = getattr(args, name)
         if value is not None and value < minimum:
@@ -174,7 +185,7 @@ def resolve_data_dir(args: TrainingArguments) -> Path:
     """The imagefolder to train on: `train_data_dir`, or the downloaded snapshot of `dataset_name`.
 
     Raises:
-        ValueError: neither or both are given, or the folder has no `train` folder.
+        ValueError: neither or both are given, or there is no such folder.
     """
     if (args.train_data_dir is None) == (args.dataset_name is None):
         raise ValueError("give either `train_data_dir` or `dataset_name`: exactly one says what to train on.")
@@ -186,6 +197,6 @@ def resolve_data_dir(args: TrainingArguments) -> Path:
         root = Path(snapshot_download(args.dataset_name, repo_type="dataset", cache_dir=args.cache_dir))
     else:
         root = Path(str(args.train_data_dir))
-    if not (root / "train").is_dir():
-        raise ValueError(f"`train_data_dir` must hold `train/<class>/<photos>`, but {root} has no `train` folder.")
+    if not root.is_dir():
+        raise ValueError(f"`train_data_dir` must be a folder of photos in class folders, but {root} is none.")
     return root

@@ -58,6 +58,12 @@ class FinetuneArguments(TrainingArguments):
     classifier_guidance_scale: float = argument(0.0, "eq. 4 inside the chain, not differentiated; 0 = off")
     perceptual_guidance_scale: float = argument(0.0, "guidance by eq. 5 inside the chain, not differentiated; 0 = off")
 
+    sketch_abstraction: float | None = argument(
+        None,
+        "what a UNet with a plane for it is told inside the chain, in [0, 1]; left out: what the pipeline recommends, as in "
+        "sampling",
+    )
+
     backprop: Literal["chain", "per_step"] = argument(
         "chain", "differentiate the chain, or only x_0 as predicted at one random step of it"
     )
@@ -88,7 +94,6 @@ class FinetuneArguments(TrainingArguments):
         "people made",
     )
     class_balance_power: float = argument(0.5, "0 samples photos evenly, 1 classes, between them in proportion")
-    max_train_samples: int | None = argument(None, "train on this many photos only, chosen by the hash of their names")
     inversion_batch_size: int = argument(16, "photos inverted at once")
 
     num_validation_samples: int = argument(16, "validation photos on which the constraints are measured")
@@ -123,7 +128,12 @@ def run_chain(
     sampler = sampling_scheduler(scheduler, args.num_train_inference_steps, batch["latents"].device)
     labels = batch["class_label"]
     null_labels = None if null_class is None else torch.full_like(labels, null_class)
-    conditioning = Conditioning(labels, batch["sketch"], null_class_labels=null_labels)
+    told_abstraction = None
+    if args.sketch_abstraction:
+        told_abstraction = torch.full(labels.shape, args.sketch_abstraction, device=labels.device)
+    conditioning = Conditioning(
+        labels, batch["sketch"], null_class_labels=null_labels, sketch_abstraction=told_abstraction
+    )
     called = checkpointed(unet) if args.gradient_checkpointing else unet
     told = (called, unet_config, scheduler, conditioning)
     predictor = GuidedPredictor(

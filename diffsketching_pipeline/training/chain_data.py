@@ -28,6 +28,7 @@ from diffsketching_pipeline.guidance import (
 from diffsketching_pipeline.images.contours import DEFAULT_LINE_GAIN, Box, contour_to_sketch
 from diffsketching_pipeline.images.free_hand import free_hand_distortion, half_size
 from diffsketching_pipeline.schedulers import sampling_scheduler
+from diffsketching_pipeline.splits import first_by_hash
 from diffsketching_pipeline.training.cache import warn_unwritable
 from diffsketching_pipeline.training.chain import FinetuneArguments
 from diffsketching_pipeline.training.dataset import PhotoSketchDataset
@@ -189,8 +190,7 @@ class ChainDataset:
         strength = args.free_hand_strength
         self.strength = strength if strength is not None else 0.0 if by_people else 0.5
         names = [f"{label}/{name}" for label, name in zip(photos.class_labels, photos.ids, strict=True)]
-        hashes = [hashlib.sha256(name.encode()).hexdigest() for name in names]
-        self.indices = sorted(sorted(range(len(hashes)), key=hashes.__getitem__)[:max_samples])
+        self.indices = first_by_hash(names, max_samples)
         self.class_labels = [photos.class_labels[index] for index in self.indices]
 
     def __len__(self) -> int:

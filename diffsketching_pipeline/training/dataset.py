@@ -37,7 +37,7 @@ from diffsketching_pipeline.images.free_hand import (
     render_jittered,
 )
 from diffsketching_pipeline.images.photo_files import IMAGE_ERRORS, MAX_SQUASH, decode_photo, list_images
-from diffsketching_pipeline.splits import normalize_name
+from diffsketching_pipeline.splits import first_by_hash, normalize_name
 from diffsketching_pipeline.training.cache import (
     DRAWING_ARRAYS,
     HED_CACHE_VERSION,
@@ -93,6 +93,8 @@ class PhotoSketchDataset(Dataset):
             classical ones, by the photo's content and the hash of the weights, and take seconds a photo, once.
         hed_weights (`str` or `Path`, *optional*): file for `hed_contours.HEDNetwork.from_file`.
         keep (`Callable[[str], bool]`, *optional*): takes a file's stem, tells whether the photo is in the dataset.
+        max_samples (`int`, *optional*): read this many photos only, chosen by the hash of their names.
+        class_names (`Sequence[str]`, *optional*): all classes in the order of their indices, if there are more than folders.
 
     Raises:
         ValueError: the folder is missing, holds no readable image, or has a class that `train` lacks.
@@ -120,6 +122,8 @@ class PhotoSketchDataset(Dataset):
         contour_source: Literal["classical", "hed", "both"] = "classical",
         hed_weights: str | Path | None = None,
         keep: Callable[[str], bool] | None = None,
+        max_samples: int | None = None,
+        class_names: Sequence[str] | None = None,
     ):
         if len(contour_probabilities) != len(CONTOUR_NAMES):
             raise ValueError(
@@ -137,10 +141,12 @@ class PhotoSketchDataset(Dataset):
         self.cache_dir = Path(cache_dir) if cache_dir is not None else None
         self.image_size = 2 * resolution
 
-        files, class_names = self._list(root, split)
-        self.id2label = dict(enumerate(class_names))
+        files, found = self._list(root, split)
+        self.id2label = dict(enumerate(found if class_names is None else class_names))
         self.label2id = {label: index for index, label in self.id2label.items()}
         files = [file for file in files if keep is None or keep(file.stem)]
+        chosen = first_by_hash([f"{self._class_label(file)}/{file.stem}" for file in files], max_samples)
+        files = [files[index] for index in chosen]
         self.files: list[Any] = []
         self.corrupt_files: list[Any] = []
         self._cached: list[Path | dict[str, np.ndarray]] = []

@@ -113,6 +113,7 @@ def make_dataset(args: SketcherArguments, root: Path, split: str) -> PhotoSketch
         line_gain=(1.0, 2.6) if is_reverse else (DEFAULT_LINE_GAIN, DEFAULT_LINE_GAIN),
         free_hand_share=args.free_hand_share if split == "train" else 0.0,
         free_hand_strength=args.free_hand_strength,
+        max_samples=args.max_train_samples if split == "train" else None,
     )
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from diffsketching_pipeline import SketchProcessor
 from diffsketching_pipeline.images.contours import CONTOUR_SIZE, Box, bounding_box, resized_to_short_side
 from diffsketching_pipeline.images.photo_files import IMAGE_ERRORS, IMAGE_SUFFIXES, decode_photo
-from diffsketching_pipeline.splits import in_validation, normalize_name
+from diffsketching_pipeline.splits import normalize_name, validation_names
 from diffsketching_pipeline.training.cache import CachedPhoto, photo_to_keep
 from diffsketching_pipeline.training.dataset import PhotoSketchDataset
 
@@ -71,11 +71,11 @@ def split_pairs(pairs: Sequence[PhotoSketchPair]) -> dict[str, list[PhotoSketchP
         raise ValueError(
             f"at least two photos with drawings are needed, one of them to validate, but got {len(pairs)}."
         )
-    validation = [pair for pair in pairs if in_validation(pair.stem)]
-    if not validation or len(validation) == len(pairs):
-        validation = [min(pairs, key=lambda pair: hashlib.sha256(pair.stem.encode()).hexdigest())]
-    chosen = {pair.stem for pair in validation}
-    return {"train": [pair for pair in pairs if pair.stem not in chosen], "validation": validation}
+    chosen = validation_names([pair.stem for pair in pairs])
+    return {
+        "train": [pair for pair in pairs if pair.stem not in chosen],
+        "validation": [pair for pair in pairs if pair.stem in chosen],
+    }
 
 
 def _report(problems: dict[str, list[str]], total: int, shown: int = 10) -> None:
@@ -302,6 +302,7 @@ class PairedPhotoDataset(PhotoSketchDataset):
         *,
         null_class: int | None = None,
         split: str = "train",
+        max_samples: int | None = None,
     ):
         unknown = sorted({pair.label for pair in pairs if pair.label is not None} - set(class_names))
         if unknown:
@@ -316,7 +317,7 @@ class PairedPhotoDataset(PhotoSketchDataset):
         self.class_names = list(class_names)
         self.sketch_processor = SketchProcessor(resolution=CONTOUR_SIZE, fit="page", resize_mode="stretch")
         self.unreadable_sketches: list[str] = []
-        super().__init__(pairs, split, resolution, seed, train, cache_dir)  # type: ignore[arg-type]
+        super().__init__(pairs, split, resolution, seed, train, cache_dir, max_samples=max_samples)  # type: ignore[arg-type]
         total = sum(len(pair.sketches) for pair in pairs)
         _report({f"drawings of {split} unreadable or empty, left out": self.unreadable_sketches}, total)
 

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from diffsketching_pipeline.autoencoding import decode_latents, encode_photos
 from diffsketching_pipeline.images.patches import patch_distance, patch_projections, patch_quantiles, pyramid_levels
 from diffsketching_pipeline.images.photo_files import IMAGE_ERRORS, decode_photo, list_images
+from diffsketching_pipeline.splits import first_by_hash
 
 
 MAX_SHRINK = 1.5
@@ -34,16 +35,27 @@ class PhotoDataset(Dataset):
         seed (`int`): first word of the random key.
         train (`bool`): crops, flipped for half of the draws, of a photo scaled down by up to `MAX_SHRINK`; else the
             largest square in the middle.
+        max_samples (`int`, *optional*): read this many photos only, chosen by the hash of their names.
 
     Raises:
         ValueError: the folder is missing or holds no readable image.
     """
 
-    def __init__(self, root: str | Path, split: str, resolution: int, seed: int = 0, train: bool = True):
+    def __init__(
+        self,
+        root: str | Path,
+        split: str,
+        resolution: int,
+        seed: int = 0,
+        train: bool = True,
+        max_samples: int | None = None,
+    ):
         self.resolution, self.seed, self.train = resolution, seed, train
         self.files: list[Path] = []
         self._contents: list[bytes] = []
-        for file in list_images(Path(root), split)[0]:
+        files = list_images(Path(root), split)[0]
+        for index in first_by_hash([f"{file.parent.name}/{file.stem}" for file in files], max_samples):
+            file = files[index]
             content = file.read_bytes()
             try:
                 with Image.open(io.BytesIO(content)) as opened:

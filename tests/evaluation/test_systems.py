@@ -156,6 +156,7 @@ def test_a_scheduler_keeps_the_noise_schedule_and_the_clipping(pipeline):
             "'d' cannot generate: `sketch_guidance_scale=2.0` needs",
         ),
         (System("e", timestep_spacing="linspace"), "'e' cannot generate: DDIMScheduler mis-steps"),
+        (System("f", sketch_abstraction=0.5), "'f' has `sketch_abstraction=0.5`, but its UNet has no plane"),
     ],
 )
 def test_what_cannot_be_generated_is_known_before(system, message, pipeline):
@@ -178,6 +179,26 @@ def test_systems_are_read_in_order(tmp_path):
     # What the file says wins over what the script is given.
     assert systems.with_defaults(floor, {"eta": 0.7, "num_inference_steps": 9}).eta == 0
     assert systems.with_defaults(floor, {"eta": 0.7, "num_inference_steps": 9}).num_inference_steps == 9
+    # Nobody can be told how far off a drawing is that they are not shown.
+    assert systems.with_defaults(full, {"sketch_abstraction": 0.5}).sketch_abstraction == 0.5
+    assert systems.with_defaults(sdedit, {"sketch_abstraction": 0.5}).sketch_abstraction is None
+
+
+def test_the_abstraction_of_a_system_is_that_of_its_images(latent_pipeline, large_sketches, tmp_path):
+    from torchvision.utils import save_image
+
+    jobs, images = [], {}
+    for i in range(2):
+        save_image((large_sketches[i] + 1) / 2, tmp_path / f"{i}.png")
+        jobs.append(Job(None, tmp_path / f"{i}.png", i, tmp_path / f"out{i}.png"))
+    for value in (None, 0.75):
+        system = System("told", sketch_abstraction=value, num_inference_steps=2, sketch_guidance_scale=1.0)
+        built = system.build(latent_pipeline)
+        system.check(built)
+        assert system.resolve(built)["sketch_abstraction"] == (value or 0.0)
+        images[value] = system.sample(built, jobs, ["a", "b"], output_type="pt").images
+        assert built.sketch_abstraction == (value or 0.0)
+    assert (images[None] - images[0.75]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(

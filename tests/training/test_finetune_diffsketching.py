@@ -271,6 +271,38 @@ def test_the_chain_has_every_guidance_that_sampling_has(factory, request):
     assert all((found[name] - found["none"]).abs().max() > 1e-3 for name in (*scales, "all"))
 
 
+def test_the_chain_is_told_the_abstraction_that_a_call_is_told(latent_pipeline, latent_dir, shapes_dir, tmp_path):
+    latents = randn(2, latent_pipeline.sample_channels, *latent_pipeline.sample_size, seed=1)
+    sketch, labels = torch.ones(2, 1, 32, 32), torch.tensor([1, 0])
+    sketch[:, :, 8:24, 8] = -1
+    batch = {"latents": latents, "sketch": sketch, "class_label": labels}
+    found = {}
+    for value in (0.0, 0.75):
+        args = tiny_args(num_train_inference_steps=4, resolution=32, sketch_abstraction=value)
+        with torch.no_grad():
+            found[value] = run_chain(
+                latent_pipeline.unet, latent_pipeline.unet.config, latent_pipeline.scheduler, batch, args
+            )
+        expected = latent_pipeline(
+            *(sketch, labels, 1, 4), latents=latents, sketch_abstraction=value, output_type="latent"
+        ).images
+        torch.testing.assert_close(found[value], expected, atol=1e-5, rtol=1e-4)
+    assert (found[0.0] - found[0.75]).abs().max() > 1e-3
+
+    # Left out, it is what the pipeline recommends.
+    pipeline = DiffSketchingPipeline.from_pretrained(latent_dir)
+    pipeline.register_to_config(recommended={"sketch_abstraction": 0.25})
+    pipeline.save_pretrained(tmp_path / "recommending")
+    options = {"train_data_dir": str(shapes_dir), "cache_dir": str(tmp_path / "cache"), "max_train_samples": 2}
+    options |= {"resolution": 32, "num_train_inference_steps": 2, "max_train_steps": 1}
+    options |= {"pretrained_model_name_or_path": str(tmp_path / "recommending")}
+    main(tiny_args(**options, output_dir=str(tmp_path / "out")))
+    told = yaml.safe_load((tmp_path / "out" / "training_args.yaml").read_text())
+    assert told["sketch_abstraction"] == 0.25
+    with pytest.raises(ValueError, match=r"`sketch_abstraction` must be in \[0, 1\] or None, but got 1.5"):
+        main(tiny_args(**options, output_dir=str(tmp_path / "out"), sketch_abstraction=1.5))
+
+
 # ---- the cache of inverted photos -------------------------------------------------------------------------------------
 
 

@@ -106,8 +106,6 @@ def test_pretrained_classifier_is_loaded_or_refused(tmp_path):
         loaded = make_classifier(tiny_args(pretrained_model_name_or_path=str(path)), ID2LABEL)
         assert all(torch.equal(value, classifier.state_dict()[key]) for key, value in loaded.state_dict().items())
     args = tiny_args(pretrained_model_name_or_path=str(tmp_path / "pipeline"))
-    with pytest.raises(ValueError, match="must have num_classes 3, but .* has 2"):
-        make_classifier(args, {**ID2LABEL, 2: "star"})
     args.resolution = 32
     with pytest.raises(ValueError, match="must have sample_size 32, but .* has 16"):
         make_classifier(args, ID2LABEL)

@@ -97,8 +97,10 @@ def test_photo_tasks(shapes_dir, cache_dir, tmp_path, monkeypatch, task, folder,
     args = EncoderArguments(task=task, pretrained_model_name_or_path=str(tmp_path / folder))
     continued = make_model(args, {0: "disc", 1: "square"})
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), continued.parameters(), strict=True))
-    with pytest.raises(ValueError, match="must hold a model of the classes"):
-        make_model(args, {0: "hat", 1: "shoes"})
+    other = make_model(args, {0: "hat", 1: "disc"})
+    assert other.config.id2label == {0: "hat", 1: "disc"} and other.config.label2id["hat"] == 0
+    assert torch.equal(other.classifier[-1].weight[1], model.classifier[-1].weight[0])
+    torch.testing.assert_close(other.classifier[-1].weight[0], model.classifier[-1].weight.mean(0))
     assert 0 <= json.loads((tmp_path / "metrics.json").read_text())["validation"]["accuracy"] <= 1
 
 

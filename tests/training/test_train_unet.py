@@ -10,7 +10,6 @@ import pytest
 import torch
 import train_unet
 import yaml
-from diffusers import UNet2DModel
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -30,6 +29,7 @@ from diffsketching_pipeline import DiffSketchingPipeline
 from diffsketching_pipeline.training.arguments import parse_args
 from diffsketching_pipeline.training.keyed import keyed_generator
 from diffsketching_pipeline.training.latents import load_vae
+from diffsketching_pipeline.training.starts import Start
 
 
 ID2LABEL = {0: "disc", 1: "square"}
@@ -169,7 +169,7 @@ def test_higher_resolution_goes_on_from_the_averaged_weights_of_a_lower_one(shap
     pipeline = str(tmp_path / "low" / "pipeline")
     averaged = weights(tmp_path / "low" / "checkpoint-3" / "unet_ema")
     for path in (pipeline, f"{pipeline}/unet"):
-        unet = make_unet(tiny_args(resolution=32, pretrained_model_name_or_path=path), ID2LABEL)
+        unet = make_unet(tiny_args(resolution=32), ID2LABEL, start=Start.read(path))
         assert unet.config.sample_size == 32
         assert all(torch.equal(value, averaged[key]) for key, value in unet.state_dict().items())
     high = tiny_args(
@@ -181,23 +181,6 @@ def test_higher_resolution_goes_on_from_the_averaged_weights_of_a_lower_one(shap
     )
     main(high)
     assert DiffSketchingPipeline.from_pretrained(tmp_path / "high" / "pipeline").height == 32
-
-
-def test_pretrained_weights_that_do_not_fit_are_refused(tmp_path):
-    args = tiny_args()
-    unet = make_unet(args, ID2LABEL)
-    pipeline = DiffSketchingPipeline(unet=unet, scheduler=make_scheduler(args), id2label=ID2LABEL)
-    pipeline.save_pretrained(tmp_path / "pipeline")
-    args = tiny_args(pretrained_model_name_or_path=str(tmp_path / "pipeline"))
-    with pytest.raises(ValueError, match="must have 4 class embeddings .* has 3"):
-        make_unet(args, {0: "disc", 1: "square", 2: "star"})
-    with pytest.raises(ValueError, match=r"has the classes \['disc', 'square'\]"):
-        make_unet(args, {0: "square", 1: "disc"})
-    with pytest.raises(ValueError, match="has the prediction_type 'v_prediction'"):
-        make_unet(dataclasses.replace(args, prediction_type="epsilon"), ID2LABEL)
-    UNet2DModel.from_config(unet.config, in_channels=3).save_pretrained(tmp_path / "photo")
-    with pytest.raises(ValueError, match="4 input channels, but .* has 3: .*expand_unet_for_sketch"):
-        make_unet(tiny_args(pretrained_model_name_or_path=str(tmp_path / "photo")), ID2LABEL)
 
 
 @pytest.mark.parametrize(
@@ -398,9 +381,8 @@ def test_a_latent_checkpoint_samples_with_its_autoencoder(shapes_dir, cache_dir,
     assert Image.open(picture).size == (2 * 66 + 2, 3 * 66 + 2)
 
     # Later on it starts from a pipeline, with the autoencoder inside.
-    again = {"pretrained_vae_model_name_or_path": str(tmp_path / "out" / "pipeline")}
-    again |= {"pretrained_model_name_or_path": str(tmp_path / "out" / "pipeline")}
-    unet = make_unet(tiny_args(**options | again), ID2LABEL, load_vae(str(tmp_path / "out" / "pipeline")))
+    path = str(tmp_path / "out" / "pipeline")
+    unet = make_unet(tiny_args(**options), ID2LABEL, load_vae(path), Start.read(path))
     assert all(torch.equal(value, published[key]) for key, value in unet.state_dict().items())
 
 

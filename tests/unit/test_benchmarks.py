@@ -78,11 +78,14 @@ def test_inversion_prints_the_round_trip(model_dir, tmp_path, monkeypatch, capsy
     torch.testing.assert_close(benchmark.psnr(found, images), torch.tensor([20.0, 40.0]))
 
 
-@pytest.mark.parametrize("memory", [True, False])
-def test_finetuning_measures_one_setting(memory, model_dir):
+@pytest.mark.parametrize(
+    ("factory", "memory"), [("tiny_pipeline", True), ("tiny_pipeline", False), ("latent_pipeline", False)]
+)
+def test_finetuning_measures_one_setting(factory, memory, request, tmp_path):
+    request.getfixturevalue(factory).save_pretrained(tmp_path / "model")
     benchmark = load("finetuning")
-    args = argparse.Namespace(model=model_dir, train_batch_size=2, runs=1, memory=memory)
-    found = benchmark.one_setting(args, {"gradient_checkpointing": True, "num_train_inference_steps": 3})
+    args = argparse.Namespace(model=str(tmp_path / "model"), train_batch_size=2, runs=1, memory=memory)
+    found = benchmark.one_setting(args, {"gradient_checkpointing": True, "num_train_inference_steps": 2})
     if memory:
         assert found.keys() == {"mebibytes"} and found["mebibytes"] >= 0
     else:

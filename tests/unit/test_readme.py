@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the README tells people to paste is run as it stands."""
 
+import json
 import os
 import re
 import shlex
@@ -89,3 +90,21 @@ def test_other_command_lines_are_understood(line):
 def test_every_file_named_exists():
     for name in re.findall(r"`((?:training|examples|benchmarks)/[\w./-]+)`", README):
         assert (ROOT / name).exists(), name
+
+
+def test_own_classes_command(tmp_path):
+    """Photos in class folders, one of them a class of the bundled model, and that model by its name."""
+    for i in range(6):
+        folder = tmp_path / "my_photos" / ("hat", "kite")[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(i).integers(0, 255, (9, 9, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((80, 72), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
+    words = shlex.split(block("command", "own-classes"))
+    assert words[:3] == ["accelerate", "launch", "training/train_unet.py"]
+    command = [sys.executable, ROOT / words[2], *words[3:], "--max_train_steps", "1", "--train_batch_size", "2"]
+    command += ["--ddpm_num_inference_steps", "1", "--num_validation_images", "1", "--report_to", "none"]
+    done = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "garments-64: classes kept: hat; new, begin from the mean of the known ones: kite" in done.stderr
+    index = json.loads((tmp_path / "diffsketching-unet" / "pipeline" / "model_index.json").read_text())
+    assert index["id2label"] == {"0": "hat", "1": "kite"}
