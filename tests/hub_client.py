@@ -131,6 +131,16 @@ def fetch_manifest(task):
     return fetch(task["source"], task["folder"], **task.get("kwargs", {}))
 
 
+def start(task):
+    """The UNet that training would start from, and the kind of its noise schedule."""
+    from diffsketching_pipeline.training.starts import Start
+
+    found = Start.read(task["source"])
+    unet = found.unet({0: "a", 1: "b"}, 3, 1, abstraction_plane=False)
+    schedule = found.scheduler().config.beta_schedule
+    return {"in_channels": unet.config.in_channels, "schedule": schedule, "weights": weights_sha256({"unet": unet})}
+
+
 def command(task):
     """Exit code and output of the `diffsketching` command."""
     import contextlib

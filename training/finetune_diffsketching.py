@@ -46,7 +46,7 @@ from diffsketching_pipeline.pipeline_options import SamplingOptions, check_abstr
 from diffsketching_pipeline.registry import find_checkpoint
 from diffsketching_pipeline.schedulers import check_scheduler
 from diffsketching_pipeline.stopping import stoppable
-from diffsketching_pipeline.training.arguments import check_dataset_name, parse_args, resolve_data_dir
+from diffsketching_pipeline.training.arguments import check_dataset_name, num_readers, parse_args, resolve_data_dir
 from diffsketching_pipeline.training.chain import FinetuneArguments, decoded, make_loss, run_chain
 from diffsketching_pipeline.training.chain_data import (
     ChainDataset,
@@ -288,7 +288,9 @@ def load_photos(
                 parts[split], names, args.resolution, args.seed, null_class=grown.null_class, split=split, **shared
             )
         else:
-            photos[split] = PhotoSketchDataset(root, split, args.resolution, args.seed, class_names=names, **shared)
+            photos[split] = PhotoSketchDataset(
+                root, split, args.resolution, args.seed, class_names=names, num_readers=num_readers(args), **shared
+            )
     return photos, grown
 
 

@@ -25,7 +25,7 @@ from diffsketching_pipeline import NoisyImageClassifier
 from diffsketching_pipeline.autoencoding import decode_latents, get_scale_factor
 from diffsketching_pipeline.command_line import argument
 from diffsketching_pipeline.stopping import stoppable
-from diffsketching_pipeline.training.arguments import TrainingArguments, parse_args, resolve_data_dir
+from diffsketching_pipeline.training.arguments import TrainingArguments, num_readers, parse_args, resolve_data_dir
 from diffsketching_pipeline.training.dataset import PhotoSketchDataset
 from diffsketching_pipeline.training.keyed import (
     add_noise_and_timestep,
@@ -245,7 +245,7 @@ def main(args: ClassifierTrainingArguments) -> None:
     """Trains as the arguments say; the classifier lies in `output_dir/classifier` afterwards."""
     check_classifier_arguments(args)
     root = resolve_data_dir(args)
-    options: dict[str, Any] = {"contours": "none", "color_jitter": args.color_jitter}
+    options: dict[str, Any] = {"contours": "none", "color_jitter": args.color_jitter, "num_readers": num_readers(args)}
     dataset_class: type[PhotoSketchDataset] | type[LatentDataset] = PhotoSketchDataset
     vae = None
     if args.pretrained_vae_model_name_or_path is not None:

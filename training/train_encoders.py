@@ -53,7 +53,7 @@ from diffsketching_pipeline.images.free_hand import (
 from diffsketching_pipeline.images.photo_files import decode_photo
 from diffsketching_pipeline.splits import in_first_half
 from diffsketching_pipeline.stopping import stoppable
-from diffsketching_pipeline.training.arguments import TrainingArguments, parse_args, resolve_data_dir
+from diffsketching_pipeline.training.arguments import TrainingArguments, num_readers, parse_args, resolve_data_dir
 from diffsketching_pipeline.training.cache import CachedPhoto
 from diffsketching_pipeline.training.dataset import PhotoSketchDataset
 from diffsketching_pipeline.training.doodles import DOODLES, draw_carelessly, draw_doodle
@@ -248,6 +248,7 @@ def make_dataset(args: EncoderArguments, root: Path, split: str) -> PhotoSketchD
         hed_weights=args.hed_weights,
         keep=in_first_half if train and args.task == "evaluation" else None,
         max_samples=args.max_train_samples if train else None,
+        num_readers=num_readers(args),
     )
     if args.task != "sketch":
         return photos

@@ -37,7 +37,7 @@ from diffsketching_pipeline.denoising import join_unet_inputs
 from diffsketching_pipeline.images.contours import check_contour_source
 from diffsketching_pipeline.images.free_hand import check_free_hand, check_stroke_deletion
 from diffsketching_pipeline.stopping import stoppable
-from diffsketching_pipeline.training.arguments import TrainingArguments, parse_args, resolve_data_dir
+from diffsketching_pipeline.training.arguments import TrainingArguments, num_readers, parse_args, resolve_data_dir
 from diffsketching_pipeline.training.dataset import PhotoSketchDataset
 from diffsketching_pipeline.training.keyed import (
     Sample,
@@ -379,7 +379,7 @@ class UNetValidation:
 def make_dataset(args: UNetTrainingArguments, root: Path, split: str, vae: Any = None) -> PhotoSketchDataset:
     """The photos of one split with drawings of them, as pixels or, with `vae`, as its latents."""
     is_train = split == "train"
-    options: dict[str, Any] = {"train": is_train, "cache_dir": args.cache_dir}
+    options: dict[str, Any] = {"train": is_train, "cache_dir": args.cache_dir, "num_readers": num_readers(args)}
     if is_train:
         options["max_samples"] = args.max_train_samples
         names = ("free_hand_share", "free_hand_strength", "stroke_deletion_share")

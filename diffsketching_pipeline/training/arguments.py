@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from accelerate.tracking import get_available_trackers
+
 from diffsketching_pipeline.command_line import argument, parse_arguments
 from diffsketching_pipeline.files import check_writable
 
@@ -52,6 +54,9 @@ class TrainingArguments:
         None, "stop with a checkpoint after this much wall time; resume with `--resume_from_checkpoint latest`"
     )
     gradient_accumulation_steps: int = argument(1, "forward passes per optimizer step")
+    preprocessing_num_workers: int | None = argument(
+        None, "processes that read and draw photos before training, if there are many; left out: one per core"
+    )
     dataloader_num_workers: int = argument(0, "worker processes that prepare samples; 0 = the main process does")
 
     learning_rate: float = argument(1e-4, "the learning rate after the warm-up")
@@ -141,7 +146,7 @@ def check_arguments(args: TrainingArguments) -> None:
     at_least: dict[str, float] = {"seed": 0, "validation_steps": 0, "lr_warmup_steps": 0, "dataloader_num_workers": 0}
     at_least |= dict.fromkeys(("train_batch_size", "gradient_accumulation_steps", "checkpointing_steps"), 1)
     at_least |= dict.fromkeys(("checkpoints_total_limit", "logging_steps", "resolution", "num_train_epochs"), 1)
-    at_least |= {"max_train_steps": 1, "max_train_samples": 1, "lr_decay_steps": 1}
+    at_least |= {"preprocessing_num_workers": 1, "max_train_steps": 1, "max_train_samples": 1, "lr_decay_steps": 1}
     for name, minimum in at_least.items():
         value = getattr(args, name)
         if value is not None and value < minimum:
@@ -159,8 +164,27 @@ def check_arguments(args: TrainingArguments) -> None:
                 raise ValueError(f"`{name}` must be in [0, 1), but got {decay}.")
     if args.further_ema_max_decays and not args.use_ema:
         raise ValueError("`further_ema_max_decays` needs `use_ema`, but got `use_ema` false.")
+    check_trackers(args.report_to)
     if args.push_to_hub and not args.hub_model_id:
         raise ValueError("`push_to_hub` needs `hub_model_id`, the repository to upload to: user/name.")
+
+
+def num_readers(args: TrainingArguments) -> int:
+    """How many processes read photos, of each of the processes that train on this machine."""
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return args.preprocessing_num_workers or max(1, (os.cpu_count() or 1) // beside)
+
+
+def check_trackers(report_to: str) -> None:
+    """Raises `ValueError` for a tracker that accelerate does not know, or whose package is not installed."""
+    if report_to in ("all", "none"):
+        return
+    available = [str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()]
+    if report_to not in available:
+        raise ValueError(
+            f"`report_to` must be none, all or one of {', '.join(available) or 'the trackers that are installed'}, but got "
+            f"{report_to!r}: install its package, or choose another."
+        )
 
 
 def public_arguments(args: TrainingArguments) -> dict[str, Any]:

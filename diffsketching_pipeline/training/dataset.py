@@ -5,10 +5,14 @@ No human drawing is needed: one photo has several valid drawings (Li et al., "Ph
 classical contours at several scales plus the outline of the object alone, which is what people mostly draw.
 """
 
+import copy
 import logging
 import math
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,6 +61,9 @@ from diffsketching_pipeline.training.cache import (
 
 logger = logging.getLogger(__name__)
 
+# Starting processes takes as long as reading some hundred photos.
+_SECONDS_ALONE, _SECONDS_WORTH_PROCESSES = 3.0, 30.0
+
 
 class PhotoSketchDataset(Dataset):
     """
@@ -95,6 +102,7 @@ class PhotoSketchDataset(Dataset):
         keep (`Callable[[str], bool]`, *optional*): takes a file's stem, tells whether the photo is in the dataset.
         max_samples (`int`, *optional*): read this many photos only, chosen by the hash of their names.
         class_names (`Sequence[str]`, *optional*): all classes in the order of their indices, if there are more than folders.
+        num_readers (`int`): processes that read and draw photos which are not in the cache, if there are many.
 
     Raises:
         ValueError: the folder is missing, holds no readable image, or has a class that `train` lacks.
@@ -124,12 +132,13 @@ class PhotoSketchDataset(Dataset):
         keep: Callable[[str], bool] | None = None,
         max_samples: int | None = None,
         class_names: Sequence[str] | None = None,
+        num_readers: int = 1,
     ):
         if len(contour_probabilities) != len(CONTOUR_NAMES):
             raise ValueError(
                 f"`contour_probabilities` needs {len(CONTOUR_NAMES)} values, but has {len(contour_probabilities)}."
             )
-        self.resolution, self.seed, self.train = resolution, seed, train
+        self.resolution, self.seed, self.train, self.num_readers = resolution, seed, train, num_readers
         self.contours, self.line_gain, self.jitter = contours, line_gain, jitter
         check_stroke_deletion(stroke_deletion_share, max_stroke_deletion)
         self.free_hand_share, self.free_hand_strength = free_hand_share, free_hand_strength
@@ -181,20 +190,40 @@ class PhotoSketchDataset(Dataset):
 
     def _prepare(self, files: list[Any], split: str) -> None:
         interval = 0.5 if sys.stderr.isatty() else 10
-        for file in tqdm(files, desc=f"Drawing {split} photos", unit="photo", mininterval=interval, leave=False):
-            try:
-                entry = self._cache_entry(file)
-            except IMAGE_ERRORS as error:
-                logger.debug("%s: %s", file, error)
+        shown = {"desc": f"Reading {split} photos", "unit": "photo", "mininterval": interval, "leave": False}
+        for file, entry in zip(files, tqdm(self._entries(files), total=len(files), **shown), strict=True):
+            if isinstance(entry, Exception):
+                logger.debug("%s: %s", file, entry)
                 self.corrupt_files.append(file)
-                continue
-            self.files.append(file)
-            self._cached.append(entry)
+            else:
+                self.files.append(file)
+                self._cached.append(entry)
         if self.corrupt_files:
             names = ", ".join(file.name for file in self.corrupt_files)
             logger.warning("%d of %d files unreadable, left out: %s", len(self.corrupt_files), len(files), names)
         if not self.files:
             raise ValueError(f"`split` {split!r} has no readable photo left of {len(files)} files.")
+
+    def _entries(self, files: list[Any]) -> Iterator[Path | dict[str, np.ndarray] | Exception]:
+        """What [`_cache_entry`] makes of each file, or its error; in several processes where that is worth their start."""
+        start = time.monotonic()
+        for done, file in enumerate(files):
+            seconds = time.monotonic() - start
+            left = seconds / max(1, done) * (len(files) - done)
+            if self.num_readers > 1 and seconds > _SECONDS_ALONE and left > _SECONDS_WORTH_PROCESSES:
+                reader = copy.copy(self)  # without what was read so far, which may be large
+                reader.files, reader._cached, reader.corrupt_files = [], [], []
+                # Spawned, because a fork of a process with threads may hang.
+                with ProcessPoolExecutor(self.num_readers, mp_context=get_context("spawn")) as pool:
+                    yield from pool.map(reader._entry_or_error, files[done:], chunksize=8)
+                return
+            yield self._entry_or_error(file)
+
+    def _entry_or_error(self, file: Any) -> Path | dict[str, np.ndarray] | Exception:
+        try:
+            return self._cache_entry(file)
+        except IMAGE_ERRORS as error:
+            return error
 
     def _cache_entry(self, file: Any) -> Path | dict[str, np.ndarray]:
         content = self._read(file)

@@ -15,7 +15,7 @@ from diffsketching_pipeline.command_line import argument
 from diffsketching_pipeline.images.contours import DEFAULT_LINE_GAIN
 from diffsketching_pipeline.images.free_hand import check_free_hand
 from diffsketching_pipeline.modeling_photo_sketcher import PhotoSketcher
-from diffsketching_pipeline.training.arguments import TrainingArguments, resolve_data_dir
+from diffsketching_pipeline.training.arguments import TrainingArguments, num_readers, resolve_data_dir
 from diffsketching_pipeline.training.dataset import PhotoSketchDataset
 from diffsketching_pipeline.training.discriminators import PatchDiscriminator, discriminator_distance
 from diffsketching_pipeline.training.modules import load_pretrained
@@ -114,6 +114,7 @@ def make_dataset(args: SketcherArguments, root: Path, split: str) -> PhotoSketch
         free_hand_share=args.free_hand_share if split == "train" else 0.0,
         free_hand_strength=args.free_hand_strength,
         max_samples=args.max_train_samples if split == "train" else None,
+        num_readers=num_readers(args),
     )
 
 

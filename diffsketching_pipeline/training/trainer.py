@@ -533,6 +533,9 @@ class Trainer:
             self._log_picture(name, picture)
 
     def _log_picture(self, name: str, picture: Tensor) -> None:
+        pixels = ((picture + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
         for tracker in self.accelerator.trackers:
             if tracker.name == "tensorboard":
-                tracker.writer.add_image(name, (picture + 1) / 2, global_step=self.global_step)
+                tracker.writer.add_image(name, pixels, global_step=self.global_step, dataformats="HWC")
+            elif hasattr(tracker, "log_images"):
+                tracker.log_images({name: [pixels]}, step=self.global_step)

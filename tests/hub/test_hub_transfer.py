@@ -12,10 +12,11 @@ import sys
 from collections import Counter
 
 import pytest
+from diffusers import DDPMPipeline, DDPMScheduler
 from hub_server import OTHER_TOKEN, READ_TOKEN, WRITE_TOKEN, HubServer
 from safetensors.numpy import save
 from test_hub_load_matrix import run_client
-from testing_utils import ROOT
+from testing_utils import ROOT, make_unet
 
 from diffsketching_pipeline.manifest import write_manifest
 
@@ -247,3 +248,23 @@ def test_a_cached_checkpoint_without_a_manifest_loads_while_the_hub_is_down(hub,
     assert results["never seen"]["error"] == "LocalEntryNotFoundError"
     assert results["seen"] == results["down"] == results["offline"] == {"result": None}
     assert hub.log == [("HEAD", f"/ana/plain/resolve/{commit}/SHA256SUMS", 404)]
+
+
+def test_training_starts_from_a_plain_pipeline_of_the_hub(hub, tmp_path):
+    unet = make_unet(in_channels=3, num_class_embeds=None)
+    DDPMPipeline(unet, DDPMScheduler(beta_schedule="linear")).save_pretrained(tmp_path / "ddpm")
+    files = {
+        path.relative_to(tmp_path / "ddpm").as_posix(): path.read_bytes()
+        for path in (tmp_path / "ddpm").rglob("*")
+        if path.is_file()
+    }
+    hub.add_repo("somebody/ddpm", files)
+    tasks = {
+        "plain": {"do": "start", "source": "somebody/ddpm"},
+        "local": {"do": "start", "source": str(tmp_path / "ddpm")},
+    }
+    tasks["missing"] = {"do": "start", "source": "somebody/else"}
+    results = run_client(hub, tasks, tmp_path / "run", tmp_path / "home")
+    assert results["plain"] == results["local"], results
+    assert results["plain"]["result"]["in_channels"] == 4 and results["plain"]["result"]["schedule"] == "linear"
+    assert "somebody/else" in results["missing"]["message"]

@@ -13,6 +13,7 @@ from train_unet import main as train_unet
 from diffsketching_pipeline import DiffSketchingPipeline
 from diffsketching_pipeline.denoising import join_unet_inputs
 from diffsketching_pipeline.images.photo_files import list_images
+from diffsketching_pipeline.training import dataset
 from diffsketching_pipeline.training.dataset import PhotoSketchDataset
 from diffsketching_pipeline.training.starts import (
     ClassMatch,
@@ -231,3 +232,20 @@ def test_a_cut_is_made_before_anything_is_read(shapes_dir, monkeypatch):
     cut = PhotoSketchDataset(shapes_dir, "train", 16, max_samples=5)
     assert len(cut) == 5 == len(read) < len(whole) and set(cut.files) < set(whole.files)
     assert cut.id2label == whole.id2label
+
+
+def test_several_processes_read_what_one_would(shapes_dir, tmp_path, monkeypatch):
+    (tmp_path / "one" / "a").mkdir(parents=True)
+    for i, file in enumerate(sorted((shapes_dir / "train").glob("*/*"))[:6]):
+        (tmp_path / "one" / "a" / f"{i}.png").write_bytes(file.read_bytes() if i != 4 else b"no photo")
+    alone = dataset.PhotoSketchDataset(tmp_path / "one", "train", 16, cache_dir=tmp_path / "alone")
+    monkeypatch.setattr(dataset, "_SECONDS_ALONE", -1.0)
+    monkeypatch.setattr(dataset, "_SECONDS_WORTH_PROCESSES", -1.0)
+    for cache_dir in (None, tmp_path / "together"):
+        together = dataset.PhotoSketchDataset(tmp_path / "one", "train", 16, cache_dir=cache_dir, num_readers=2)
+        assert together.files == alone.files and together.corrupt_files == alone.corrupt_files
+        for i in range(len(alone)):
+            for one, other in zip(alone.photo(i), together.photo(i), strict=True):
+                np.testing.assert_array_equal(one, other)
+    names = [sorted(path.name for path in (tmp_path / name).rglob("*.npz")) for name in ("alone", "together")]
+    assert names[0] == names[1] and len(names[0]) == len(alone)

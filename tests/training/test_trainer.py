@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from accelerate.tracking import GeneralTracker
 from accelerate.utils import DistributedType
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
@@ -73,7 +74,8 @@ def add_target(sample, generator):
 
 def make_trainer(output_dir, dataset=None, **kwargs):
     defaults = {"train_batch_size": 3, "max_train_steps": 8, "learning_rate": 1e-2, "lr_warmup_steps": 2}
-    args = TrainingArguments(output_dir=str(output_dir), report_to="none", **(defaults | kwargs))
+    defaults["report_to"] = "none"
+    args = TrainingArguments(output_dir=str(output_dir), **(defaults | kwargs))
     torch.manual_seed(0)
     return Trainer(args, {"net": TinyNet()}, dataset or Points(), transform=add_target)
 
@@ -671,3 +673,47 @@ def test_the_gradient_norm_may_come_as_a_number_or_not_at_all(norm, tmp_path, mo
     trainer.args.logging_steps = 1
     train(trainer)
     assert logged[0].get("grad_norm") == (None if norm is None else [2.5])
+
+
+# -- trackers --
+
+
+def test_a_tracker_that_is_not_there_is_an_error():
+    for name in ("clearml", "tensorbord"):  # one that accelerate knows, and none
+        with pytest.raises(
+            ValueError, match=f"`report_to` must be none, all or one of .*tensorboard.*, but got '{name}'"
+        ):
+            parse_args(TrainingArguments, ["--report_to", name])
+    assert parse_args(TrainingArguments, ["--report_to", "none"]).report_to == "none"
+
+
+def test_pictures_go_to_every_tracker(tmp_path):
+    class Album(GeneralTracker):
+        name, requires_logging_directory, tracker, pages = "album", False, None, []
+
+        def log(self, values, step, **kwargs):
+            pass
+
+        def store_init_configuration(self, values):
+            pass
+
+        def log_images(self, values, step):
+            self.pages.append((step, values))
+
+    trainer = make_trainer(tmp_path, max_train_steps=1)
+    trainer.accelerator.trackers = [Album(_blank=True)]
+    trainer._log_picture("sheet", torch.tensor([-1.0, 0.0, 1.0]).reshape(3, 1, 1).expand(3, 4, 5))
+    ((step, values),) = Album.pages
+    (pixels,) = values["sheet"]
+    assert step == 0 and pixels.shape == (4, 5, 3) and pixels.dtype == np.uint8
+    assert pixels[0, 0].tolist() == [0, 128, 255]
+
+
+@pytest.mark.slow
+def test_wandb_gets_the_pictures_offline(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    trainer = make_trainer(tmp_path / "out", max_train_steps=1, report_to="wandb")
+    train(trainer, validate=lambda: ({"loss": 1.0}, {"sheet": torch.zeros(3, 4, 5)}))
+    assert list((tmp_path / "wandb").rglob("media/images/sheet_*.png"))
