@@ -466,6 +466,7 @@ def test_the_api_makes_photos_and_tells_what_is_wrong(address, studio, tmp_path)
         client.predict(**{**arguments, "num_images": 900}, api_name="/make_photos")
 
 
+@pytest.mark.slow
 def test_a_full_queue_says_so(monkeypatch, studio, tmp_path):
     monkeypatch.setattr(demo_page, "MAX_WAITING", 1)
     Image.linear_gradient("L").point(lambda level: 255 * (level > 100)).save(tmp_path / "half.png")
@@ -510,6 +511,7 @@ def test_a_file_of_the_page_is_whole_at_any_time_and_stays_in_the_cache(tmp_path
 # -- as a Space --
 
 
+@pytest.mark.slow
 def test_the_space_answers_what_the_readme_asks(tiny_pipeline_factory, tmp_path, monkeypatch):
     space = ROOT / "examples" / "space"
     front_matter = yaml.safe_load((space / "README.md").read_text(encoding="utf-8").split("---")[1])

@@ -177,6 +177,7 @@ def test_two_processes_generate_and_one_scores(arguments, model_dir, tmp_path, s
         assert two[name]["value"] == pytest.approx(one[name]["value"], rel=0.02, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_generates_resumes_and_scores(arguments, model_dir, drawings_dir, photos_dir, evaluator_dir, tmp_path):
     args = arguments(model=str(model_dir), num_images_per_sketch=3, eval_batch_size=8)
     main(args)
@@ -261,6 +262,7 @@ def test_generates_resumes_and_scores(arguments, model_dir, drawings_dir, photos
     assert sheets == {"disc.png", "square.png", "all.png", "nearest_training_photos.png"}
 
 
+@pytest.mark.slow
 def test_redrawn_copies_are_what_the_model_is_given(arguments, model_dir, drawings_dir, tmp_path):
     args = arguments(model=str(model_dir), num_images_per_sketch=1, free_hand_strength=1.0, split="all")
     main(args)
@@ -344,6 +346,7 @@ def sized_judge(source, folder, side, scale):
     return str(folder)
 
 
+@pytest.mark.slow
 def test_several_judges_each_at_its_own_side(arguments, drawings_dir, evaluator_dir, photos_dir, tmp_path):
     filled = outlined_photos(drawings_dir, tmp_path / "filled", resolution=96)
     for path in sorted(filled.glob("*/*_0.png")):

@@ -260,6 +260,7 @@ def test_evaluations_are_counted_for_every_network(pipeline, jobs):
     assert evaluations(**off, strength=0.5, withhold=("class", "sketch")) == {"unet": 2}
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_one_batch_in_a_fresh_process(pipeline, jobs, tmp_path):
     pipeline.save_pretrained(tmp_path / "model")
     memory = measure_memory(str(tmp_path / "model"), torch.float32, System("x"), jobs * 32, None, tmp_path / "small")
@@ -276,6 +277,7 @@ def test_memory_is_that_of_one_batch_in_a_fresh_process(pipeline, jobs, tmp_path
 # -- the whole script --
 
 
+@pytest.mark.slow
 def test_systems_become_columns_with_costs_and_losses(pipeline, arguments, drawings_dir, tmp_path):
     pipeline.save_pretrained(tmp_path / "model")
     content = {

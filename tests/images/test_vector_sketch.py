@@ -230,6 +230,7 @@ def chromium_pictures(paths, folder, side=400):
     return [picture.crop((0, side * i, w, side * i + h)) for i, (w, h) in enumerate(sizes)]
 
 
+@pytest.mark.slow
 def test_every_file_is_read_as_the_picture_that_a_browser_shows(tmp_path):
     processor = SketchProcessor(256)
     paths = [path for path in sorted(DRAWINGS.glob("*.svg")) if not path.stem.startswith("25")]

@@ -758,7 +758,7 @@ def test_a_pipeline_fits_the_conventions_of_diffusers(tiny_pipeline):
     assert tiny_pipeline.parameters == {}
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="offloading needs a GPU")
+@pytest.mark.gpu
 def test_model_cpu_offload(tiny_pipeline, sketches, generators):
     callback = SketchGuidanceCallback(0.1, through_unet=True)
     options = {"sketch": sketches, "class_labels": "a", "guidance_callbacks": callback, **GUIDED, **FAST}

@@ -486,6 +486,7 @@ def test_a_run_killed_anywhere_resumes_to_the_bit(shapes_dir, pretrained_dir, tm
     assert files[0] == files[1] and 6 + 4 < len(files[0]) <= 2 * 6 + 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["folders", "dataset", "no classes"])
 def test_drawings_by_people_are_used_as_they_are(layout, shapes_dir, pretrained_dir, tmp_path):
     root, table = tmp_path / "pairs", {"image": [], "sketch": [], "label": []}
@@ -522,6 +523,7 @@ def test_drawings_by_people_are_used_as_they_are(layout, shapes_dir, pretrained_
     assert (tmp_path / "out" / "pipeline" / "model_index.json").is_file()
 
 
+@pytest.mark.slow
 def test_lora_trains_an_adapter_and_resumes(shapes_dir, cache_dir, pretrained_dir, tmp_path):
     options = {
         "train_data_dir": str(shapes_dir),
@@ -573,6 +575,7 @@ def test_two_processes_equal_one_with_twice_the_batch(shapes_dir, cache_dir, pre
         torch.testing.assert_close(one[key], other[key], atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_fine_tuning_lowers_the_loss_it_is_given(shapes_dir, cache_dir, pretrained_dir, tmp_path, monkeypatch):
     options = {"train_data_dir": str(shapes_dir), "cache_dir": str(cache_dir), "identity_weight": 0.0}
     options |= {"pretrained_model_name_or_path": pretrained_dir, "max_train_steps": 40, "ema_max_decay": 0.5}
@@ -670,6 +673,7 @@ def test_a_photo_only_unet_and_steps_that_do_not_fit_are_refused(tiny_pipeline_f
         check_pipeline(pipeline, args)
 
 
+@pytest.mark.slow
 def test_time_may_be_over_before_all_photos_are_inverted(shapes_dir, pretrained_dir, tmp_path, caplog):
     args = tiny_args(
         pretrained_model_name_or_path=pretrained_dir,
@@ -741,6 +745,7 @@ def test_the_chain_of_a_latent_pipeline_is_judged_by_its_photos(latent_dir):
     assert float(gradient[0]) == pytest.approx(float(made[0] - made[1]) / (2 * step), rel=0.1)
 
 
+@pytest.mark.slow
 def test_a_latent_pipeline_is_fine_tuned(latent_dir, shapes_dir, tmp_path):
     args = {
         "train_data_dir": str(shapes_dir),

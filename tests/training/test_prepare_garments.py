@@ -33,6 +33,7 @@ def run(*words):
     return subprocess.run([sys.executable, str(SCRIPT), *map(str, words)], capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_script_writes_the_split_and_goes_on_after_a_stop(tmp_path):
     labels = ["T-Shirt", "Body", "Not sure"] * 12 + ["Top"]
     ids = make_checkout(tmp_path / "checkout", labels)

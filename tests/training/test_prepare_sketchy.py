@@ -108,6 +108,7 @@ def test_lists_of_drawings_to_leave_out(tmp_path):
     assert read_exclusions([tmp_path / "a", tmp_path / "b"]) == {"x-1", "x-2", "y-3"}
 
 
+@pytest.mark.slow
 def test_the_recipe_calls_scripts_with_options_that_they_have():
     """Every option of the shell script is one that the called script knows."""
     text = (TRAINING / "recipes" / "sketchy256.sh").read_text().replace("\\\n", " ")

@@ -233,6 +233,7 @@ def finetune(shards, pretrained_dir, out, **kwargs):  # noqa: F811
     main(tiny_args(**options | kwargs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dataloader_num_workers", [0, 2])
 def test_a_streamed_run_resumes_to_the_bit(dataloader_num_workers, shards, pretrained_dir, tmp_path):  # noqa: F811
     options = {"dataloader_num_workers": dataloader_num_workers}

@@ -59,6 +59,7 @@ def weights(folder):
     return load_file(folder / "diffusion_pytorch_model.safetensors")
 
 
+@pytest.mark.slow
 def test_trains_an_autoencoder_whose_latents_have_unit_variance(shapes_dir, tmp_path, capsys):
     options = {"max_train_steps": 80, "optimizer": "muon", "ema_max_decay": 0.8, "learning_rate": 1e-2}
     main(tiny_args(train_data_dir=shapes_dir, output_dir=tmp_path / "out", **options))
@@ -96,6 +97,7 @@ def test_killed_run_resumes_to_the_bit(shapes_dir, tmp_path, script_env):
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.slow
 def test_second_phase_changes_the_decoder_alone(shapes_dir, tmp_path):
     first = {"train_data_dir": shapes_dir, "max_train_steps": 3, "gan_weight": 0.1}
     main(tiny_args(**first, output_dir=tmp_path / "first"))

@@ -64,6 +64,7 @@ def test_script_trains_a_classifier_on_the_schedule_of_a_pipeline(shapes_dir, tm
     assert Image.open(out / "samples" / "noisy_predicted-000002.png").size == (3 * 130 + 2, 4 * 130 + 2)
 
 
+@pytest.mark.slow
 def test_training_learns_classes_from_noisy_photos(shapes_dir, tmp_path):
     main(tiny_args(train_data_dir=str(shapes_dir), max_train_steps=60, output_dir=str(tmp_path)))
     classifier = NoisyImageClassifier.from_pretrained(tmp_path / "classifier")
@@ -167,6 +168,7 @@ def test_two_networks_to_start_from_are_refused():
         check_classifier_arguments(tiny_args(unet_name_or_path="a", pretrained_model_name_or_path="b"))
 
 
+@pytest.mark.slow
 def test_classifies_the_latents_of_an_autoencoder(shapes_dir, cache_dir, tmp_path):
     torch.manual_seed(0)
     vae = make_vae()

@@ -73,6 +73,7 @@ def test_script_trains_resumes_and_measures_the_sketch_encoder(shapes_dir, cache
     assert (tmp_path / "out" / "samples" / "validation-000004.png").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "task, folder, model_class",
     [
@@ -114,6 +115,7 @@ def test_evaluation_encoder_sees_one_half_of_the_training_photos(shapes_dir, cac
     assert len(train_encoders.make_dataset(args, shapes_dir, "validation")) == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["regnet", "mobilenet_v2"])
 def test_evaluation_network_of_any_family_grows_to_its_side(shapes_dir, tmp_path, monkeypatch, family):
     paths = {"train_data_dir": shapes_dir, "output_dir": tmp_path}

@@ -33,6 +33,7 @@ def pixels(path):
     return np.asarray(Image.open(path)).astype(int)
 
 
+@pytest.mark.slow
 def test_trains_renders_and_is_evaluated(
     shapes_dir, cache_dir, drawings_dir, arguments, tmp_path, monkeypatch, capsys
 ):

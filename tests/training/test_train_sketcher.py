@@ -92,6 +92,7 @@ def test_script_trains_a_sketcher_that_loads(shapes_dir, cache_dir, tmp_path, sc
     assert (tmp_path / "samples" / "validation-000002.png").is_file()
 
 
+@pytest.mark.slow
 def test_killed_run_resumes_exactly(shapes_dir, cache_dir, tmp_path, monkeypatch):
     from accelerate.state import AcceleratorState
 
@@ -123,6 +124,7 @@ def test_killed_run_resumes_exactly(shapes_dir, cache_dir, tmp_path, monkeypatch
     assert any(name.startswith("sketcher/") for name in changed)
 
 
+@pytest.mark.slow
 def test_reverse_direction_makes_photos_from_sketches(shapes_dir, cache_dir, tmp_path, monkeypatch):
     paths = ["--train_data_dir", shapes_dir, "--cache_dir", cache_dir, "--output_dir", tmp_path]
     run_main(monkeypatch, *paths, "--max_train_steps", "1", "--direction", "sketch_to_photo")

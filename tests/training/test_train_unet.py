@@ -164,6 +164,7 @@ def test_help_explains_the_script_and_every_argument(capsys):
 # -- starting from trained weights --
 
 
+@pytest.mark.slow
 def test_higher_resolution_goes_on_from_the_averaged_weights_of_a_lower_one(shapes_dir, tmp_path):
     main(tiny_args(train_data_dir=str(shapes_dir), max_train_steps=3, output_dir=str(tmp_path / "low")))
     pipeline = str(tmp_path / "low" / "pipeline")
@@ -338,6 +339,7 @@ def test_model_guidance_moves_the_target_away_from_the_unconditional_prediction(
     torch.testing.assert_close(weight.grad, expected.detach(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_latent_checkpoint_samples_with_its_autoencoder(shapes_dir, cache_dir, tmp_path, capsys):
     torch.manual_seed(0)
     vae = make_vae()

@@ -129,6 +129,7 @@ def test_cost_prints_both_tables(model_dir, monkeypatch, capsys):
     assert len(re.findall(r"^\| (plain|checkpointed|truncated to 1|per step) \| [23] \|", shown, re.M)) == 8
 
 
+@pytest.mark.slow
 def test_applications_measure_seams_and_retrieval(model_dir, tmp_path, monkeypatch, capsys):
     benchmark = load("applications")
     image = np.zeros((8, 8, 3), np.uint8)
@@ -167,6 +168,7 @@ def test_applications_measure_seams_and_retrieval(model_dir, tmp_path, monkeypat
         assert (tmp_path / "out" / f"{part}.png").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["load", "wait"])
 def test_demo_prints_what_clients_got_and_how_long_they_waited(what, model_dir, monkeypatch, capsys):
     pytest.importorskip("gradio", reason="Gradio is not installed: pip install .[demo]")

@@ -42,6 +42,7 @@ def test_every_public_name_is_there():
         diffsketching_pipeline.Pipeline  # noqa: B018
 
 
+@pytest.mark.slow
 def test_an_installed_package_has_the_weights_and_their_card(tmp_path):
     build = [
         sys.executable,

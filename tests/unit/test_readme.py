@@ -24,6 +24,7 @@ def block(kind, name):
     return found.group(1).strip()
 
 
+@pytest.mark.slow
 def test_generate_command(tmp_path):
     line = block("command", "generate").split("&&")[-1].strip()
     program, *arguments = shlex.split(line)

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 
+import pytest
 from testing_utils import ROOT
 
 
@@ -25,6 +26,7 @@ bounding_box(3)  # refused: Argument 1 to "bounding_box" has incompatible type "
 """
 
 
+@pytest.mark.slow
 def test_mypy_refuses_what_the_pipelines_and_the_training_files_do_not_have(tmp_path):
     path = tmp_path / "snippet.py"
     path.write_text(SNIPPET)
