@@ -59,6 +59,9 @@ def download_checked(download: Callable[..., str], repo_id: str, kwargs: Mapping
             " any program when they are read, so they are never loaded. Ask for safetensors files, or convert them where"
             " that can do no harm."
         ) from error
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        # diffusers reads the index before it can be checked.
+        raise ValueError(f"{repo_id}: `model_index.json` is none of a pipeline ({error!r}).") from error
     options = {name: kwargs.get(name) for name in ("cache_dir", "token")}
     options |= {name: bool(kwargs.get(name)) for name in ("force_download", "local_files_only")}
     fetch_manifest(repo_id, folder, **options)

@@ -315,7 +315,7 @@ def _check_scheduler(component: Any, config: dict[str, Any], at: str) -> None:
 
 
 @contextmanager
-def _at_most_parameters(count: int) -> Iterator[None]:
+def at_most_parameters(count: float) -> Iterator[None]:
     """Stop the building of a network, in this thread, that has more parameters than `count`."""
     builder, made = threading.get_ident(), 0
 
@@ -340,7 +340,7 @@ def _check_architecture(component: Any, config: dict[str, Any], shapes: dict[str
     filled = [shape for shape in shapes.values() if math.prod(shape)]
     _check_numbers(config, at, max([_MAX_SIZE, *(side for shape in filled for side in shape)]), max(1, len(filled)))
     try:
-        with torch.device("meta"), _at_most_parameters(2 * len(filled) + 64):
+        with torch.device("meta"), at_most_parameters(2 * len(filled) + 64):
             if issubclass(component, PreTrainedModel):
                 _check_transformers_config(component, config)
                 network = component(component.config_class.from_dict(config))

@@ -32,13 +32,16 @@ from diffsketching_pipeline.converters.guided_diffusion_flags import (
 from diffsketching_pipeline.converters.guided_diffusion_layout import decoder_layout, encoder_layout, load_converted
 from diffsketching_pipeline.converters.reading import read_checkpoint
 from diffsketching_pipeline.files import check_output_dir, staged_folder
+from diffsketching_pipeline.messages import brief_errors
 from diffsketching_pipeline.modeling_noisy_classifier import NoisyImageClassifier
 from diffsketching_pipeline.unet_surgery import expand_unet_for_sketch
+from diffsketching_pipeline.verification import at_most_parameters
 
 
 logger = logging.get_logger(__name__)
 
 
+@brief_errors()
 def convert_guided_diffusion(
     unet_checkpoint: str | os.PathLike,
     classifier_checkpoint: str | os.PathLike | None = None,
@@ -110,7 +113,8 @@ def convert_unet_checkpoint(state_dict: Mapping[str, torch.Tensor], model_flags:
     """
     flags = complete_flags(model_flags, MODEL_DEFAULTS | DIFFUSION_DEFAULTS, "model_flags")
     num_classes = _file_classes(state_dict, "label_emb.weight") if flags["class_cond"] else None
-    unet, architecture = _unet_of_flags(flags, num_classes)
+    with at_most_parameters(_most_parameters(state_dict)):
+        unet, architecture = _unet_of_flags(flags, num_classes)
     layout = [*encoder_layout(architecture), *decoder_layout(architecture), ("same", "out.2", "conv_out")]
     if flags["class_cond"]:
         layout.append(("same", "label_emb", "class_embedding"))
@@ -186,9 +190,15 @@ def convert_classifier_checkpoint(
             f"`classifier_pool` is {flags['classifier_pool']!r}, but only classifiers with attention pooling can be "
             f"converted."
         )
-    classifier, architecture = _classifier_of_flags(flags, _file_classes(state_dict, "out.2.c_proj.weight"))
+    with at_most_parameters(_most_parameters(state_dict)):
+        classifier, architecture = _classifier_of_flags(flags, _file_classes(state_dict, "out.2.c_proj.weight"))
     layout = [*encoder_layout(architecture), ("pool", "out.2", "pool")]
     return load_converted(classifier, state_dict, layout, architecture, "classifier")
+
+
+def _most_parameters(state_dict: Mapping[str, torch.Tensor]) -> int:
+    """How many parameters a network may have to be told precisely in what it differs from a file."""
+    return 6 * len(state_dict) + 500
 
 
 def _file_classes(state_dict: Mapping[str, torch.Tensor], name: str) -> int:
@@ -216,6 +226,8 @@ def _scheduler(model_flags: Mapping[str, Any], sampling_flags: Mapping[str, Any]
     beta_start, beta_end = 0.1 / max(steps, 1), 20.0 / max(steps, 1)
     if steps < 1 or (flags["noise_schedule"] == "linear" and beta_end >= 1):
         raise ValueError(f"`diffusion_steps` must be above 20 for a linear `noise_schedule` but is {steps}.")
+    if steps > 10**5:
+        raise ValueError(f"`diffusion_steps` must be 100000 at most but is {steps}.")
     if flags["rescale_timesteps"] and steps != 1000:
         raise ValueError(
             f"`rescale_timesteps` with `diffusion_steps` {steps} cannot be converted, because diffusers gives a UNet "

@@ -3,6 +3,7 @@
 
 import difflib
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 
 
 NORM_NUM_GROUPS = 32
+_MAX_LEVELS = 16
 
 DIFFUSION_DEFAULTS: dict[str, Any] = {
     "learn_sigma": False,
@@ -228,7 +230,7 @@ def _parse_flag(name: str, value: Any, default: Any) -> Any:
     if isinstance(default, int | float):
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = float("nan")
         if isinstance(default, float) and number == number:
             return number
@@ -244,10 +246,12 @@ def _numbers(name: str, value: Any) -> tuple[float, ...]:
     items = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
     try:
         numbers = tuple(float(item) for item in items if item != "")
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         numbers = (0.0,)
-    if any(not number > 0 for number in numbers):
-        raise ValueError(f"`{name}` must be positive numbers separated by commas but is {value!r}.")
+    if any(not 0 < number < math.inf for number in numbers) or len(numbers) > _MAX_LEVELS:
+        raise ValueError(
+            f"`{name}` must be at most {_MAX_LEVELS} positive numbers separated by commas but is {value!r}."
+        )
     return numbers
 
 

@@ -10,13 +10,16 @@ import torch
 
 from diffsketching_pipeline.converters.reading import read_checkpoint
 from diffsketching_pipeline.files import check_output_dir, staged_folder
+from diffsketching_pipeline.messages import brief_errors
 from diffsketching_pipeline.modeling_photo_sketcher import PhotoSketcher
 
 
 # Position of the first residual block in the file's layer list, after the padding and three conv-norm-relu groups.
 FIRST_BLOCK = 10
+_MAX_BLOCKS = 64  # theirs have 6 or 9
 
 
+@brief_errors()
 def convert_photosketch(
     checkpoint: str | os.PathLike, output_dir: str | os.PathLike, statistics: str = "per_sample"
 ) -> Path:
@@ -60,6 +63,8 @@ def convert_photosketch_checkpoint(
     """
     _check_is_resnet_generator(state_dict)
     n_blocks = len({match[1] for name in state_dict if (match := re.match(r"model\.(\d+)\.conv_block\.", name))})
+    if n_blocks > _MAX_BLOCKS:
+        raise ValueError(f"`checkpoint` is not a Photo-Sketching generator, because it has {n_blocks} blocks.")
     last = f"model.{FIRST_BLOCK + n_blocks + 7}.weight"
     ngf, in_channels = state_dict["model.1.weight"].shape[:2]
     with torch.device("meta"):

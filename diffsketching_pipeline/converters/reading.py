@@ -2,10 +2,17 @@
 """Reads the weights of other projects without executing any code of theirs."""
 
 import os
+import zipfile
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+
+from diffsketching_pipeline.messages import brief
+
+
+class _TooLarge(ValueError):
+    pass
 
 
 def read_checkpoint(path: str | os.PathLike, argument: str) -> dict[str, torch.Tensor]:
@@ -26,7 +33,12 @@ def read_checkpoint(path: str | os.PathLike, argument: str) -> dict[str, torch.T
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                _check_size(sum(entry.file_size for entry in archive.infolist()), path, argument)
         state_dict = torch.load(path, map_location="cpu", weights_only=True)
+    except _TooLarge:
+        raise
     # A damaged pickle can raise anything, and what torch says of a dangerous one is how to run it all the same.
     except Exception as error:
         raise ValueError(
@@ -37,4 +49,17 @@ def read_checkpoint(path: str | os.PathLike, argument: str) -> dict[str, torch.T
     )
     if not is_state_dict or not state_dict:
         raise ValueError(f"`{argument}` {path} holds no state dict: it must map parameter names to tensors.")
+    for name, tensor in state_dict.items():
+        is_plain = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+        if not is_plain or tensor.is_complex():
+            raise ValueError(f"`{argument}` {path} has `{brief(name)}`, which is no plain tensor of numbers.")
+    # A tensor may be a view of a storage that is much smaller, and grows when it is copied.
+    _check_size(sum(tensor.numel() * tensor.element_size() for tensor in state_dict.values()), path, argument)
     return state_dict
+
+
+def _check_size(size: int, path: Path, argument: str) -> None:
+    if size > 2 * path.stat().st_size + 2**20:
+        raise _TooLarge(
+            f"`{argument}` {path} unfolds to {size} bytes from {path.stat().st_size}, so it is not what it says."
+        )

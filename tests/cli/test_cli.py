@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ import torch
 from PIL import Image, ImageDraw
 
 from diffsketching_pipeline import cli
-from diffsketching_pipeline.cli.running import write_atomically
+from diffsketching_pipeline.cli.running import load_pipeline, write_atomically
+from diffsketching_pipeline.files import check_writable
 
 
 @pytest.fixture(scope="module")
@@ -220,6 +222,65 @@ def test_a_failed_write_leaves_no_half_file(monkeypatch, tmp_path):
         write_atomically(tmp_path / "kept.png", b"other")
     assert os.listdir(tmp_path) == ["kept.png"]
     assert (tmp_path / "kept.png").read_bytes() == b"whole"
+
+
+@pytest.mark.skipif(
+    not os.path.isdir("/proc/self"), reason="a folder that nobody can write to is a file system of Linux"
+)
+def test_an_output_folder_that_cannot_be_written_to_is_found_before_the_model_is_loaded(
+    monkeypatch, capsys, drawing, tmp_path
+):
+    assert generate(monkeypatch, "no/such-model", drawing, "/proc/self/out") == 2
+    assert "`--output-dir` must be a folder that can be written to, but /proc/self is not" in capsys.readouterr().err
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Stands for a full disk.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**19, before[1]))
+    try:
+        with pytest.raises(ValueError, match=f"`output_dir` must be .*, but {tmp_path} is not: File too large"):
+            check_writable(tmp_path / "a" / "b")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    check_writable(tmp_path / "a" / "b")
+    assert sorted(os.listdir(tmp_path)) == ["shape.png"]
+
+
+def test_photos_that_were_made_are_kept_where_their_folder_is_lost(monkeypatch, capsys, checkpoint, drawing, tmp_path):
+    out, rescue = tmp_path / "out", tmp_path / "elsewhere"
+    rescue.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(rescue))
+
+    def load_and_lose_the_folder(*arguments, **options):
+        out.write_text("in the way")
+        return load_pipeline(*arguments, **options)
+
+    monkeypatch.setattr(
+        importlib.import_module("diffsketching_pipeline.cli.generate"), "load_pipeline", load_and_lose_the_folder
+    )
+    monkeypatch.setattr("diffsketching_pipeline.cli.running.RESCUED", rescued := {})
+    monkeypatch.setattr("diffsketching_pipeline.cli.RESCUED", rescued)
+    assert generate(monkeypatch, checkpoint, drawing, out, "--num-images", 2) == 2
+    [kept] = rescue.iterdir()
+    assert sorted(os.listdir(kept)) == ["metadata.json", "shape_0.png", "shape_1.png", "shape_sheet.png"]
+    shown = capsys.readouterr()
+    assert f"what could not be written any more is in '{kept}' instead of '{out}'" in shown.err
+    assert shown.out == f"{kept / 'shape_sheet.png'}\n"
+
+
+def test_info_shows_names_as_they_are(monkeypatch, capsys, tiny_pipeline_factory, tmp_path):
+    names = {0: "[red]a[/red]", 1: "[link=https://x]b", 2: ":smile:"}
+    tiny_pipeline_factory(id2label=names).save_pretrained(tmp_path / "[bold]tiny")
+    assert run(monkeypatch, "info", tmp_path / "[bold]tiny") == 0
+    shown = "".join(capsys.readouterr().out.split())
+    assert "classes(3):[red]a[/red],[link=https://x]b,:smile:" in shown and "[bold]tiny" in shown
+
+
+def test_no_message_repeats_much_of_a_file_or_has_escape_sequences(monkeypatch, capsys, checkpoint, drawing, tmp_path):
+    for label in ("x" * 100_000, "\x1b[2J\x1b]0;title\x07" + "y" * 30, "a\nb"):
+        assert generate(monkeypatch, checkpoint, drawing, tmp_path / "out", "--class-label", label) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("diffsketching: error: `class_labels` has the unknown class") and len(error) < 1200
+        assert error.endswith("\n") and error[:-1].isprintable()
 
 
 def test_info_shows_components_and_classes(monkeypatch, capsys, checkpoint):

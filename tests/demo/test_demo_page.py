@@ -466,6 +466,22 @@ def test_the_api_makes_photos_and_tells_what_is_wrong(address, studio, tmp_path)
         client.predict(**{**arguments, "num_images": 900}, api_name="/make_photos")
 
 
+def test_a_program_may_leave_the_composite_out():
+    page, strokes, more = (Image.new("RGBA", (64, 64), fill) for fill in ("silver", (0, 0, 0, 0), (0, 0, 0, 0)))
+    ImageDraw.Draw(strokes).line((5, 5, 60, 60), fill="black")
+    ImageDraw.Draw(more).line((5, 60, 60, 5), fill="red")
+    both = Image.alpha_composite(Image.alpha_composite(page, strokes), more)
+    on_page = demo_page._drawing({"background": page, "layers": [strokes, more], "composite": None})
+    assert np.array_equal(pixels(on_page), pixels(both))
+    alone = demo_page._drawing({"background": None, "layers": [strokes], "composite": None})
+    assert alone.getpixel((30, 30)) == (0, 0, 0, 255) and alone.getpixel((0, 30)) == (255, 255, 255, 255)
+    assert demo_page._drawing({"background": page, "layers": [strokes], "composite": more}) is more
+    with pytest.raises(ValueError, match=r"must have one size, but have \[\(9, 9\), \(64, 64\)\]"):
+        demo_page._drawing({"background": page, "layers": [Image.new("RGBA", (9, 9))], "composite": None})
+    with pytest.raises(ValueError, match="There is no drawing yet"):
+        demo_page._drawing({"background": None, "layers": [], "composite": None})
+
+
 @pytest.mark.slow
 def test_a_full_queue_says_so(monkeypatch, studio, tmp_path):
     monkeypatch.setattr(demo_page, "MAX_WAITING", 1)

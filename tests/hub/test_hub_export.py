@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -23,7 +24,8 @@ from diffsketching_pipeline import (
     fuse_lora,
 )
 from diffsketching_pipeline.hub.flatten import flatten_modules
-from diffsketching_pipeline.manifest import read_manifest
+from diffsketching_pipeline.hub.push import push_component, push_folder
+from diffsketching_pipeline.manifest import read_manifest, write_manifest
 
 
 def measurement(title, value, interval=None, reason=None):
@@ -176,6 +178,45 @@ def test_what_others_could_not_load_is_refused_and_leaves_nothing(tiny_pipeline,
     with pytest.raises(ValueError, match="`pipe.unet` is a MyUNet of 'test_hub_export', which others could not load"):
         export_pipeline(tiny_pipeline, out)
     assert sorted(os.listdir(tmp_path)) == ["metrics.json"]
+
+
+def test_links_to_what_is_elsewhere_are_not_published(tiny_pipeline, tmp_path):
+    (tmp_path / "secret").write_text("secret")
+    folder = export_pipeline(tiny_pipeline, tmp_path / "out", license="apache-2.0")
+    pipe = DiffSketchingPipeline.from_pretrained(folder)
+    (folder / "again.md").symlink_to("README.md")  # within
+    write_manifest(folder)
+    for name, target in (("unet/x.json", "../../secret"), ("LICENSE", "nowhere"), ("vae", tmp_path)):
+        (folder / name).symlink_to(target)
+        for publish in (push_folder, push_component):
+            with pytest.raises(ValueError, match=f"`{name}` is a link to what is no file of this folder"):
+                publish(folder, "ana/tiny")
+        with pytest.raises(ValueError, match=f"`{name}` is a link"):
+            write_manifest(folder)
+        (folder / name).unlink()
+    # A card is taken along from where a pipeline came from.
+    (folder / "README.md").unlink()
+    (folder / "README.md").symlink_to(tmp_path / "secret")
+    with pytest.raises(ValueError, match="`README.md` is a link"):
+        export_pipeline(pipe, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="there is no git")
+def test_an_export_loads_from_a_clone_of_git_for_windows(tiny_pipeline, tmp_path):
+    folder = export_pipeline(tiny_pipeline, tmp_path / "out", license="apache-2.0")
+    git = ["git", "-c", "user.name=ana", "-c", "user.email=ana@localhost"]
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "A checkpoint"]):
+        subprocess.run([*git, *command], cwd=folder, check=True)
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "-q", "-c", "core.autocrlf=true", str(folder), str(clone)], check=True)
+    config = clone / "unet" / "config.json"
+    assert b"\r\n" in config.read_bytes() and b"\r\n" in (clone / "SHA256SUMS").read_bytes()
+    loaded = DiffSketchingPipeline.from_pretrained(clone)
+    assert torch.equal(loaded.unet.conv_in.weight, tiny_pipeline.unet.conv_in.weight)
+    config.write_bytes(config.read_bytes().replace(b'"layers_per_block": 1', b'"layers_per_block": 2'))
+    with pytest.raises(ValueError, match="`unet/config.json` is not the file that SHA256SUMS lists"):
+        DiffSketchingPipeline.from_pretrained(clone)
 
 
 def run_command(arguments, monkeypatch, capsys):

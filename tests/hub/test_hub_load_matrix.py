@@ -153,6 +153,7 @@ def hostile_files(folder):
         "flipped": {**files, weights: content[:-1] + bytes([content[-1] ^ 1])},
         "truncated": {**no_list, weights: content[:-1]},
         "module": {**no_list, "model_index.json": json.dumps({**index, "unet": ["antigravity", "fly"]}).encode()},
+        "nameless": {**no_list, "model_index.json": json.dumps({**index, "_class_name": None}).encode()},
         "outside": {**no_list, "scheduler/../../../../evil.json": b"{}", "../evil.json": b"{}"},
     }
 
@@ -342,6 +343,7 @@ def test_a_push_is_one_commit_that_holds_everything(hub, online, folders):
         ("flipped", "`unet/diffusion_pytorch_model.safetensors` is not the file that SHA256SUMS lists"),
         ("truncated", "`unet/diffusion_pytorch_model.safetensors` is truncated"),
         ("module", "antigravity"),
+        ("nameless", "`model_index.json`"),
     ],
 )
 def test_hostile_repositories_are_refused(online, name, message):

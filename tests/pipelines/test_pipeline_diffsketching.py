@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from testing_utils import COMPONENTS, SIZE, cosine_alphas_cumprod, make_scheduler, make_unet, randn
 
 from diffsketching_pipeline import (
+    DiffSketchingEditPipeline,
     DiffSketchingPipeline,
     DiffSketchingPipelineOutput,
     SketchGuidanceCallback,
@@ -725,6 +726,27 @@ def test_loading_by_default_warns_of_nothing(tiny_pipeline, tmp_path, recwarn, c
         DiffSketchingPipeline.from_pipe(pipe)
     assert [str(warning.message) for warning in recwarn if "dtype" in str(warning.message)] == []
     assert [record.message for record in caplog.records] == []
+
+
+def test_a_pipeline_is_made_again_of_its_components(tiny_pipeline_factory, sketches, generators):
+    recommended = {"num_inference_steps": 3, "eta": 0.5}
+    pipe = tiny_pipeline_factory(recommended=recommended)
+    edit = DiffSketchingEditPipeline(**pipe.components)
+    assert edit.id2label == {0: "a", 1: "b", 2: "c"} and edit.recommended == recommended and edit.unet is pipe.unet
+    again = DiffSketchingPipeline(**edit.components, **edit.parameters)
+    assert again.config["id2label"] == {0: "a", 1: "b", 2: "c"}
+    call = {"class_labels": "b", "num_images_per_sketch": 1, "output_type": "np"}
+    first, second = (p(sketches[:1], generator=generators(1), **call).images for p in (pipe, again))
+    assert np.array_equal(first, second)
+    plain = tiny_pipeline_factory(id2label=None)
+    assert DiffSketchingPipeline(**plain.components).id2label == {} and "recommended" not in plain.components
+
+
+def test_a_class_is_known_by_its_name_however_its_accents_are_written(tiny_pipeline_factory):
+    composed, apart = "caf\u00e9", "cafe\u0301"
+    for stored, asked in ((composed, apart), (apart, composed.upper())):
+        pipe = tiny_pipeline_factory(id2label={0: "a", 1: stored, 2: "c"}, components=())
+        assert pipe.classes.index_of(asked) == 1 and pipe.id2label[1] == composed
 
 
 def test_from_pipe_shares_memory_and_keeps_dtypes(tiny_pipeline, sketches, generators):

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Drawings that people made of photos, in the layouts that people have them in."""
 
+import io
 import logging
 import pickle
 import shutil
+import unicodedata
 
 import datasets
 import numpy as np
@@ -12,6 +14,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from diffsketching_pipeline.splits import in_validation
+from diffsketching_pipeline.training.arguments import TrainingArguments, check_dataset_name, resolve_data_dir
 from diffsketching_pipeline.training.pairs import PairedPhotoDataset, find_pairs, load_dataset_pairs, split_pairs
 
 
@@ -165,6 +168,87 @@ def test_a_dataset_with_columns(several, tmp_path, sketchy_dir):
         load_dataset_pairs(str(folder), cache_dir=cache)
     with pytest.raises(ValueError, match="`image_column` must be a column of images, but 'kind' holds ClassLabel"):
         load_dataset_pairs(str(folder), "kind", "drawing", cache_dir=cache)
+
+
+def png_bytes(image):
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    return {"bytes": content.getvalue(), "path": None}
+
+
+NAMED, NUMBERED = datasets.Value("string"), datasets.ClassLabel(names=["cat", "dog"])
+
+
+@pytest.mark.parametrize(
+    "missing, label_kind, labels, expected",
+    [
+        ("label", NUMBERED, [0, 1, -1, None], ["cat", "dog", None, None]),
+        ("label", NAMED, ["cat", None, "", " "], ["cat", None, None, None]),
+        ("label", datasets.Value("float64"), [0.0, float("nan"), None, 1.0], ["0.0", None, None, "1.0"]),
+        ("image", NAMED, ["cat"] * 4, ["cat"] * 3),
+        ("sketch", NAMED, ["cat"] * 4, ["cat"] * 3),
+    ],
+)
+def test_missing_values_of_a_dataset(missing, label_kind, labels, expected, tmp_path, caplog):
+    drawn = [draw_pair(i) for i in range(4)]
+    list_type = getattr(datasets, "List", datasets.Sequence)
+    features = datasets.Features(image=datasets.Image(), sketch=list_type(datasets.Image()), label=label_kind)
+    rows = {
+        "image": [png_bytes(photo) for photo, _ in drawn],
+        "sketch": [[png_bytes(sketch), None] for _, sketch in drawn],  # one of two is always missing
+        "label": labels,
+    }
+    if missing != "label":
+        rows[missing][2] = None
+    (tmp_path / "set").mkdir()
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "set" / "train.parquet")
+    with caplog.at_level(logging.WARNING):
+        pairs = load_dataset_pairs(str(tmp_path / "set"), cache_dir=str(tmp_path / "datasets"))
+    assert [pair.label for pair in pairs] == expected and all(len(pair.sketches) == 1 for pair in pairs)
+    assert ("1 of 4 rows have no photo, left out: row 2" in caplog.text) == (missing == "image")
+    assert ("1 of 4 photos have no drawing" in caplog.text) == (missing == "sketch")
+    if missing == "label" and label_kind is not NUMBERED:
+        return
+    dataset = PairedPhotoDataset(pairs, ["cat", "dog"], 16, train=False, null_class=2)
+    assert sorted(dataset.class_labels) == sorted({"cat": 0, "dog": 1, None: 2}[label] for label in expected)
+
+
+@pytest.mark.parametrize("forms", [("NFD", "NFC"), ("NFC", "NFD")])
+def test_names_match_however_their_accents_are_written(forms, tmp_path):
+    for folder, form, ending in zip(("photo", "sketch"), forms, (".png", "-1.png"), strict=True):
+        place = tmp_path / folder / unicodedata.normalize(form, "caf\u00e9")
+        place.mkdir(parents=True)
+        draw_pair(0)[folder == "sketch"].save(place / unicodedata.normalize(form, f"\u00e9clair{ending}"))
+    [pair] = find_pairs(tmp_path / "photo", tmp_path / "sketch")
+    assert (pair.label, pair.stem) == ("caf\u00e9", "caf\u00e9/\u00e9clair")
+    assert PairedPhotoDataset([pair], ["caf\u00e9"], 16, train=False).class_labels == [0]
+
+
+def test_folders_of_the_wrong_kind_are_told_which_argument_they_are(sketchy_dir, tmp_path):
+    # The root of Sketchy has several renderings of the same photos and drawings.
+    for folder in ("photo", "sketch"):
+        (tmp_path / "256x256" / folder).mkdir(parents=True)
+        for rendering in ("tx_000000000000", "tx_000100000000"):
+            (sketchy_dir / folder).rename(tmp_path / "256x256" / folder / rendering)
+            shutil.copytree(tmp_path / "256x256" / folder / rendering, sketchy_dir / folder)
+    with pytest.raises(
+        ValueError, match="in 2 renderings, tx_000000000000, tx_000100000000: choose one .*--photo_dir"
+    ):
+        find_pairs(tmp_path / "256x256" / "photo", tmp_path / "256x256" / "sketch")
+    with pytest.raises(ValueError, match="Sketchy's drawings in 2 renderings, .*`--sketch_dir` of"):
+        find_pairs(sketchy_dir / "photo", tmp_path / "256x256" / "sketch")
+
+    for has_columns in (False, True):
+        with pytest.raises(
+            ValueError, match="`dataset_name` must be a dataset on the Hub, .*: give it as `--train_data_dir`"
+        ):
+            check_dataset_name(str(sketchy_dir), has_columns)
+        check_dataset_name("ana/set", has_columns)
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.parquet").touch()
+    check_dataset_name(str(tmp_path / "set"), has_columns=True)
+    with pytest.raises(ValueError, match="give it as `--train_data_dir`"):
+        resolve_data_dir(TrainingArguments(dataset_name=str(tmp_path / "set")))
 
 
 def test_folders_that_cannot_be_used(sketchy_dir, tmp_path):

@@ -83,6 +83,25 @@ def test_pairs_of_a_shard(tmp_path):
     }
 
 
+def test_what_a_mac_puts_into_a_tar_is_no_pair(tmp_path):
+    names = (
+        "dog/._17.png",
+        "dog/17.png",
+        "dog/._17.sketch.png",
+        "dog/17.sketch.png",
+        "__MACOSX/dog/._17.png",
+        "dog/.DS_Store",
+    )
+    files = [(name, b"\0\5\26\7" if "/." in name else png(1)) for name in names]
+    files += [("cafe\u0301.png", png(2)), ("caf\u00e9.sketch.png", png(3)), ("cafe\u0301.cls", "cafe\u0301".encode())]
+    problems = {}
+    pairs = list(read_shard(write_tar(tmp_path / "mac.tar", files), ["caf\u00e9"], problems))
+    assert [(pair.stem, pair.label) for pair in pairs] == [
+        ("dog/17", None),
+        ("caf\u00e9", "caf\u00e9"),
+    ] and not problems
+
+
 def test_a_shard_that_breaks_off_ends_there(tmp_path):
     files = [(f"{i}.{kind}", png(i) * 30) for i in range(4) for kind in ("png", "sketch.png")]
     path = tmp_path / "a.tar"

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import copy
+import re
 import subprocess
 import sys
 import warnings
@@ -93,3 +94,28 @@ def test_an_unknown_bundled_checkpoint_is_refused():
         ValueError, match=r"`name` has to be one of the bundled checkpoints \[.*\] but is 'trousers-9'"
     ):
         registry.bundled_checkpoint("trousers-9")
+
+
+def test_a_bundled_model_is_found_by_its_name_unless_a_folder_has_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    bundled = registry.bundled_checkpoint()
+    assert registry.find_checkpoint("garments-64") == registry.find_checkpoint(None) == bundled
+    for other in (
+        "ana/garments-64",
+        "./garments-64",
+        f"../{Path(bundled).parent.name}/garments-64",
+        "garments-65",
+        "",
+    ):
+        assert registry.find_checkpoint(other) == other
+    (tmp_path / "garments-64").mkdir()
+    assert registry.find_checkpoint("garments-64") == "garments-64"
+
+
+def test_every_script_takes_bundled_models_by_their_names():
+    # What a command line was given goes to no loader unless `find_checkpoint` has seen it.
+    given = re.compile(r"(from_pretrained|measure_memory)\((str\()?args\.(model|pretrained_model_name_or_path)\b")
+    folders = ("diffsketching_pipeline", "training", "examples", "benchmarks")
+    paths = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    found = {path.name: line for path in paths for line in path.read_text().splitlines() if given.search(line)}
+    assert not found

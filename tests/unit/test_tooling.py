@@ -2,11 +2,14 @@
 """The project's settings of mypy let it see through the names that matter."""
 
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
 from testing_utils import ROOT
+
+from diffsketching_pipeline.manifest import parse_manifest
 
 
 SNIPPET = """
@@ -39,3 +42,14 @@ def test_mypy_refuses_what_the_pipelines_and_the_training_files_do_not_have(tmp_
     assert found.keys() == refused.keys(), done.stdout + done.stderr
     for number, message in refused.items():
         assert found[number].startswith(message)
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists() or shutil.which("git") is None, reason="this is no clone")
+def test_git_for_windows_keeps_the_bytes_of_checkpoints_and_the_line_ends_of_scripts():
+    manifests = list(ROOT.glob("*/checkpoints/*/SHA256SUMS"))
+    listed = [m.parent / name for m in manifests for name in parse_manifest(m.read_text(), "it")]
+    scripts = [*ROOT.glob("training/recipes/*.sh"), ROOT / ".ci" / "run"]
+    for paths, attribute, wanted in (([*manifests, *listed], "text", "unset"), (scripts, "eol", "lf")):
+        command = ["git", "check-attr", attribute, "--", *map(str, paths)]
+        shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+        assert len(shown) == len(paths) > 1 and all(line.endswith(f"{attribute}: {wanted}") for line in shown)
