@@ -14,6 +14,7 @@ import torch
 from diffusers import ModelMixin, SchedulerMixin
 from huggingface_hub import _CACHED_NO_EXIST, constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from diffsketching_pipeline.manifest import MANIFEST_NAME, check_manifest
@@ -192,19 +193,14 @@ def _read_header(path: Path, at: str) -> dict[str, tuple[int, ...]]:
     size = path.stat().st_size
     with open(path, "rb") as file:
         header_size = int.from_bytes(file.read(8), "little")
-        if not 2 <= header_size <= min(_MAX_HEADER_SIZE, size - 8):
-            raise ValueError(f"{at} is no safetensors file, or its beginning is lost: fetch it again.")
-        try:
-            header = json.loads(file.read(header_size))
-            header.pop("__metadata__", None)
-            shapes = {name: tuple(map(int, entry["shape"])) for name, entry in header.items()}
-            end = 8 + header_size + max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
-        except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
-            raise ValueError(f"{at} has a header that cannot be read: fetch it again.") from error
-    if end != size:
-        state = "truncated" if size < end else "too long"
-        raise ValueError(f"{at} is {state}: it has {size} bytes and its header describes {end}. Fetch it again.")
-    return shapes
+    # Before it is opened, which reads all of the header.
+    if not 2 <= header_size <= min(_MAX_HEADER_SIZE, size - 8):
+        raise ValueError(f"{at} is no safetensors file, or its beginning is lost: fetch it again.")
+    try:
+        with safe_open(path, framework="pt") as weights:
+            return {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{at} is truncated, too long or damaged in its header ({error}): fetch it again.") from error
 
 
 def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int]]:
