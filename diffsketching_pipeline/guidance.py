@@ -37,7 +37,12 @@ from diffsketching_pipeline.conditioning import Conditioning
 from diffsketching_pipeline.denoising import NoisePrediction, predict_noise
 from diffsketching_pipeline.images.colours import parse_palette, preprocess_colour_strokes
 from diffsketching_pipeline.images.edited_region import enclosed_area
-from diffsketching_pipeline.losses import SketchFeatureMaps, SketchPerceptualLoss, clamp_straight_through
+from diffsketching_pipeline.losses import (
+    SketchFeatureMaps,
+    clamp_straight_through,
+    feature_distance,
+    normalize_features,
+)
 from diffsketching_pipeline.schedulers import MIN_GUIDED_ALPHA_PROD, get_alpha_prod
 
 
@@ -425,28 +430,27 @@ class SketchGuidanceCallback(GuidanceCallback):
         feature_maps = predictor.cached(
             ("float32", "feature_maps"), lambda: float32_call(SketchFeatureMaps(encoder), device)
         )
-        perceptual_loss = SketchPerceptualLoss(feature_maps)
-        target = self._target_features(predictor, perceptual_loss, callback_kwargs["sketch"])
+        target = self._target_features(predictor, feature_maps, callback_kwargs["sketch"])
         original = callback_kwargs["pred_original_sample"]
         with gradient_mode():
             owner = callback_kwargs["owner"].clone()
             if not self.through_unet:
                 original = original.detach().clone().requires_grad_(True)
             photos = clamp_straight_through(decode(original))
-            features = [x[owner] for x in perceptual_loss.features(sketcher(photos))]
+            features = [x[owner] for x in normalize_features(feature_maps(sketcher(photos)))]
             # Of several drawings of one image, the constraints are averaged as their predictions are.
-            loss = (perceptual_loss.distance(features, target) * callback_kwargs["row_shares"].clone()).sum()
+            loss = (feature_distance(features, target) * callback_kwargs["row_shares"].clone()).sum()
             if self.through_unet:
                 return torch.autograd.grad(loss, callback_kwargs["latents"], retain_graph=True)[0]
             gradient = torch.autograd.grad(loss, original)[0]
         return gradient / callback_kwargs["alpha_prod"].sqrt()
 
     def _target_features(
-        self, predictor: GuidedPredictor, perceptual_loss: SketchPerceptualLoss, sketch: torch.Tensor
+        self, predictor: GuidedPredictor, feature_maps: Callable[..., Any], sketch: torch.Tensor
     ) -> list[torch.Tensor]:
         def features() -> tuple[torch.Tensor, list[torch.Tensor]]:
             with gradient_mode(), torch.no_grad():
-                return sketch, perceptual_loss.features(sketch.clone())
+                return sketch, normalize_features(feature_maps(sketch.clone()))
 
         # The same at every step. Kept together with the drawing, whose `id` is then not given to another.
         return predictor.cached(("sketch_features", id(sketch)), features)[1]

@@ -84,11 +84,7 @@ def add_lora(
 
 def lora_state_dict(unet: UNet2DModel) -> dict[str, torch.Tensor]:
     """The adapter's tensors by name, `<layer>.lora_A.weight` and `<layer>.lora_B.weight`."""
-    return {
-        name.replace(".default.", "."): tensor.detach()
-        for name, tensor in unet.state_dict().items()
-        if ".lora_A." in name or ".lora_B." in name
-    }
+    return _peft().get_peft_model_state_dict(unet)
 
 
 def load_lora_state_dict(unet: UNet2DModel, state: dict[str, torch.Tensor]) -> None:
@@ -105,8 +101,7 @@ def load_lora_state_dict(unet: UNet2DModel, state: dict[str, torch.Tensor]) -> N
             f"the adapter was made for another UNet: {len(wrong)} of its {len(state)} tensors do not fit, {wrong[0]!r} to"
             " begin with."
         )
-    for name, tensor in state.items():
-        own[name].copy_(tensor)
+    _peft().set_peft_model_state_dict(unet, state)
 
 
 def save_lora(unet: UNet2DModel, folder: str | os.PathLike) -> None:

@@ -51,6 +51,34 @@ def check_range(name: str, value: torch.Tensor, channels: int, stacklevel: int =
         )
 
 
+def normalize_features(maps: Sequence[torch.Tensor], eps: float = 1e-10) -> list[torch.Tensor]:
+    """
+    Return feature maps `[batch_size, channels_l, H_l, W_l]` with each feature vector scaled to unit length, as LPIPS does.
+
+    Args:
+        eps: keeps the gradient finite at a zero feature vector, which blank paper has.
+    """
+    return [x / (x.square().sum(dim=1, keepdim=True) + eps).sqrt() for x in maps]
+
+
+def feature_distance(
+    pred_features: Sequence[torch.Tensor], features: Sequence[torch.Tensor], weights: Sequence[torch.Tensor] = ()
+) -> torch.Tensor:
+    """
+    Return L_p of eq. 5, `[batch_size]`, of two sketches with the unit-length feature maps `pred_features` and `features`.
+
+    Args:
+        weights: w_l, `[1, channels_l, 1, 1]` for each l; 1 if empty.
+    """
+    loss = features[0].new_zeros(len(features[0]))
+    for index, (ours, theirs) in enumerate(zip(pred_features, features, strict=True)):
+        difference = ours - theirs
+        if weights:
+            difference = difference * weights[index]
+        loss = loss + difference.square().sum(dim=1).mean(dim=(1, 2))
+    return loss
+
+
 class SketchFeatureMaps(nn.Module):
     """
     The feature maps of F_s that eq. 5 compares, finest first: after the stem's convolution, the stem, and each stage.
@@ -107,7 +135,7 @@ class SketchPerceptualLoss(nn.Module):
             not. Its maps are those of [`SketchFeatureMaps`]; any other callable from a sketch to a list of feature maps
             will do, too.
         weights (`list[torch.Tensor]`, *optional*): w_l, one `[channels_l]` tensor per feature map; 1 if not given.
-        eps: keeps the gradient of the normalisation finite at a zero feature vector, which blank paper has.
+        eps: see [`normalize_features`].
     """
 
     def __init__(self, sketch_encoder: Any, weights: list[torch.Tensor] | None = None, eps: float = 1e-10):
@@ -142,8 +170,7 @@ class SketchPerceptualLoss(nn.Module):
 
     def features(self, sketch: torch.Tensor) -> list[torch.Tensor]:
         """Unit-length feature maps `[batch_size, channels_l, H_l, W_l]` of a sketch batch, finest first."""
-        maps = self.feature_maps(sketch)
-        return [x / (x.square().sum(dim=1, keepdim=True) + self.eps).sqrt() for x in maps]
+        return normalize_features(self.feature_maps(sketch), self.eps)
 
     def forward(self, pred_sketch: torch.Tensor, sketch: torch.Tensor) -> torch.Tensor:
         """
@@ -163,13 +190,8 @@ class SketchPerceptualLoss(nn.Module):
         """L_p, `[batch_size]`, of two sketches whose [`~SketchPerceptualLoss.features`] are known."""
         if self.num_weights not in (0, len(features)):
             raise ValueError(f"`weights` has {self.num_weights} entries for {len(features)} feature maps.")
-        loss = features[0].new_zeros(len(features[0]))
-        for index, (ours, theirs) in enumerate(zip(pred_features, features, strict=True)):
-            difference = ours - theirs
-            if self.num_weights:
-                difference = difference * getattr(self, f"weight_{index}")
-            loss = loss + difference.square().sum(dim=1).mean(dim=(1, 2))
-        return loss
+        weights = [getattr(self, f"weight_{index}") for index in range(self.num_weights)]
+        return feature_distance(pred_features, features, weights)
 
 
 def clamp_straight_through(images: torch.Tensor, limit: float = 1.0) -> torch.Tensor:

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The base of the pipelines: components, what a call prepares of its arguments, the loop, and the inversion."""
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Optional, TypeVar, Union
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, UNet2DModel
+from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, ModelMixin, UNet2DModel
 from diffusers.callbacks import PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers import SchedulerMixin
@@ -29,14 +30,6 @@ from diffsketching_pipeline.denoising import UNetInputs, denoise, get_unet_input
 from diffsketching_pipeline.guidance import ClassifierGuidanceCallback, GuidedPredictor
 from diffsketching_pipeline.images.reading import preprocess_photos
 from diffsketching_pipeline.images.sketch_processor import SketchProcessor
-from diffsketching_pipeline.modeling_noisy_classifier import NoisyImageClassifier
-from diffsketching_pipeline.modeling_photo_sketcher import PhotoSketcher
-from diffsketching_pipeline.pipeline_loading import (
-    download_checked,
-    load_checked,
-    save_with_manifest,
-    share_components,
-)
 from diffsketching_pipeline.pipeline_options import (
     ResolvedOptions,
     SamplingOptions,
@@ -116,8 +109,9 @@ class DiffSketchingMixin(_Base):
         self,
         unet: UNet2DModel,
         scheduler: SchedulerMixin,
-        classifier: Optional[NoisyImageClassifier] = None,
-        sketcher: Optional[PhotoSketcher] = None,
+        # Of their classes, each checkpoint with code of its own brings a copy.
+        classifier: Optional[ModelMixin] = None,
+        sketcher: Optional[ModelMixin] = None,
         sketch_encoder: Optional[ResNetForImageClassification] = None,
         image_encoder: Optional[ResNetForImageClassification] = None,
         id2label: Optional[dict] = None,
@@ -162,11 +156,15 @@ class DiffSketchingMixin(_Base):
             ValueError: for a checkpoint that is damaged, was altered, or brings a pickle or a class of its own; names the
                 file.
         """
+        from diffsketching_pipeline.pipeline_loading import load_checked
+
         return load_checked(super().from_pretrained, pretrained_model_name_or_path, kwargs)
 
     @classmethod
     def download(cls, pretrained_model_name, **kwargs):
         """[`DiffusionPipeline.download`] and the checks of [`~DiffSketchingPipeline.from_pretrained`]."""
+        from diffsketching_pipeline.pipeline_loading import download_checked
+
         return download_checked(super().download, pretrained_model_name, kwargs)
 
     def save_pretrained(self, save_directory, safe_serialization: bool = True, **kwargs):  # type: ignore[override]
@@ -179,6 +177,8 @@ class DiffSketchingMixin(_Base):
         Raises:
             ValueError: `safe_serialization` is off or `push_to_hub` is on.
         """
+        from diffsketching_pipeline.pipeline_loading import save_with_manifest
+
         save_with_manifest(super().save_pretrained, save_directory, safe_serialization, kwargs)
 
     @classmethod
@@ -549,6 +549,15 @@ class DiffSketchingMixin(_Base):
                     on_latents(latents)
 
             return invert(scheduler, predictor, latents, timesteps, iterations, on_step_end)
+
+
+def share_components(pipeline_class: Any, source: Any, kwargs: Mapping[str, Any]) -> Any:
+    """Return a pipeline of another class with the components and settings of `source`, but for those in `kwargs`."""
+    settings = {**source.config, **source.components}
+    names = inspect.signature(pipeline_class.__init__).parameters
+    pipe = pipeline_class(**{**{name: settings[name] for name in names if name in settings}, **kwargs})
+    pipe.register_to_config(_name_or_path=source.config.get("_name_or_path"))
+    return pipe
 
 
 def warn_if_sketch_is_unused(

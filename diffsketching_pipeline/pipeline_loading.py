@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loading and saving of pipelines as diffusers does it, with checks before, and one dtype and a list of sums after."""
 
-import inspect
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -85,12 +84,3 @@ def save_with_manifest(
     save(folder, **kwargs)
     forget_origins(folder)
     write_manifest(folder)
-
-
-def share_components(pipeline_class: Any, source: Any, kwargs: Mapping[str, Any]) -> Any:
-    """Return a pipeline of another class with the components and settings of `source`, but for those in `kwargs`."""
-    settings = {**source.config, **source.components}
-    names = inspect.signature(pipeline_class.__init__).parameters
-    pipe = pipeline_class(**{**{name: settings[name] for name in names if name in settings}, **kwargs})
-    pipe.register_to_config(_name_or_path=source.config.get("_name_or_path"))
-    return pipe

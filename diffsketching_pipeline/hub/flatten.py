@@ -8,10 +8,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from diffsketching_pipeline import __all__ as _PUBLIC
+
 
 _PACKAGE = __name__.split(".")[0]
 # It registers the installed package with diffusers, so a file that stands for the package has no use for it.
 _LEFT_OUT = ("registry",)
+# What stays in the package alone, imported where it is needed: one file asks there for the package, to do this.
+_OPTIONAL = {
+    "images.vector_sketch": "read drawings as vectors",
+    "pipeline_loading": "load and save pipelines with checks",
+}
 _LINE_LENGTH = 119
 _LICENCE = """\
 # Copyright 2026 The DiffSketching Pipeline Authors.
@@ -21,16 +28,26 @@ _LICENCE = """\
 
 
 @dataclass
+class _Statement:
+    """One at the top of a module, with its lines of it: the gap and the comments above are its own."""
+
+    node: ast.stmt
+    lines: list[str]
+    start: int  # of `lines`, counted from 1
+
+
+@dataclass
 class _Flattened:
     imports: dict[str, tuple[str, str | None]] = field(default_factory=dict)  # bound name -> (module, name in it)
-    definitions: dict[str, str] = field(default_factory=dict)  # name -> its syntax tree, to compare
-    parts: list[str] = field(default_factory=list)
-    done: set[str] = field(default_factory=set)
+    definitions: dict[str, ast.stmt] = field(default_factory=dict)
+    parts: dict[str, list[_Statement]] = field(default_factory=dict)  # those of each module
 
 
 def flatten_modules(names: Iterable[str], description: str) -> str:
     """
-    Source code of modules of this package and of those that they import, as one file.
+    Return the source code of modules of this package, and of what they use of the modules that they import, as one file.
+
+    Docstrings are kept where users read them: in the classes that are public names of the package, and in their bases.
 
     Args:
         names: module names without the package's, e.g. `"pipeline_diffsketching"` or `"images.reading"`.
@@ -39,19 +56,30 @@ def flatten_modules(names: Iterable[str], description: str) -> str:
     Raises:
         ValueError: two modules give one name to different things, or a module uses what cannot be left out.
     """
-    flattened = _Flattened()
+    flattened, names = _Flattened(), list(names)
     for name in names:
         _add_module(flattened, name)
+    used, documented = _find_used_names(flattened, names), _find_documented(flattened)
+    parts = []
+    for statements in flattened.parts.values():
+        lines = [
+            line
+            for statement in statements
+            if used.issuperset(_defined_names(statement.node))
+            for line in _write_statement(statement, documented)
+        ]
+        parts.append("\n".join(lines).strip())
     docstring = "\n".join(textwrap.wrap(description, _LINE_LENGTH))
-    body = "\n\n\n".join(flattened.parts)
-    return f'{_LICENCE}"""{docstring}"""\n\n{_import_block(flattened.imports)}\n\n\n{body}\n'
+    imports = {bound: origin for bound, origin in flattened.imports.items() if bound.split(".")[0] in used}
+    body = "\n\n\n".join(filter(None, parts))
+    return f'{_LICENCE}"""{docstring}"""\n\n{_import_block(imports)}\n\n\n{body}\n'
 
 
 def _read(name: str) -> str:
     return Path(__file__).parents[1].joinpath(*name.split(".")).with_suffix(".py").read_text(encoding="utf-8")
 
 
-def _internal(node: ast.stmt) -> str | None:
+def _internal(node: ast.AST) -> str | None:
     """The module of this package that a statement imports from, if it does."""
     if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == _PACKAGE:
         return (node.module or "").removeprefix(f"{_PACKAGE}.")
@@ -59,15 +87,16 @@ def _internal(node: ast.stmt) -> str | None:
 
 
 def _add_module(flattened: _Flattened, name: str) -> None:
-    """Appends what a module defines, after what the modules it imports define."""
-    if name in flattened.done:
+    """Adds what a module defines, after what the modules it imports define."""
+    if name in flattened.parts:
         return
-    flattened.done.add(name)
+    flattened.parts[name] = []
     source = _read(name)
-    tree = ast.parse(source)
     left_out: set[str] = set()
-    dropped: list[ast.stmt] = []
-    for position, node in enumerate(tree.body):
+    kept: list[_Statement] = []
+    end = 0
+    for node in ast.parse(source).body:
+        start, end = end + 1, node.end_lineno or node.lineno
         module = _internal(node)
         if module in _LEFT_OUT:
             left_out |= {alias.name for alias in node.names}  # type: ignore[attr-defined]
@@ -77,16 +106,17 @@ def _add_module(flattened: _Flattened, name: str) -> None:
             _add_module(flattened, module)
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
             _add_imports(flattened, node, name)
-        elif not (_calls(node, left_out) or (position == 0 and isinstance(node, ast.Expr))):
-            if _is_known(flattened, node, name):
-                dropped.append(node)
-            continue
-        dropped.append(node)
-    kept = [node for node in tree.body if node not in dropped]
-    used = {child.id for node in kept for child in ast.walk(node) if isinstance(child, ast.Name)}
-    if used & left_out:
-        raise ValueError(f"`{name}` uses {sorted(used & left_out)}, which one file cannot have.")
-    flattened.parts.append(_without(source, dropped))
+        elif not (_is_docstring(node) or _is_for_types(node) or _calls(node, left_out)):
+            if not _is_known(flattened, node, name):
+                kept.append(_Statement(node, source.splitlines()[start - 1 : end], start))
+    for child in (child for statement in kept for child in ast.walk(statement.node)):
+        if isinstance(child, ast.Name) and child.id in left_out:
+            raise ValueError(f"`{name}` uses `{child.id}`, which one file cannot have.")
+        if _internal(child) not in (None, *_OPTIONAL):
+            raise ValueError(f"`{name}` imports `{_internal(child)}` where it is needed, which one file cannot.")
+    # After those of the modules that it imports.
+    del flattened.parts[name]
+    flattened.parts[name] = kept
 
 
 def _add_imports(flattened: _Flattened, node: ast.Import | ast.ImportFrom, where: str) -> None:
@@ -110,6 +140,17 @@ def _imported(module: str, attribute: str | None) -> object:
         return importlib.import_module(f"{module}.{attribute}")
 
 
+def _is_docstring(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+
+
+def _is_for_types(node: ast.stmt) -> bool:
+    """Whether it only imports what a type checker needs."""
+    if not isinstance(node, ast.If) or ast.unparse(node.test) != "TYPE_CHECKING" or node.orelse:
+        return False
+    return all(isinstance(child, (ast.Import, ast.ImportFrom)) for child in node.body)
+
+
 def _calls(node: ast.stmt, names: set[str]) -> bool:
     if not isinstance(node, ast.Expr) or not isinstance(node.value, ast.Call):
         return False
@@ -120,7 +161,7 @@ def _defined_names(node: ast.stmt) -> list[str]:
     if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
         return [node.name]
     targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-    return [target.id for target in targets if isinstance(target, ast.Name)]
+    return [name.id for target in targets if target for name in ast.walk(target) if isinstance(name, ast.Name)]
 
 
 def _is_known(flattened: _Flattened, node: ast.stmt, where: str) -> bool:
@@ -130,24 +171,55 @@ def _is_known(flattened: _Flattened, node: ast.stmt, where: str) -> bool:
         if name in flattened.imports:
             raise ValueError(f"`{where}` defines `{name}`, which a module before it imports.")
         known = name in flattened.definitions
-        if flattened.definitions.setdefault(name, ast.dump(node)) != ast.dump(node):
+        if ast.dump(flattened.definitions.setdefault(name, node)) != ast.dump(node):
             raise ValueError(f"`{where}` defines another `{name}` than the modules before it.")
     return known
 
 
-def _without(source: str, dropped: list[ast.stmt]) -> str:
-    """The source without some statements, without the licence that one file has once, and without the gaps they leave."""
-    lines = source.splitlines()
-    for node in dropped:
-        for number in range(node.lineno - 1, node.end_lineno or node.lineno):
-            lines[number] = ""
-    while lines and (not lines[0] or lines[0].startswith("#")):
-        lines.pop(0)
-    kept: list[str] = []
-    for line in lines:
-        if line or kept[-2:] != ["", ""]:
-            kept.append(line)
-    return "\n".join(kept).strip()
+def _find_used_names(flattened: _Flattened, names: Iterable[str]) -> set[str]:
+    """All names that are met on the way from what the modules `names` define, and from what is no definition."""
+    used: set[str] = set()
+    waiting = []
+    for module, statements in flattened.parts.items():
+        waiting += [s.node for s in statements if module in names or not _defined_names(s.node)]
+    while waiting:
+        node = waiting.pop()
+        met = {child.id for child in ast.walk(node) if isinstance(child, ast.Name)}.union(_defined_names(node))
+        # An annotation may be in quotes.
+        met |= {str(child.value) for child in ast.walk(node) if isinstance(child, ast.Constant)}
+        waiting += [flattened.definitions[name] for name in met - used if name in flattened.definitions]
+        used |= met
+    return used
+
+
+def _find_documented(flattened: _Flattened) -> set[str]:
+    """The public classes, and their bases, which stand before them."""
+    documented = set(_PUBLIC)
+    for node in reversed(flattened.definitions.values()):
+        if isinstance(node, ast.ClassDef) and node.name in documented:
+            documented |= {base.id for base in node.bases if isinstance(base, ast.Name)}
+    return documented
+
+
+def _write_statement(statement: _Statement, documented: set[str]) -> list[str]:
+    """Its lines, without docstrings that no user reads, and with what to say where the package is needed."""
+    lines: list[str | None] = list(statement.lines)
+    for child in ast.walk(statement.node):
+        if isinstance(child, (ast.FunctionDef, ast.ClassDef)) and len(child.body) > 1 and _is_docstring(child.body[0]):
+            is_private = child.name.startswith("_") and child.name != "__call__"
+            if is_private or not documented.intersection(_defined_names(statement.node)):
+                # With the gap below.
+                for number in range(child.body[0].lineno, child.body[1].lineno):
+                    lines[number - statement.start] = None
+        elif isinstance(child, ast.ImportFrom) and (module := _internal(child)):
+            indent = child.col_offset * " "
+            first, last = child.lineno - statement.start, (child.end_lineno or child.lineno) - statement.start
+            lines[first] = f"{indent}try:\n    {lines[first]}"
+            lines[last] = (
+                f"{lines[last]}\n{indent}except ImportError as error:\n"
+                f'{indent}    raise ImportError("Install {_PACKAGE} to {_OPTIONAL[module]}.") from error'
+            )
+    return [line for line in lines if line is not None]
 
 
 def _import_block(imports: dict[str, tuple[str, str | None]]) -> str:

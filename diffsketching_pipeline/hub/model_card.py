@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
 
 
+REQUIREMENTS = "pip install diffusers numpy pillow scikit-image scipy torch torchvision transformers"
+"""What installs all that the code of an export imports."""
+
+
 @dataclass
 class Evaluation:
     """
@@ -117,7 +121,7 @@ images = pipe("my-drawing.png").images
 ```
 
 Without it, diffusers runs `pipeline.py` of this repository; read it first, and pin `revision` and `custom_revision` to
-the commit that you read:
+the commit that you read. It needs `{REQUIREMENTS}`:
 
 ```python
 from diffusers import DiffusionPipeline

@@ -8,7 +8,7 @@ import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import numpy as np
 import torch
@@ -16,7 +16,6 @@ from PIL import Image, ImageOps
 from scipy import ndimage
 
 from diffsketching_pipeline.images.surround import thumbnail
-from diffsketching_pipeline.images.vector_sketch import VectorSketch, read_vector_sketches
 
 
 # A file is judged by its header, before anything is decoded.
@@ -37,6 +36,22 @@ _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://|data:", re.IGNORECASE)
 # Characters of a path that a message repeats.
 _MAX_SHOWN = 300
 _MEAN_OF_CHANNELS = (1 / 3, 1 / 3, 1 / 3, 0)
+
+
+@runtime_checkable
+class LineDrawing(Protocol):
+    """A drawing as lines, [`VectorSketch`]; known by its method, so that what reads no files of vectors needs no class."""
+
+    def rasterize(self, cells: int, fit: str) -> np.ndarray:
+        """See [`VectorSketch.rasterize`]."""
+
+
+@runtime_checkable
+class PictureDrawing(Protocol):
+    """A file of vectors that is more than lines, `SvgPicture`."""
+
+    def draw(self, close: bool) -> tuple[np.ndarray, list[str]]:
+        """See `SvgPicture.draw`."""
 
 
 @dataclass(frozen=True)
@@ -173,14 +188,14 @@ def is_array(value: Any) -> TypeGuard[np.ndarray | torch.Tensor]:
 
 def make_given_image(value: Any, name: str) -> GivenImage:
     if isinstance(value, (str, os.PathLike)):
-        name = _name_of_file(value, name)
+        name = name_of_file(value, name)
         if _ADDRESS.match(os.fspath(value)):
             raise ValueError(f"{name} is an address, not a file: download it first, and pass the file's path.")
         return GivenImage(value, name)
     if isinstance(value, Image.Image):
         path = getattr(value, "filename", "")
-        return GivenImage(value, _name_of_file(path, name) if path else name)
-    if isinstance(value, VectorSketch):
+        return GivenImage(value, name_of_file(path, name) if path else name)
+    if isinstance(value, LineDrawing):
         return GivenImage(value, name)
     if is_array(value):
         return GivenImage(value[0] if value.ndim == 4 and value.shape[0] == 1 else value, name, _is_signed(value))
@@ -190,22 +205,12 @@ def make_given_image(value: Any, name: str) -> GivenImage:
     )
 
 
-def _name_of_file(path: Any, name: str) -> str:
+def name_of_file(path: Any, name: str) -> str:
     text = os.fspath(path)
     return f"{name} ({text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + '...'!r})"
 
 
-def split_batch(
-    batch: np.ndarray | torch.Tensor | str | os.PathLike, name: str, max_drawings: int | None = None
-) -> list[GivenImage]:
-    if isinstance(batch, (str, os.PathLike)):
-        # An address is refused here.
-        first = make_given_image(batch, name.format(0)).name
-        try:
-            values = read_vector_sketches(batch, max_drawings)
-        except ValueError as error:
-            raise ValueError(f"{first} cannot be used: {error}") from error
-        return [GivenImage(value, _name_of_file(batch, name.format(i))) for i, value in enumerate(values)]
+def split_batch(batch: np.ndarray | torch.Tensor, name: str, max_drawings: int | None = None) -> list[GivenImage]:
     if batch.shape[0] == 0:
         raise ValueError(f"{name.format(0)} does not exist: the batch has shape {list(batch.shape)}.")
     signed = _is_signed(batch)

@@ -14,15 +14,20 @@ from PIL import Image
 
 from diffsketching_pipeline.images.reading import (
     GivenImage,
+    LineDrawing,
+    PictureDrawing,
     check_given_image,
     is_array,
     load_image,
     make_given_image,
+    name_of_file,
     split_batch,
     to_gray,
 )
 from diffsketching_pipeline.images.strokes import (
     MIN_LINE_WIDTH,
+    MIN_SOURCE_EXTENT,
+    TRACE_SCALE,
     SketchOptions,
     centre_lines,
     check_not_uniform,
@@ -30,20 +35,18 @@ from diffsketching_pipeline.images.strokes import (
     draw_lines,
     is_light_on_dark,
     place_drawing,
-    rasterize,
     trace,
     without_surround,
 )
 from diffsketching_pipeline.images.surround import find_sheet, keep_sheet
-from diffsketching_pipeline.images.svg_rendering import SvgPicture
-from diffsketching_pipeline.images.vector_sketch import VectorSketch, is_vector_file
 
 
 logger = logging.get_logger(__name__)  # pylint: disable=invalid-name
 
-Sketch = str | os.PathLike | Image.Image | np.ndarray | torch.Tensor | VectorSketch
+Sketch = str | os.PathLike | Image.Image | np.ndarray | torch.Tensor | LineDrawing
 SketchInput = Sketch | Sequence[Sketch | Sequence[Sketch]]
 
+_VECTOR_SUFFIXES = (".svg", ".ndjson")
 # Area averaging leaves thin lines grey; this gives them a dark core.
 _LINE_GAIN = 1.6
 
@@ -197,8 +200,10 @@ class SketchProcessor(ConfigMixin):
 
 def _preprocess_item(item: GivenImage, options: SketchOptions, inverted: list[str]) -> torch.Tensor:
     """`[1, H, W]`; the name is added to `inverted` if light strokes on dark were detected, not asked for."""
-    if isinstance(item.value, VectorSketch):
-        mask, page, factor = rasterize(item.value, options)
+    if isinstance(item.value, LineDrawing):
+        mask = item.value.rasterize(TRACE_SCALE * max(options.size), options.fit)
+        # A line has no pixels: nothing that it spans is too small to be magnified.
+        page, factor = np.array(mask.shape), 1 / MIN_SOURCE_EXTENT
         if not mask.any():
             raise ValueError(f"{item.name} holds no drawing: its lines lie outside of its page.")
     else:
@@ -229,7 +234,7 @@ def _preprocess_item(item: GivenImage, options: SketchOptions, inverted: list[st
 
 def _brightness(item: GivenImage, options: SketchOptions) -> np.ndarray:
     """`[H, W]` uint8; what a drawing has that is not in it is logged as a warning."""
-    if not isinstance(item.value, SvgPicture):
+    if not isinstance(item.value, PictureDrawing):
         return to_gray(item, options.invert)
     try:
         gray, left_out = item.value.draw(close=options.fit == "content")
@@ -243,6 +248,8 @@ def _brightness(item: GivenImage, options: SketchOptions) -> np.ndarray:
 def _group_sketches(sketch: SketchInput, max_drawings: int | None = None) -> list[list[GivenImage]]:
     """One list of items per result."""
     if not isinstance(sketch, (list, tuple)):
+        if _is_vector_file(sketch):
+            return [[item] for item in _read_vector_file(sketch, "sketch {}", max_drawings)]
         if _is_batch(sketch):
             return [[item] for item in split_batch(sketch, "sketch {}", max_drawings)]
         return [[make_given_image(sketch, "sketch 0")]]
@@ -250,7 +257,9 @@ def _group_sketches(sketch: SketchInput, max_drawings: int | None = None) -> lis
         raise ValueError("`sketch` is an empty list; pass at least one drawing, or `None` for none.")
     groups = []
     for i, entry in enumerate(sketch):
-        if _is_batch(entry):
+        if _is_vector_file(entry):
+            groups.append(_read_vector_file(entry, f"sketch {i}, drawing {{}}", max_drawings))
+        elif _is_batch(entry):
             groups.append(split_batch(entry, f"sketch {i}, drawing {{}}", max_drawings))
         elif isinstance(entry, (list, tuple)):
             if len(entry) == 0:
@@ -261,8 +270,24 @@ def _group_sketches(sketch: SketchInput, max_drawings: int | None = None) -> lis
     return groups
 
 
-def _is_batch(value: Any) -> TypeGuard[np.ndarray | torch.Tensor | str | os.PathLike]:
-    return is_vector_file(value) or (is_array(value) and value.ndim == 4)
+def _is_vector_file(value: Any) -> TypeGuard[str | os.PathLike]:
+    return isinstance(value, (str, os.PathLike)) and os.fspath(value).lower().endswith(_VECTOR_SUFFIXES)
+
+
+def _read_vector_file(path: str | os.PathLike, name: str, max_drawings: int | None) -> list[GivenImage]:
+    from diffsketching_pipeline.images.vector_sketch import read_vector_sketches
+
+    # An address is refused here.
+    first = make_given_image(path, name.format(0)).name
+    try:
+        values = read_vector_sketches(path, max_drawings)
+    except ValueError as error:
+        raise ValueError(f"{first} cannot be used: {error}") from error
+    return [GivenImage(value, name_of_file(path, name.format(i))) for i, value in enumerate(values)]
+
+
+def _is_batch(value: Any) -> TypeGuard[np.ndarray | torch.Tensor]:
+    return is_array(value) and value.ndim == 4
 
 
 def _in_convention(item: GivenImage, size: tuple[int, int]) -> bool:

@@ -7,14 +7,13 @@ import numbers
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 from scipy import ndimage
 from skimage.filters import apply_hysteresis_threshold, threshold_otsu
 from skimage.morphology import skeletonize
 
 from diffsketching_pipeline.images.reading import is_number
 from diffsketching_pipeline.images.surround import enlarge, thumbnail
-from diffsketching_pipeline.images.vector_sketch import VectorSketch
 
 
 # Fainter than this share of full contrast is no stroke, and neither is what this many deviations of the noise explain.
@@ -34,7 +33,7 @@ _BORDER_SPECK = 0.03
 _MAX_STROKE = 0.06
 _MIN_FILL = 0.05
 # What spans fewer pixels than this in the source is not magnified as if it were a whole drawing.
-_MIN_SOURCE_EXTENT = 16.0
+MIN_SOURCE_EXTENT = 16.0
 # By how much strokes are darker than a pattern that is left out from under them, the share of the page that one spans, how
 # often it repeats, and how much alike (as a correlation).
 _MIN_PATTERN_RATIO = 1.8
@@ -42,7 +41,7 @@ _PATTERN_EXTENT = 0.8
 _MIN_PERIODS = 5
 _MIN_REPEAT = 0.5
 # The drawing is traced on a grid up to this many times finer than the output, and drawn on one this many times finer.
-_TRACE_SCALE = 6
+TRACE_SCALE = 6
 _DRAW_SCALE = 4
 # In pixels. Thinner lines than this do not survive area averaging.
 MIN_LINE_WIDTH = 0.75
@@ -150,7 +149,7 @@ def trace(
     Args:
         region: the pixels that are of the source, where others were laid around them.
     """
-    side = _TRACE_SCALE * max(options.size)
+    side = TRACE_SCALE * max(options.size)
     mask, factor = _ink(gray, options.threshold, side, region)
     if not mask.any():
         raise ValueError(
@@ -169,28 +168,6 @@ def trace(
         closer, closer_factor = _ink(gray, options.threshold, side, region)
         mask, factor = (closer, closer_factor) if closer.any() else (mask, factor)
     return mask, np.array(gray.shape) * factor, factor
-
-
-def rasterize(sketch: VectorSketch, options: SketchOptions) -> tuple[np.ndarray, np.ndarray, float]:
-    """The lines as a mask of one-cell strokes, and what [`trace`] returns beside it; what leaves the page is cut off."""
-    assert sketch.page is not None
-    points = np.concatenate(sketch.strokes)
-    if options.fit == "page":
-        origin, extent = np.array(sketch.page[:2]), np.array(sketch.page[2:])
-    else:
-        origin, extent = points.min(0), np.ptp(points, axis=0)
-    cells = _TRACE_SCALE * max(options.size)
-    scale = (cells - 1) / extent.max()
-    width, height = np.ceil(extent * scale).astype(int) + 1
-    canvas = Image.new("L", (int(width), int(height)))
-    draw = ImageDraw.Draw(canvas)
-    for stroke in sketch.strokes:
-        # Pillow's integers overflow far outside of the page.
-        line = np.clip((stroke - origin) * scale, -cells, 2 * cells).round()
-        draw.line([(x, y) for x, y in line], fill=1) if len(line) > 1 else draw.point(tuple(line[0]), fill=1)
-    mask = np.asarray(canvas, dtype=bool)
-    # A line has no pixels: nothing that it spans is too small to be magnified.
-    return mask, np.array(mask.shape), 1 / _MIN_SOURCE_EXTENT
 
 
 def _occupied(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -375,7 +352,7 @@ def place_drawing(
         extent, centre, target = page, page / 2, np.array(options.size)
     else:
         index = _occupied(drawing)
-        extent = np.maximum([np.ptp(i) for i in index], _MIN_SOURCE_EXTENT * factor)
+        extent = np.maximum([np.ptp(i) for i in index], MIN_SOURCE_EXTENT * factor)
         centre = np.array([(i[0] + i[-1] + 1) / 2 for i in index])
         target = (1 - 2 * options.margin) * np.array(options.size)
     scale = target / extent

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image, ImageDraw
 
 from diffsketching_pipeline.images.svg import (
     MAX_VECTOR_BYTES,
@@ -23,7 +24,6 @@ from diffsketching_pipeline.images.svg import (
 from diffsketching_pipeline.images.svg_rendering import SvgPicture
 
 
-VECTOR_SUFFIXES = (".svg", ".ndjson")
 MAX_VECTOR_DRAWINGS = 1_000
 
 _QUICKDRAW_PAGE = (255.0, 255.0)
@@ -68,6 +68,30 @@ class VectorSketch:
         elif not (all(map(math.isfinite, self.page)) and min(self.page[2:]) > 0):
             raise ValueError(f"`page` has to have a finite place and a positive size but is {self.page}.")
 
+    def rasterize(self, cells: int, fit: str) -> np.ndarray:
+        """
+        Draw the lines as a mask of strokes one cell wide, bool `[height, width]`; what leaves the page is cut off.
+
+        Args:
+            cells: the longer side of the mask.
+            fit: `"content"` for a mask that the lines fill, `"page"` for one of the page.
+        """
+        assert self.page is not None
+        points = np.concatenate(self.strokes)
+        if fit == "page":
+            origin, extent = np.array(self.page[:2]), np.array(self.page[2:])
+        else:
+            origin, extent = points.min(0), np.ptp(points, axis=0)
+        scale = (cells - 1) / extent.max()
+        width, height = np.ceil(extent * scale).astype(int) + 1
+        canvas = Image.new("L", (int(width), int(height)))
+        draw = ImageDraw.Draw(canvas)
+        for stroke in self.strokes:
+            # Pillow's integers overflow far outside of the page.
+            line = np.clip((stroke - origin) * scale, -cells, 2 * cells).round()
+            draw.line([(x, y) for x, y in line], fill=1) if len(line) > 1 else draw.point(tuple(line[0]), fill=1)
+        return np.asarray(canvas, dtype=bool)
+
     @classmethod
     def from_quickdraw(cls, drawing: Any) -> "VectorSketch":
         """
@@ -102,11 +126,6 @@ class VectorSketch:
     def _from_lines(cls, lines: SvgLines) -> "VectorSketch":
         page = lines.page
         return cls(lines.strokes, None if page is None else (page.left, page.top, page.width, page.height))
-
-
-def is_vector_file(path: Any) -> bool:
-    """Whether it is the path of a vector drawing, by its name."""
-    return isinstance(path, (str, os.PathLike)) and os.fspath(path).lower().endswith(VECTOR_SUFFIXES)
 
 
 def read_vector_sketches(path: str | os.PathLike, max_drawings: int | None = None) -> list[VectorSketch | SvgPicture]:

@@ -1,11 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an exported folder holds, and what cannot be exported."""
 
+import ast
+import builtins
+import dis
+import importlib.metadata
+import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +21,7 @@ from hub_client import describe
 from hub_server import metadata_errors
 from huggingface_hub import ModelCard
 
+import diffsketching_pipeline
 from diffsketching_pipeline import (
     DiffSketchingEditPipeline,
     DiffSketchingPipeline,
@@ -107,17 +116,96 @@ def test_the_bundled_checkpoint_keeps_its_card(tmp_path):
     assert (again / "README.md").read_text() == card
 
 
+MODULES = {
+    "pipeline_diffsketching": "DiffSketchingPipeline",
+    "pipeline_diffsketching_edit": "DiffSketchingEditPipeline",
+    "pipeline_diffsketching_interpolation": "DiffSketchingInterpolationPipeline",
+}
+
+
 def test_the_generated_code_needs_nothing_of_the_package(tmp_path):
-    modules = ["pipeline_diffsketching", "pipeline_diffsketching_edit", "pipeline_diffsketching_interpolation"]
     code = "import importlib, sys\nsys.modules['diffsketching_pipeline'] = None\n"
     code += "import diffusers.utils.dynamic_modules_utils as m\n"
-    for index, module in enumerate(modules):
+    for index, module in enumerate(MODULES):
         (tmp_path / f"code{index}.py").write_text(flatten_modules([module], "A pipeline."))
         code += f"print(m.find_pipeline_class(importlib.import_module('code{index}')).__name__)\n"
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
-    names = ["DiffSketchingPipeline", "DiffSketchingEditPipeline", "DiffSketchingInterpolationPipeline"]
-    assert done.stdout.split() == names, done.stderr
+    assert done.stdout.split() == list(MODULES.values()), done.stderr
+
+
+def import_flat(module, tmp_path):
+    path = tmp_path / f"flat_{module}.py"
+    path.write_text(flatten_modules([module], "A pipeline."))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
+def global_names(code):
+    """What a compiled piece of code, and all that is compiled inside of it, looks up in its module."""
+    yield from (step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from global_names(constant)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_the_generated_code_is_short_and_whole(module, tmp_path):
+    found = import_flat(module, tmp_path)
+    source = Path(found.__file__).read_text()
+    # The photo that is edited, and its mask, are further code.
+    assert len(source.splitlines()) < (3_700 if module.endswith("edit") else 3_500)
+    # None of the names that some function will look up was left out; those of a class are its own.
+    own = {name for each in vars(found).values() if isinstance(each, type) for name in vars(each)}
+    missing = (
+        set(global_names(compile(source, found.__file__, "exec"))) - vars(found).keys() - set(dir(builtins)) - own
+    )
+    assert not missing - {"__module__", "__qualname__"}
+    # What users read is there.
+    pipeline = getattr(found, MODULES[module])
+    original = getattr(diffsketching_pipeline, MODULES[module])
+    for name in ("__call__", "invert", "from_pretrained", "prepare_latents"):
+        assert getattr(pipeline, name).__doc__ == getattr(original, name).__doc__ != None  # noqa: E711
+    assert found.SketchProcessor.__doc__ == diffsketching_pipeline.SketchProcessor.__doc__
+    assert "_check_space(pipe: " in source and found._check_space.__doc__ is None
+
+
+def test_the_generated_code_asks_for_the_package_where_it_needs_it(tiny_pipeline, tmp_path, monkeypatch):
+    found = import_flat("pipeline_diffsketching", tmp_path)
+    pipe = found.DiffSketchingPipeline(**tiny_pipeline.components, id2label=tiny_pipeline.id2label)
+    pipe.set_progress_bar_config(disable=True)
+    drawing = tmp_path / "line.svg"
+    drawing.write_text('<svg viewBox="0 0 9 9"><path d="M1 1 8 8" fill="none" stroke="black"/></svg>')
+    call = {"num_images_per_sketch": 1, "num_inference_steps": 1, "output_type": "pt"}
+    drawn, expected = (
+        each(str(drawing), generator=torch.Generator().manual_seed(0), **call).images for each in (pipe, tiny_pipeline)
+    )
+    assert torch.equal(drawn, expected)
+    for name in ("images.vector_sketch", "pipeline_loading"):
+        monkeypatch.setitem(sys.modules, f"diffsketching_pipeline.{name}", None)
+    with pytest.raises(ImportError, match="Install diffsketching_pipeline to read drawings as vectors"):
+        pipe(str(drawing), **call)
+    with pytest.raises(ImportError, match="Install diffsketching_pipeline to load and save pipelines with checks"):
+        pipe.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_the_card_and_the_readme_name_what_the_generated_code_imports(tiny_pipeline, tmp_path):
+    folder = export_pipeline(tiny_pipeline, tmp_path / "tiny", license="apache-2.0")
+    distributions = importlib.metadata.packages_distributions()
+    imported = set()
+    for path in folder.rglob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+                imported |= {name.split(".")[0] for name in names} - sys.stdlib_module_names
+    needed = {distributions[name][0].lower() for name in imported}
+    assert {"diffusers", "pillow", "scikit-image", "torch"} <= needed
+    for path in (folder / "README.md", Path(__file__).parents[1] / "README.md"):
+        (command,) = re.findall(r"pip install (diffusers [\w -]+)", path.read_text(encoding="utf-8"))
+        assert set(command.split()) == needed, path
 
 
 def test_an_export_brings_the_code_of_the_pipeline_that_was_exported(tiny_pipeline, tmp_path):
@@ -134,25 +222,27 @@ def test_modules_that_do_not_fit_into_one_file_are_refused(tmp_path, monkeypatch
     from diffsketching_pipeline.hub import flatten
 
     sources = {
-        "one": "import math\n\nSIZE = 1\n",
-        "same": "SIZE = 1\n",
+        "one": "import math\nimport os\n\nSIZE = math.inf\n",
+        "same": "SIZE = math.inf\n",
         "other": "from diffsketching_pipeline.one import SIZE\n\n\ndef SIZE():\n    pass\n",
         "imports": "from os import path as math\n",
         "renames": "from diffsketching_pipeline.one import SIZE as size\n",
         "uses": "from diffsketching_pipeline.registry import register\n\nagain = register\n",
+        "inside": "def find():\n    from diffsketching_pipeline.files import write_file\n\n    return write_file\n",
         "calls": '"""Text."""\n\nfrom diffsketching_pipeline.registry import register\n\nregister()\nDONE = True\n',
     }
     monkeypatch.setattr(flatten, "_read", sources.__getitem__)
     assert (
         flatten_modules(["one", "same"], "Joined.")
-        == flatten._LICENCE + '"""Joined."""\n\nimport math\n\n\nSIZE = 1\n\n\n\n'
+        == flatten._LICENCE + '"""Joined."""\n\nimport math\n\n\nSIZE = math.inf\n'
     )
     assert flatten_modules(["calls"], "Joined.").endswith("\nDONE = True\n")
     for name, message in {
         "other": "`other` defines another `SIZE`",
         "imports": "`imports` imports another `math`",
         "renames": "`renames` renames what it imports from `one`",
-        "uses": r"`uses` uses \['register'\], which one file cannot have",
+        "uses": "`uses` uses `register`, which one file cannot have",
+        "inside": "`inside` imports `files` where it is needed",
     }.items():
         with pytest.raises(ValueError, match=message):
             flatten_modules(["one", name], "Joined.")

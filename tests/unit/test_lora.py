@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
+import json
+
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from testing_utils import SIZE, make_unet, randn
 
 from diffsketching_pipeline import add_lora, fuse_lora, load_lora, save_lora, unload_lora
@@ -68,6 +70,24 @@ def test_an_adapter_travels_alone(tmp_path):
     save_lora(loaded, tmp_path / "again")
     again = load_file(tmp_path / "again" / LORA_WEIGHTS_NAME)
     assert all(torch.equal(value, again[name]) for name, value in load_file(tmp_path / LORA_WEIGHTS_NAME).items())
+
+
+def test_a_file_of_the_first_version_loads(tmp_path):
+    """Names, settings and values as `save_lora` wrote them before it asked peft for them."""
+    torch.manual_seed(0)
+    names = ["mid_block.attentions.0.to_q", "mid_block.attentions.0.to_out.0"]
+    state = {}
+    for name in names:
+        state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"] = torch.randn(2, 16), torch.randn(16, 2)
+    save_file(state, tmp_path / LORA_WEIGHTS_NAME, metadata={"format": "pt"})
+    (tmp_path / "lora_config.json").write_text(json.dumps({"rank": 2, "alpha": 3.0, "target_modules": names}))
+    fused, plain = fuse_lora(load_lora(tiny_unet(), tmp_path)).state_dict(), tiny_unet().state_dict()
+    for name in names:
+        change = 1.5 * state[f"{name}.lora_B.weight"] @ state[f"{name}.lora_A.weight"]
+        torch.testing.assert_close(fused[f"{name}.weight"], plain[f"{name}.weight"] + change)
+    # And what is written now is read by the first version.
+    save_lora(load_lora(tiny_unet(), tmp_path), tmp_path / "again")
+    assert (tmp_path / "again" / LORA_WEIGHTS_NAME).read_bytes() == (tmp_path / LORA_WEIGHTS_NAME).read_bytes()
 
 
 def test_an_adapter_comes_off():

@@ -10,6 +10,7 @@ import struct
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from diffsketching_pipeline import DiffSketchingPipeline
 from diffsketching_pipeline.manifest import MANIFEST_NAME, parse_manifest, read_manifest, sha256_of, write_manifest
@@ -68,16 +69,38 @@ def test_without_a_manifest_a_flipped_bit_passes_and_a_lost_byte_does_not(checkp
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     check_checkpoint(checkpoint)
     size = len(content)
+    damaged = r"diffusion_pytorch_model.safetensors` is truncated, too long or damaged in its header \(.*: "
     for part in (size - 1, size // 2):
         path.write_bytes(content[:part])
-        refused(checkpoint, rf"is truncated: it has {part} bytes and its header describes {size}", monkeypatch)
+        refused(checkpoint, damaged + "incomplete metadata, file not fully covered", monkeypatch)
     for part in (0, 7, 100):
         path.write_bytes(content[:part])
         refused(checkpoint, "is no safetensors file, or its beginning is lost", monkeypatch)
     path.write_bytes(content + b"\0")
-    refused(checkpoint, "is too long", monkeypatch)
-    path.write_bytes(struct.pack("<Q", 20) + b"this is no JSON at all")
-    refused(checkpoint, "has a header that cannot be read", monkeypatch)
+    refused(checkpoint, damaged + "incomplete metadata, file not fully covered", monkeypatch)
+    for header in (
+        b"this is no JSON at all",
+        b"[" * 10**5,
+        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 8]}}',
+    ):
+        path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+        refused(checkpoint, damaged + "invalid", monkeypatch)
+
+
+def test_a_header_beyond_its_limits_is_refused_before_it_is_opened(checkpoint, monkeypatch):
+    (checkpoint / MANIFEST_NAME).unlink()
+    path = checkpoint / "unet" / "diffusion_pytorch_model.safetensors"
+
+    def open_another(name, **options):
+        assert name != path
+        return safe_open(name, **options)
+
+    monkeypatch.setattr("diffsketching_pipeline.verification.safe_open", open_another)
+    for header_size, size in ((10**8 + 1, 10**8 + 9), (2**63, 100), (93, 100), (1, 100)):
+        with open(path, "wb") as file:
+            file.write(struct.pack("<Q", header_size))
+            file.truncate(size)  # of a sparse file
+        refused(checkpoint, "is no safetensors file, or its beginning is lost", monkeypatch)
 
 
 def test_pickles_are_never_loaded(checkpoint, tmp_path, monkeypatch):
