@@ -513,7 +513,8 @@ def test_drawings_by_people_are_used_as_they_are(layout, shapes_dir, pretrained_
         max_train_steps=1,
     )
     pipeline = finetune_diffsketching.load_frozen_pipeline(args)
-    photos = finetune_diffsketching.load_photos(args, pipeline)
+    photos, grown = finetune_diffsketching.load_photos(args, pipeline)
+    assert grown is pipeline
     assert {split: len(dataset) for split, dataset in photos.items()}.keys() == {"train", "validation"}
     assert len(photos["train"]) + len(photos["validation"]) == 16
     assert set(photos["train"].class_labels) == ({2} if layout == "no classes" else {0, 1})
@@ -688,19 +689,22 @@ def test_time_may_be_over_before_all_photos_are_inverted(shapes_dir, pretrained_
     assert not (tmp_path / "pipeline").exists() and not list(tmp_path.glob("checkpoint-*"))
 
 
-def test_other_classes_are_refused(shapes_dir, tmp_path, tiny_pipeline_factory):
+def test_classes_of_the_photos_are_added_to_those_of_the_pipeline(shapes_dir, tmp_path, tiny_pipeline_factory):
     tiny_pipeline_factory().save_pretrained(tmp_path / "abc")
-    with pytest.raises(
-        ValueError, match=r"has the classes \['disc', 'square'\], but the pipeline has \['a', 'b', 'c'\]"
-    ):
-        main(
-            tiny_args(
-                pretrained_model_name_or_path=str(tmp_path / "abc"),
-                train_data_dir=str(shapes_dir),
-                output_dir=str(tmp_path / "out"),
-            )
-        )
+    options = {"pretrained_model_name_or_path": str(tmp_path / "abc"), "train_data_dir": str(shapes_dir)}
+    options |= {"max_train_samples": 4, "max_train_steps": 1, "num_train_inference_steps": 2}
+    with pytest.raises(ValueError, match=r"`lora_rank` must be left out where .* new classes \(disc, square\)"):
+        main(tiny_args(**options, lora_rank=2, output_dir=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
+    main(tiny_args(**options, output_dir=str(tmp_path / "out")))
+    before, after = (DiffSketchingPipeline.from_pretrained(tmp_path / name) for name in ("abc", "out/pipeline"))
+    assert after.id2label == {**before.id2label, 3: "disc", 4: "square"}
+    assert after.classifier.config.num_classes == after.sketch_encoder.config.num_labels == 5
+    # One step, of photos of one class maybe, changed the embeddings of new classes and of no other.
+    old, new = before.unet.class_embedding.weight, after.unet.class_embedding.weight
+    assert torch.equal(new[:3], old[:3])
+    assert torch.equal(new[5], old[3])
+    assert (new[3:5] - old[:3].mean(0)).abs().max() > 0
 
 
 # -- on latents --
