@@ -100,7 +100,7 @@ def test_a_header_beyond_its_limits_is_refused_before_it_is_opened(checkpoint, m
         with open(path, "wb") as file:
             file.write(struct.pack("<Q", header_size))
             file.truncate(size)  # of a sparse file
-        refused(checkpoint, "is no safetensors file, or its beginning is lost", monkeypatch)
+        refused(checkpoint, "has a header of more than|is no safetensors file, or its beginning is lost", monkeypatch)
 
 
 def test_pickles_are_never_loaded(checkpoint, tmp_path, monkeypatch):
@@ -390,7 +390,7 @@ def test_the_check_of_a_header_costs_little(checkpoint, monkeypatch):
     weights = checkpoint / "unet" / "diffusion_pytorch_model.safetensors"
     for shape in ([float("inf")], [-1], [2**62, 2], [5], "x", [[1]]):
         write_header(weights, {"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, 4]}})
-        refused(checkpoint, "has a header that cannot be read", monkeypatch)
+        refused(checkpoint, "is truncated, too long or damaged in its header", monkeypatch)
     write_header(weights, {"__metadata__": {"a": "x" * 2**20}})
     refused(checkpoint, "has a header of more than 1048576 bytes", monkeypatch)
     # Tensors without elements cost nothing to write, so they say nothing about how many layers there may be.
