@@ -59,7 +59,9 @@ def describe(loaded, run):
     modules = {name: part for name, part in components.items() if isinstance(part, torch.nn.Module)}
     result = {
         "module": type(loaded).__module__,
-        "components": sorted(name for name, part in components.items() if part is not None),
+        "components": sorted(
+            name for name, part in components.items() if part is not None and not isinstance(part, dict)
+        ),
         "modules": {name: type(part).__module__ for name, part in modules.items()},
         "dtypes": sorted({str(part.dtype) for part in modules.values()}),
         "devices": sorted({str(next(part.parameters()).device) for part in modules.values()}),

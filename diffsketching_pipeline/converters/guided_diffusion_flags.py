@@ -159,7 +159,7 @@ def named_flags(flags: Mapping[str, Any] | str | os.PathLike | None, preset: str
     if isinstance(flags, str | os.PathLike):
         try:
             flags = json.loads(Path(flags).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"`flags` {flags} cannot be read as a JSON file ({error}).") from error
     if not isinstance(flags, Mapping):
         raise ValueError(f"`flags` must map names to values but is a {type(flags).__name__}.")
@@ -250,7 +250,7 @@ def _numbers(name: str, value: Any) -> tuple[float, ...]:
         numbers = (0.0,)
     if any(not 0 < number < math.inf for number in numbers) or len(numbers) > _MAX_LEVELS:
         raise ValueError(
-            f"`{name}` must be at most {_MAX_LEVELS} positive numbers separated by commas but is {value!r}."
+            f"`{name}` must be positive numbers separated by commas, at most {_MAX_LEVELS}, but is {value!r}."
         )
     return numbers
 

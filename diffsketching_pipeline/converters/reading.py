@@ -11,7 +11,10 @@ from safetensors.torch import load_file
 from diffsketching_pipeline.messages import brief
 
 
-class _TooLarge(ValueError):
+_MAX_ENTRIES = 10_000  # the largest of ADM's files hold a tenth
+
+
+class _NotWhatItSays(ValueError):
     pass
 
 
@@ -35,9 +38,12 @@ def read_checkpoint(path: str | os.PathLike, argument: str) -> dict[str, torch.T
             return load_file(path)
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                _check_size(sum(entry.file_size for entry in archive.infolist()), path, argument)
+                entries = archive.infolist()
+            if len(entries) > _MAX_ENTRIES:
+                raise _NotWhatItSays(f"`{argument}` {path} holds {len(entries)} tensors; {_MAX_ENTRIES} are the most.")
+            _check_size(sum(entry.file_size for entry in entries), path, argument)
         state_dict = torch.load(path, map_location="cpu", weights_only=True)
-    except _TooLarge:
+    except _NotWhatItSays:
         raise
     # A damaged pickle can raise anything, and what torch says of a dangerous one is how to run it all the same.
     except Exception as error:
@@ -60,6 +66,6 @@ def read_checkpoint(path: str | os.PathLike, argument: str) -> dict[str, torch.T
 
 def _check_size(size: int, path: Path, argument: str) -> None:
     if size > 2 * path.stat().st_size + 2**20:
-        raise _TooLarge(
+        raise _NotWhatItSays(
             f"`{argument}` {path} unfolds to {size} bytes from {path.stat().st_size}, so it is not what it says."
         )

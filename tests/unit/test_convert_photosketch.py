@@ -153,3 +153,22 @@ def test_wrong_arguments_write_nothing(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="`output_dir` must not exist"):
         convert_photosketch(checkpoint, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"model.1.weight": torch.zeros(1).expand(10**6, 10**4)}, "unfolds to .* bytes from"),
+        ({"model.1.weight": torch.zeros(4, 3, 7, 7).to_sparse()}, "has `model.1.weight`, which is no plain tensor"),
+        ({"model.1.weight": torch.zeros(4, 3, 7, 7, dtype=torch.complex64)}, "which is no plain tensor of numbers"),
+        ({"x" * 10**5: torch.zeros(1)}, r"also has `x+ \.\.\. x+`"),
+        ({f"t{i}": torch.zeros(1) for i in range(10_001)}, "10000 are the most"),
+        ({f"model.{i}.conv_block.1.weight": torch.zeros(1) for i in range(10, 100)}, "because it has 90 blocks"),
+    ],
+)
+def test_tensors_that_grow_or_are_none_are_refused_before_they_are_copied(change, message, tmp_path):
+    state_dict = load_file(PHOTOSKETCH_MINI / "latest_net_G.safetensors")
+    torch.save({**state_dict, **change}, tmp_path / "net.pt")
+    with pytest.raises(ValueError, match=message) as refused:
+        convert_photosketch(tmp_path / "net.pt", tmp_path / "out")
+    assert len(str(refused.value)) < 1200
