@@ -118,16 +118,15 @@ def test_a_request_that_fails_harms_no_other(studio, drawing):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_images": 0}, "`num_images` has to be between 1 and 8 but is 0"),
-        ({"num_images": 9}, "`num_images` has to be between 1 and 8 but is 9"),
-        ({"seed": -1}, "`seed` has to be between 0 and"),
-        ({"realism": 1.5}, r"`realism` has to be in \[0, 1\] but is 1.5"),
+        ({"num_images": 0}, "`num_images`.* 0"),
+        ({"num_images": 9}, "`num_images`.* 9"),
+        ({"seed": -1}, "`seed`.* -1"),
+        ({"realism": 1.5}, r"`realism`.* 1.5"),
         (
             {"settings": {"num_inference_steps": 101}},
-            "`num_inference_steps` has to be between 1 and 100 here but is 101",
+            "`num_inference_steps`.* 101",
         ),
-        ({"settings": {"eta": 2.0}}, "`eta` has to be in"),
-        ({"variations": (demo.Variation(1, 0.0),)}, "`variations` have to have a strength in"),
+        ({"variations": (demo.Variation(1, 0.0),)}, "`variations`.*=0.0"),
         ({"class_label": "z"}, "unknown class 'z'"),
     ],
 )
@@ -160,7 +159,7 @@ def test_more_like_one_starts_as_it_did_and_ends_otherwise(studio, drawing):
     nearer = more_like_this(near, 1, seed=9, num_images=1)
     assert nearer.variations == (demo.Variation(41, 0.6), demo.Variation(9, pytest.approx(0.36)))
     assert finish(studio.make_photos(nearer, "a")).records[0]["file"] == "photo_4_41_9.png"
-    with pytest.raises(ValueError, match="`index` has to be between 0 and 1 but is 5"):
+    with pytest.raises(ValueError, match="`index`.* 5"):
         more_like_this(photos, 5, 0)
 
 
@@ -252,7 +251,7 @@ def test_frames_lead_from_one_drawing_to_the_other(studio, drawing):
     for k, key in ((0, drawing), (2, other)):
         photo = finish(studio.make_photos(PhotoRequest(key, "b", 1, 5), "a"))
         assert np.abs(pixels(frames.images[k : k + 1]) - pixels(photo.images)).max() <= 2
-    with pytest.raises(ValueError, match="`num_frames` has to be between 2 and 16 but is 17"):
+    with pytest.raises(ValueError, match="`num_frames`.* 17"):
         finish(studio.interpolate([drawing, other], "b", 17, 5, "a"))
 
 

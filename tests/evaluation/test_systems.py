@@ -148,15 +148,14 @@ def test_a_scheduler_keeps_the_noise_schedule_and_the_clipping(pipeline):
 @pytest.mark.parametrize(
     ("system", "message"),
     [
-        (System("a", strength=1.5), "the system 'a' cannot generate: `strength` has to be in"),
-        (System("b", scheduler="UniPCMultistepScheduler", eta=0.5), "'b' cannot generate: `eta=0.5` needs a DDIM"),
-        (System("c", strength=0.1, num_inference_steps=5), "'c' cannot generate: `strength=0.1` leaves none of 5"),
+        (System("b", scheduler="UniPCMultistepScheduler", eta=0.5), "'b'.*`eta=0.5`.*DDIM"),
+        (System("c", strength=0.1, num_inference_steps=5), "'c'.*`strength=0.1`.* 5"),
         (
             System("d", ("sketch",), sketch_guidance_scale=2.0),
-            "'d' cannot generate: `sketch_guidance_scale=2.0` needs",
+            "'d'.*`sketch_guidance_scale=2.0`",
         ),
-        (System("e", timestep_spacing="linspace"), "'e' cannot generate: DDIMScheduler mis-steps"),
-        (System("f", sketch_abstraction=0.5), "'f' has `sketch_abstraction=0.5`, but its UNet has no plane"),
+        (System("e", timestep_spacing="linspace"), "'e'.*DDIMScheduler.*linspace"),
+        (System("f", sketch_abstraction=0.5), "'f'.*`sketch_abstraction=0.5`"),
     ],
 )
 def test_what_cannot_be_generated_is_known_before(system, message, pipeline):
@@ -204,14 +203,14 @@ def test_the_abstraction_of_a_system_is_that_of_its_images(latent_pipeline, larg
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[a, b]", "must map names to settings, but .* holds list"),
+        ("[a, b]", "`systems`.* list"),
         ("a: {b", "is not YAML"),
         ("a/b: {}", "'a/b' must be a name"),
-        ("a: 3", "'a' must hold `setting: value`, but holds 3"),
-        ("a: {strenght: 0.5}", "'a' has the unknown setting 'strenght': did you mean `strength`"),
-        ("a: {withhold: photo}", r"'a' must have `withhold` sketch, class or \[sketch, class\], but has \['photo'\]"),
-        ("a: {scheduler: Euler}", "'a' has the `scheduler` 'Euler': there are DDIMScheduler"),
-        ("a: {strength: half}", "'a' must have a number for `strength`, but has 'half'"),
+        ("a: 3", "'a'.*`setting: value`.* 3"),
+        ("a: {strenght: 0.5}", "'a'.*'strenght'.*`strength`"),
+        ("a: {withhold: photo}", r"'a'.*`withhold`.*'photo'"),
+        ("a: {scheduler: Euler}", "'a'.*`scheduler` 'Euler'.*DDIMScheduler"),
+        ("a: {strength: half}", "'a'.*`strength`.*'half'"),
     ],
 )
 def test_unreadable_systems_are_errors(text, message, tmp_path):
@@ -352,12 +351,12 @@ def test_systems_become_columns_with_costs_and_losses(pipeline, arguments, drawi
     [
         ({"systems": "nowhere.yaml", "images": ["{out}"]}, "`systems` needs a `model`"),
         ({"measure_memory": True, "images": ["{out}"]}, "`measure_memory` needs a `model`"),
-        ({"model": "{model_dir}", "systems": "nowhere.yaml"}, "`systems` must be a YAML file, but 'nowhere.yaml'"),
+        ({"model": "{model_dir}", "systems": "nowhere.yaml"}, "`systems`.*'nowhere.yaml'"),
         (
             {"model": "{model_dir}", "perceptual_sketch_distance": True},
-            "needs a `model` with the component `sketcher`",
+            "`model`.*`sketcher`",
         ),
-        ({"model": "{model_dir}", "systems": "noise: {{}}"}, "`systems` has the name 'noise', which is taken"),
+        ({"model": "{model_dir}", "systems": "noise: {{}}"}, "`systems`.*'noise'"),
     ],
 )
 def test_bad_systems_are_errors_before_any_work(changes, message, arguments, model_dir, tmp_path):

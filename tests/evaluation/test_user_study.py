@@ -136,11 +136,11 @@ def test_page_is_blind_and_self_contained(study):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"images": ["one"]}, "`images` must be at least two folders, but there is 1"),
-        ({"num_comparisons": 0}, "`num_comparisons` must be at least 1, but got 0"),
-        ({"sketches": "nowhere"}, "`sketches` must be a folder, but 'nowhere' is none"),
-        ({"output": "study"}, "`output` must be an HTML file, but is 'study'"),
-        ({"images": ["a=nowhere", "b=nowhere"]}, "`images` must be folders, but 'nowhere' is none"),
+        ({"images": ["one"]}, "`images`.* two .* 1"),
+        ({"num_comparisons": 0}, "`num_comparisons`.* 0"),
+        ({"sketches": "nowhere"}, "`sketches`.*'nowhere'"),
+        ({"output": "study"}, "`output`.* 'study'"),
+        ({"images": ["a=nowhere", "b=nowhere"]}, "`images`.*'nowhere'"),
     ],
 )
 def test_what_makes_no_study_is_an_error(changes, message, folders, drawings_dir, tmp_path):

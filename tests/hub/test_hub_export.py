@@ -253,11 +253,11 @@ def test_what_others_could_not_load_is_refused_and_leaves_nothing(tiny_pipeline,
         pass
 
     out = tmp_path / "out"
-    with pytest.raises(ValueError, match="`pipe` has to be a pipeline of this package but is a .*Output"):
+    with pytest.raises(ValueError, match="`pipe`.*Output"):
         export_pipeline(DiffSketchingPipelineOutput([], [], None), out)
-    with pytest.raises(ValueError, match="`metrics` has to be a metrics.json .* but is .*missing.json"):
+    with pytest.raises(ValueError, match="`metrics`.*missing.json"):
         export_pipeline(tiny_pipeline, out, metrics=tmp_path / "missing.json")
-    with pytest.raises(ValueError, match="`model_card` has to be a text file but is .*missing.md"):
+    with pytest.raises(ValueError, match="`model_card`.*missing.md"):
         export_pipeline(tiny_pipeline, out, model_card=tmp_path / "missing.md")
     with pytest.raises(ValueError, match="`output_dir` must not exist or be an empty folder"):
         export_pipeline(tiny_pipeline, tmp_path)

@@ -85,8 +85,7 @@ def test_convention(processor, reference):
 
 @pytest.mark.parametrize(
     "size, width",
-    [((64, 64), 1), ((100, 100), 1), ((256, 256), 1), ((256, 256), 10), ((256, 256), 20), ((1000, 1000), 6)]
-    + [((4096, 4096), 1), ((4096, 4096), 20), ((700, 300), 3), ((90, 1500), 2)],
+    [((64, 64), 1), ((256, 256), 1), ((256, 256), 20), ((4096, 4096), 1), ((700, 300), 3), ((90, 1500), 2)],
 )
 def test_lines_come_out_alike_whatever_their_width_and_the_page(processor, reference, size, width):
     sketch = processor.preprocess(draw(size, width))
@@ -95,7 +94,7 @@ def test_lines_come_out_alike_whatever_their_width_and_the_page(processor, refer
     assert (1 - sketch).sum().item() == pytest.approx((1 - reference).sum().item(), rel=0.12)
 
 
-@pytest.mark.parametrize("resolution, pixels", [(64, 4), (32, 2), (128, 8)])
+@pytest.mark.parametrize("resolution, pixels", [(64, 4), (128, 8)])
 def test_line_width_is_a_share_of_the_output(resolution, pixels):
     line = draw(points=[(0.1, 0.5), (0.9, 0.5)], width=3)
     column = SketchProcessor(resolution, line_width=1 / 16).preprocess(line)[0, 0, :, resolution // 2]
@@ -110,7 +109,7 @@ def test_double_strokes_become_one(processor):
     assert (1 - second).sum().item() == pytest.approx((1 - first).sum().item(), rel=0.1)
 
 
-@pytest.mark.parametrize("scale, shift", [(0.05, (0.9, 0.02)), (0.3, (0.1, 0.6)), (0.9, (0.05, 0.05))])
+@pytest.mark.parametrize("scale, shift", [(0.05, (0.9, 0.02)), (0.9, (0.05, 0.05))])
 def test_content_is_centred_and_scaled_to_the_margin(processor, reference, scale, shift):
     sketch = processor.preprocess(draw((2000, 2000), 3, scale=scale, shift=shift))
     assert farthest(sketch, reference) <= 1.5
@@ -240,12 +239,11 @@ def test_coloured_strokes_on_white(processor, reference):
         assert farthest(processor.preprocess(draw(ink=ink, paper="white", mode="RGB")), reference) <= 1.5, ink
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_pencil_on_unevenly_lit_paper(processor, seed):
+def test_pencil_on_unevenly_lit_paper(processor):
     drawing = draw((900, 1200), 6)
-    sketch = processor.preprocess(photograph(drawing, seed))
+    sketch = processor.preprocess(photograph(drawing))
     assert farthest(sketch, processor.preprocess(drawing)) <= 2
-    dark_board = Image.eval(photograph(drawing, seed), lambda value: 255 - value)
+    dark_board = Image.eval(photograph(drawing), lambda value: 255 - value)
     assert farthest(processor.preprocess(dark_board), processor.preprocess(drawing)) <= 2
 
 
@@ -357,18 +355,14 @@ def on_a_table(share, turn, level=60, size=(450, 600)):
     return Image.fromarray(np.uint8(np.clip(noisy, 0, 255))), turned[1].convert("L")
 
 
-@pytest.mark.parametrize(
-    "share, turn, level", [(0.26, 0, 60), (0.26, 25, 60), (0.4, -15, 40), (0.3, 10, 110), (0.7, 3, 60)]
-)
+@pytest.mark.parametrize("share, turn, level", [(0.26, 0, 60), (0.26, 25, 60), (0.3, 10, 110), (0.7, 3, 60)])
 def test_a_sheet_on_a_dark_table_is_the_page(processor, caplog, share, turn, level):
     picture, drawing = on_a_table(share, turn, level)
     assert farthest(processor.preprocess(picture), processor.preprocess(drawing)) <= 1.5
     assert "inverted" not in caplog.text
 
 
-@pytest.mark.parametrize(
-    "left, top, right, bottom", [(400, 0, 400, 0), (0, 90, 0, 90), (30, 0, 0, 0), (30, 25, 0, 40), (0, 0, 9, 0)]
-)
+@pytest.mark.parametrize("left, top, right, bottom", [(400, 0, 400, 0), (0, 90, 0, 90), (30, 25, 0, 40), (0, 0, 9, 0)])
 def test_bars_and_dark_edges_are_no_strokes(processor, left, top, right, bottom):
     page = Image.new("L", (500 + left + right, 560 + top + bottom), 15)
     page.paste(shirt(), (left, top))
@@ -386,9 +380,8 @@ def test_a_shape_that_only_resembles_a_sheet_is_drawn(processor):
     assert dark_box(processor.preprocess(disc)) == [1, 1, 63, 63]
 
 
-@pytest.mark.parametrize("kind", ["grid", "rules", "dots"])
-@pytest.mark.parametrize("paper, pattern, ink", [(255, 225, 0), (255, 185, 0), (25, 65, 240)])
-@pytest.mark.parametrize("step", [12, 25])
+@pytest.mark.parametrize("kind, step", [("grid", 12), ("grid", 25), ("rules", 25), ("dots", 12)])
+@pytest.mark.parametrize("paper, pattern, ink", [(255, 185, 0), (25, 65, 240)])
 def test_dark_strokes_win_over_a_pale_pattern(processor, kind, paper, pattern, ink, step):
     page = Image.new("L", (500, 560), paper)
     pen = ImageDraw.Draw(page)
@@ -413,9 +406,7 @@ def test_pale_lines_that_are_no_pattern_of_the_page_are_kept(processor):
     assert farthest(processor.preprocess(page), processor.preprocess(dark)) <= 1
 
 
-@pytest.mark.parametrize(
-    "colors", [("white", "black"), ("#fff050", "#101080"), ("white",), ("#ffc8c8", "#f0f05a", "#5ac8ff")]
-)
+@pytest.mark.parametrize("colors", [("white", "black"), ("white",), ("#ffc8c8", "#f0f05a", "#5ac8ff")])
 def test_on_a_transparent_page_ink_is_where_alpha_is(processor, colors):
     page = Image.new("RGBA", (500, 560))
     pen = ImageDraw.Draw(page)
@@ -474,7 +465,7 @@ def test_a_pipe_and_a_device_are_refused(processor, tmp_path):
             processor.preprocess(tmp_path / name)
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "I;16"])
 def test_a_very_large_picture_is_made_smaller_first(processor, reference, tmp_path, monkeypatch, mode):
     # As 64 megapixels are to what is traced at most.
     monkeypatch.setattr(reading, "_MAX_TRACED_PIXELS", 300 * 300)
@@ -484,7 +475,7 @@ def test_a_very_large_picture_is_made_smaller_first(processor, reference, tmp_pa
     exif[0x0112] = 3  # shown upside down
     page.transpose(Image.Transpose.ROTATE_180).save(tmp_path / "large.png", exif=exif)
     assert farthest(processor.preprocess(tmp_path / "large.png"), reference) <= 1.5
-    if mode in ("L", "RGB"):
+    if mode == "L":
         page.save(tmp_path / "large.jpg")
         assert farthest(processor.preprocess(tmp_path / "large.jpg"), reference) <= 1.5
 
@@ -527,7 +518,6 @@ def bad_files(folder):
     "name, message",
     [
         ("truncated.png", "damaged or truncated"),
-        ("truncated.jpg", "damaged or truncated"),
         ("huge.png", "too large.*64 megapixels"),
         ("large.png", "too large: 9000 x 8000"),
         ("long.png", f"too large.*{MAX_SKETCH_SIDE} pixels a side"),
@@ -560,22 +550,18 @@ def test_headers_and_arrays_are_checked_before_anything_is_decoded(processor, tm
     [
         (torch.full((9, 9), float("nan")), "NaN"),
         (np.array([[0.0, np.inf]]), "NaN or infinite"),
-        (Image.fromarray(np.full((9, 9), np.nan, dtype=np.float32)), "NaN"),
         (torch.zeros(1, 9, 9), "0 everywhere.*`sketch=None`"),
         (torch.zeros(9, 9, dtype=torch.uint8), "all dark"),
         (torch.ones(9, 9), "blank"),
         (255 * torch.rand(9, 9), "pass values of 0 to 255 as uint8"),
         (np.zeros((9, 9), dtype=np.int32), "dtype int32"),
-        (np.zeros((9, 9), dtype=complex), "dtype complex128"),
         (torch.rand(2, 9, 9), r"shape \[2, 9, 9\].*\[B, C, H, W\]"),
         (np.random.rand(9, 9, 9), r"shape \[9, 9, 9\].*\[H, W, C\]"),
         (torch.rand(9), r"shape \[9\]"),
         (torch.rand(0, 9), "side of 0 pixels: 9 x 0"),
-        (np.zeros((3, 0), dtype=np.uint8), "side of 0 pixels"),
         (Image.new("L", (0, 5)), "side of 0 pixels: 0 x 5"),
         (np.broadcast_to(np.uint8(0), (9000, 8000)), "too large"),
         (None, "NoneType"),
-        (3, "of type int"),
         ([], "empty list"),
     ],
 )
@@ -683,7 +669,7 @@ def test_deep_and_transparent_photos_keep_their_brightness():
     assert found[:, :, 6].min() > 0.98 and found[0, :, 1].min() > 0.98 and found[1:, :, 1].max() < -0.98
 
 
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1"])
+@pytest.mark.parametrize("mode", ["RGBA", "P", "1"])
 def test_photos_of_any_mode_become_rgb(mode):
     image = Image.new("RGB", (8, 8), (200, 200, 200)).convert(mode)
     expected = np.asarray(image.convert("RGB")).mean() / 127.5 - 1

@@ -110,12 +110,11 @@ def test_what_was_mixed_is_returned(tiny_pipeline, sketches):
 @pytest.mark.parametrize(
     ("mixture", "message"),
     [
-        ({"a": 0, "b": 0}, "weights do not sum to something positive"),
-        ({}, "weights do not sum to something positive"),
-        ({"a": -1, "b": 2}, "weights are not all numbers of at least 0"),
-        ({"a": float("nan")}, "weights are not all numbers of at least 0"),
-        ({"a": "much"}, "weights are not all numbers of at least 0"),
-        ({"a": 1, "d": 1}, "unknown class 'd'"),
+        ({}, r"`class_labels`.* \{\}"),
+        ({"a": -1, "b": 2}, "`class_labels`.*'a': -1"),
+        ({"a": float("nan")}, "`class_labels`.*'a': nan"),
+        ({"a": "much"}, "`class_labels`.*'a': 'much'"),
+        ({"a": 1, "d": 1}, "`class_labels`.*'d'"),
     ],
 )
 def test_mixtures_that_are_none_are_refused(tiny_pipeline, sketches, mixture, message):
@@ -144,23 +143,23 @@ def test_a_negative_class_takes_the_place_of_no_class(noise_pred, tiny_pipeline,
 
 def test_a_negative_class_needs_guidance(tiny_pipeline, sketches):
     for options in ({"sketch": sketches[0], "sketch_guidance_scale": 1.0}, {"sketch": None}):
-        with pytest.raises(ValueError, match="`negative_class_labels='b'` takes the place of the class"):
+        with pytest.raises(ValueError, match="`negative_class_labels='b'`"):
             tiny_pipeline(class_labels="a", num_inference_steps=1, negative_class_labels="b", **options)
-    with pytest.raises(ValueError, match="`negative_class_labels` has to have one entry per sketch, 1, but has 2"):
+    with pytest.raises(ValueError, match="`negative_class_labels`.* 1.* 2"):
         tiny_pipeline(sketches[0], "a", 1, 1, sketch_guidance_scale=2.0, negative_class_labels=["a", "b"])
 
 
 def test_a_negative_class_is_checked_under_its_own_name(tiny_pipeline, tiny_pipeline_factory, sketches):
     guided = {"num_inference_steps": 1, "sketch_guidance_scale": 2.0}
     for label, message in (
-        ("d", "has the unknown class 'd'"),
-        ({"a": 1}, "has to hold names"),
-        (7, "between 0 and 2"),
+        ("d", "'d'"),
+        ({"a": 1}, r"\{'a': 1\}"),
+        (7, " 7"),
     ):
         with pytest.raises(ValueError, match=f"`negative_class_labels` .*{message}"):
             tiny_pipeline(sketches[0], "a", negative_class_labels=label, **guided)
     pipe = tiny_pipeline_factory(num_class_embeds=3)
-    with pytest.raises(ValueError, match="has a None, but this checkpoint's `unet` has no 'no class'"):
+    with pytest.raises(ValueError, match="`negative_class_labels=.* None.*`unet`"):
         pipe(sketches[:2], "a", negative_class_labels=["b", None], **guided)
 
 
@@ -168,7 +167,7 @@ def test_a_negative_class_is_refused_where_inverted_noise_turns_guidance_off(tin
     pipe = tiny_pipeline_factory(recommended={"sketch_guidance_scale": 2.0})
     options = {"latents": randn(1, 3, SIZE, SIZE), "num_inference_steps": 1, "negative_class_labels": "b"}
     pipe(sketches[0], "a", 1, **options)
-    with pytest.raises(ValueError, match="`negative_class_labels='b'` takes the place"):
+    with pytest.raises(ValueError, match="`negative_class_labels='b'`"):
         pipe(sketches[0], "a", 1, clip_sample=False, **options)
 
 
@@ -188,9 +187,9 @@ def test_each_drawing_rules_its_region(noise_pred, sketches):
 @pytest.mark.parametrize(
     ("masks", "message"),
     [
-        ([np.zeros((8, 8), np.uint8)], "has to be a list with, for each sketch, a list of a mask per drawing"),
-        ([[np.zeros((8, 8), np.uint8)]], "one mask per drawing, .2. of them, but has .1."),
-        ([["nowhere.png", "nowhere.png"]], "mask 0 of sketch 0 .*nowhere.png.* does not exist"),
+        ([np.zeros((8, 8), np.uint8)], "`sketch_masks`.*list"),
+        ([[np.zeros((8, 8), np.uint8)]], "`sketch_masks`.*.2..*.1."),
+        ([["nowhere.png", "nowhere.png"]], "mask 0 of sketch 0.*nowhere.png"),
     ],
 )
 def test_masks_that_do_not_fit_are_refused(tiny_pipeline, sketches, masks, message):
@@ -307,9 +306,9 @@ def test_colours_as_people_write_them(tmp_path):
 @pytest.mark.parametrize(
     ("hint", "message"),
     [
-        ([], "`colour_hint` is an empty list"),
-        (["crimsonish"], "`colour_hint` has 'crimsonish', which is no colour"),
-        ([(0, 0, 300)], "`colour_hint` has .0, 0, 300., which is no colour"),
+        ([], "`colour_hint`.*empty"),
+        (["crimsonish"], "`colour_hint`.*'crimsonish'"),
+        ([(0, 0, 300)], "`colour_hint`.*0, 0, 300"),
         (Image.new("RGB", (8, 8), "white"), "`colour_hint` holds no colour"),
         ("nowhere.png", "nowhere.png.* does not exist"),
     ],
@@ -320,7 +319,7 @@ def test_hints_that_say_nothing_are_refused(tiny_pipeline, sketches, hint, messa
 
 
 def test_colour_arguments_are_checked(tiny_pipeline, sketches):
-    with pytest.raises(ValueError, match="`colour_hint` is a palette, which colours what a drawing encloses"):
+    with pytest.raises(ValueError, match="`colour_hint`.*palette"):
         tiny_pipeline(None, "a", num_inference_steps=1, colour_hint=["red"])
-    with pytest.raises(ValueError, match="`colour_guidance_scale` has to be in .0, 1. but is 2"):
+    with pytest.raises(ValueError, match="`colour_guidance_scale`.* 2"):
         tiny_pipeline(sketches[0], "a", num_inference_steps=1, colour_hint=["red"], colour_guidance_scale=2)

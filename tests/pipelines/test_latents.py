@@ -106,26 +106,23 @@ def test_sizes_and_inputs_are_read_off_the_components(latent_pipeline_factory, t
 def test_components_of_different_spaces_are_refused(latent_pipeline_factory, tiny_pipeline):
     pipe = latent_pipeline_factory()
     for changes, message in (
-        (
-            {"vae": None},
-            "got `in_channels=21`. Here x_t is in the space of photos: one that denoises latents needs its",
-        ),
-        ({"vae": None, "unet": make_unet(4, 4)}, "has to have 3 output channels, .* latents needs its `vae`"),
+        ({"vae": None}, "`in_channels=21`.* photos.*`vae`"),
+        ({"vae": None, "unet": make_unet(4, 4)}, "`unet`.* 3 .* photos.*`vae`"),
         (
             {"vae": make_vae(latent_channels=8)},
-            "`unet` must have 8 input channels .* `vae`, with 8 channels and 4 pixels",
+            "`unet`.* 8 .*`vae`.* 8 .* 4 ",
         ),
-        ({"vae": make_vae(factor=8)}, "68 .with the drawing.* `in_channels=21`.* with 4 channels and 8 pixels"),
-        ({"unet": tiny_pipeline.unet, "classifier": None}, "`unet` has to have 4 output channels, or 8 .*=3"),
+        ({"vae": make_vae(factor=8)}, "`unet`.* 68 .*`in_channels=21`.* 4 .* 8 "),
+        ({"unet": tiny_pipeline.unet, "classifier": None}, "`unet`.* 4 .* 8 .*=3"),
         (
             {"classifier": tiny_pipeline.classifier},
-            "`classifier` must judge what `unet` denoises, 4 channels of 8 x 8, but",
+            "`classifier`.* 4 .* 8 x 8.*=16",
         ),
-        ({"recommended": {"sketch_abstraction": 1.5}}, r"`recommended` must have a `sketch_abstraction` in \[0, 1\]"),
+        ({"recommended": {"sketch_abstraction": 1.5}}, r"`recommended`.*`sketch_abstraction`.* 1.5"),
     ):
         with pytest.raises(ValueError, match=message):
             DiffSketchingPipeline.from_pipe(pipe, **changes)
-    with pytest.raises(ValueError, match="`photos` must have sides that are multiples of 4, .* but got 30 x 32"):
+    with pytest.raises(ValueError, match="`photos`.* 30 x 32"):
         encode_photos(pipe.vae, torch.zeros(1, 3, 32, 30))
 
 
@@ -188,12 +185,12 @@ def test_latents_are_never_clipped(latent_pipeline_factory, large_sketches, gene
         for clip in (None, False)
     ]
     assert torch.equal(*found) and max(largest) > 1.2
-    with pytest.raises(ValueError, match="`clip_sample` must be None or False with a `vae`.* but got True"):
+    with pytest.raises(ValueError, match="`clip_sample`.*`vae`.* True"):
         pipe(large_sketches, "a", clip_sample=True, **FAST)
 
 
 def test_given_noise_has_the_size_of_the_latents(latent_pipeline, large_sketches):
-    with pytest.raises(ValueError, match=r"`latents` has to have shape \(1, 4, 8, 8\) but has \(1, 3, 32, 32\)"):
+    with pytest.raises(ValueError, match=r"`latents`.* \(1, 4, 8, 8\).* \(1, 3, 32, 32\)"):
         latent_pipeline(large_sketches[0], "a", latents=randn(1, 3, 32, 32), **FAST)
 
 
@@ -255,12 +252,12 @@ def test_the_abstraction_is_given_recommended_or_none(latent_pipeline_factory, l
     assert blind(large_sketches[0], "a", sketch_abstraction=0.5, **FAST).images.isfinite().all()
     assert "does not use `sketch_abstraction=0.5`" in caplog.text and blind.sketch_abstraction == 0.0
     for value, message in (
-        (1.5, r"`sketch_abstraction` must be in \[0, 1\] or None, but got 1.5"),
-        (True, "got True"),
+        (1.5, r"`sketch_abstraction`.* 1.5"),
+        (True, "`sketch_abstraction`.* True"),
     ):
         with pytest.raises(ValueError, match=message):
             pipe(large_sketches[0], "a", sketch_abstraction=value, **FAST)
-    with pytest.raises(ValueError, match="`sketch_abstraction=0.5` needs a drawing"):
+    with pytest.raises(ValueError, match="`sketch_abstraction=0.5`.*`sketch`"):
         pipe(None, "a", sketch_abstraction=0.5, **FAST)
 
 
@@ -282,7 +279,7 @@ def test_image_is_another_name_of_sketch(tiny_pipeline, sketches):
         tiny_pipeline(image=sketches[0], class_labels="a", **options).images,
         tiny_pipeline(sketches[0], "a", **options).images,
     )
-    with pytest.raises(ValueError, match="`image` is another name of `sketch`: give one of them"):
+    with pytest.raises(ValueError, match="`image`.*`sketch`"):
         tiny_pipeline(sketches[0], "a", image=sketches[0], **options)
 
 
@@ -330,8 +327,7 @@ def perceptual_loss(pipe, latents, sketch):
     return sum((a - b).square().sum(dim=1).mean(dim=(1, 2)) for a, b in pairs)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("through_unet", [False, True])
+@pytest.mark.parametrize(("through_unet", "dtype"), [(False, torch.bfloat16), (True, torch.float32)])
 def test_the_perceptual_gradient_goes_through_the_decoder(through_unet, dtype, latent_pipeline, large_sketches):
     pipe, double = latent_pipeline, copy.deepcopy(latent_pipeline)
     # So that no pixel of the photo is clamped, where the gradient is not the derivative.
@@ -562,7 +558,7 @@ def test_a_latent_checkpoint_comes_back_from_its_folder(kind, latent_pipeline, l
     assert np.array_equal(*found)
     edit = DiffSketchingEditPipeline.from_pipe(loaded)
     assert edit.vae is loaded.vae and edit.height == PIXEL_SIZE
-    with pytest.raises(ValueError, match="one that denoises latents needs its `vae`"):
+    with pytest.raises(ValueError, match="latents.*`vae`"):
         DiffSketchingPipeline.from_pretrained(tmp_path, vae=None)
     half = DiffSketchingPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
     photos = half(large_sketches[0], "a", 1, perceptual_guidance_scale=0.1, output_type="pt").images

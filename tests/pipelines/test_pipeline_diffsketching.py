@@ -81,9 +81,10 @@ def guided_ddim(pipe, sketch, labels, latents, steps, classifier_scale, sketch_s
     return x
 
 
-@pytest.mark.parametrize("in_channels", [3, 4])
-@pytest.mark.parametrize("out_channels", [3, 6])
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize(
+    ("prediction_type", "out_channels", "in_channels"),
+    [("epsilon", 6, 3), ("epsilon", 3, 4), ("v_prediction", 6, 4), ("sample", 3, 4)],
+)
 def test_guided_sampling_follows_eq_4(prediction_type, out_channels, in_channels, tiny_pipeline_factory, sketches):
     pipe = tiny_pipeline_factory(
         prediction_type=prediction_type, out_channels=out_channels, in_channels=in_channels, components=("classifier",)
@@ -156,12 +157,9 @@ def test_nothing_of_the_output_needs_grad(tiny_pipeline, sketches, generators):
     ("class_labels", "expected"),
     [
         ("B", ["b"] * 3),
-        (1, ["b"] * 3),
-        (np.int64(1), ["b"] * 3),
         (np.array(1), ["b"] * 3),
         (["a", "C", "b"], ["a", "c", "b"]),
         ((0, 2, np.int32(1)), ["a", "c", "b"]),
-        (np.array([0, 2, 1]), ["a", "c", "b"]),
         (np.array(["a", "c", "b"]), ["a", "c", "b"]),
         (torch.tensor([0, 2, 1]), ["a", "c", "b"]),
     ],
@@ -212,15 +210,14 @@ def test_no_class_is_the_null_class(tiny_pipeline_factory, sketches, generators)
 @pytest.mark.parametrize(
     ("class_labels", "message"),
     [
-        ("bb", "unknown class 'bb': did you mean 'b'.*The classes are: a, b, c"),
-        ("trousers", "unknown class 'trousers': The classes are: a, b, c"),
-        (3, "`class_labels` has to be between 0 and 2 but has 3"),
-        (-1, "between 0 and 2 but has -1"),
-        (["a", "b"], r"`class_labels` has to have one entry per sketch \(or photo\), 3, but has 2"),
+        ("bb", "`class_labels`.*'bb'.* 'b'.* a, b, c"),
+        ("trousers", "`class_labels`.*'trousers'.* a, b, c"),
+        (3, "`class_labels`.* 3"),
+        (-1, "`class_labels`.* -1"),
+        (["a", "b"], r"`class_labels`.* 3.* 2"),
         ([], "`class_labels` is empty"),
-        (1.0, "has to hold names, integers or None but has 1.0"),
-        (True, "but has True"),
-        ([["a"], ["b"], ["c"]], r"but has \['a'\]"),
+        (1.0, "`class_labels`.* 1.0"),
+        (True, "`class_labels`.* True"),
     ],
 )
 def test_classes_that_are_refused(class_labels, message, tiny_pipeline, sketches):
@@ -231,7 +228,7 @@ def test_classes_that_are_refused(class_labels, message, tiny_pipeline, sketches
 def test_close_class_names_are_listed(tiny_pipeline_factory):
     pipe = tiny_pipeline_factory(id2label={0: "T-Shirt", 1: "Shirt", 2: "Hat"}, components=())
     assert [pipe.get_label_id(name) for name in ("t-shirt", "SHIRT", "Hat")] == [0, 1, 2]
-    with pytest.raises(ValueError, match="'tshirt': did you mean 't-shirt' or 'shirt'"):
+    with pytest.raises(ValueError, match="'tshirt'.*'t-shirt'.*'shirt'"):
         pipe.get_label_id("tshirt")
 
 
@@ -239,9 +236,9 @@ def test_a_checkpoint_without_names_takes_integers_only(tiny_pipeline_factory, s
     pipe = tiny_pipeline_factory(id2label=None, components=())
     out = pipe(sketches, [0, 3, 1], generator=generators(3), **FAST)
     assert out.class_labels == [0, 3, 1] and out.class_probabilities.shape == (3, 4)
-    with pytest.raises(ValueError, match="unknown class 'a'.*integers only"):
+    with pytest.raises(ValueError, match="`class_labels`.*'a'.*integers"):
         pipe(sketches, "a", **FAST)
-    with pytest.raises(ValueError, match="between 0 and 3 but has 4"):
+    with pytest.raises(ValueError, match="`class_labels`.* 4"):
         pipe(sketches, 4, **FAST)
     with pytest.raises(ValueError, match="`class_labels` is needed"):
         pipe(sketches, **FAST)
@@ -258,7 +255,7 @@ def test_a_network_without_classes_is_still_guided_by_a_classifier(tiny_pipeline
     out = unconditional(sketches, generator=generators(3), **FAST)
     assert torch.equal(out.images, plain)
     assert out.class_labels == [None] * 3 and out.class_probabilities is None
-    with pytest.raises(ValueError, match="`class_labels` is 'b' but this checkpoint has no classes"):
+    with pytest.raises(ValueError, match="`class_labels` is 'b'.*no classes"):
         unconditional(sketches, "b", **FAST)
 
 
@@ -274,10 +271,10 @@ def test_rows_without_a_drawing(tiny_pipeline, generators):
     assert rows(class_labels=["a", "b", None], num_images_per_sketch=2) == 6
     assert rows(class_labels=np.array(1), num_images_per_sketch=2) == 2
     assert rows(latents=randn(6, 3, SIZE, SIZE), num_images_per_sketch=2) == 6
-    with pytest.raises(ValueError, match="`latents` has 5 rows, which `num_images_per_sketch=2` does not divide"):
+    with pytest.raises(ValueError, match="`latents`.* 5 .*`num_images_per_sketch=2`"):
         rows(latents=randn(5, 3, SIZE, SIZE), num_images_per_sketch=2)
     assert rows(latents=randn(6, 3, SIZE, SIZE), class_labels="a", num_images_per_sketch=2) == 6
-    with pytest.raises(ValueError, match=r"`latents` has to have shape \(2, 3, 16, 16\) but has \(6, 3, 16, 16\)"):
+    with pytest.raises(ValueError, match=r"`latents`.* \(2, 3, 16, 16\).* \(6, 3, 16, 16\)"):
         rows(latents=randn(6, 3, SIZE, SIZE), class_labels=["a"], num_images_per_sketch=2)
 
 
@@ -296,14 +293,25 @@ def test_no_drawing_is_the_zero_channel_and_the_null_class(tiny_pipeline, genera
 @pytest.mark.parametrize(
     ("scales", "options", "message"),
     [
-        ({"classifier_guidance_scale": 1.0}, {}, "needs the component `classifier`.*`NoisyImageClassifier.from_pretr"),
-        ({"perceptual_guidance_scale": 0.1}, {}, "needs the component `sketcher`.*`PhotoSketcher.from_pretrained`"),
-        ({"perceptual_guidance_scale": 0.1}, {"components": ("sketcher",)}, "needs the component `sketch_encoder`"),
-        ({"sketch_guidance_scale": 2.0}, {"in_channels": 3}, "needs a component `unet` with 4 input channels"),
-        ({"sketch_guidance_scale": 0.0}, {"in_channels": 3}, "`expand_unet_for_sketch`, or leave .* at 1.0"),
-        ({"sketch_guidance_scale": float("nan")}, {}, "has to be a finite number or None but is nan"),
-        ({"classifier_guidance_scale": "2"}, {}, "`classifier_guidance_scale` has to be a finite number or None"),
-        ({"perceptual_guidance_scale": True}, {}, "but is True"),
+        (
+            {"classifier_guidance_scale": 1.0},
+            {},
+            "`classifier_guidance_scale=1.0`.*`classifier`.*`NoisyImageClassifier",
+        ),
+        ({"perceptual_guidance_scale": 0.1}, {}, "`perceptual_guidance_scale=0.1`.*`sketcher`.*`PhotoSketcher"),
+        (
+            {"perceptual_guidance_scale": 0.1},
+            {"components": ("sketcher",)},
+            "`perceptual_guidance_scale=0.1`.*`sketch_encoder`",
+        ),
+        (
+            {"sketch_guidance_scale": 0.0},
+            {"in_channels": 3},
+            "`sketch_guidance_scale=0.0`.* 4 .*`expand_unet_for_sketch`.* 1.0",
+        ),
+        ({"sketch_guidance_scale": float("nan")}, {}, "`sketch_guidance_scale`.* nan"),
+        ({"classifier_guidance_scale": "2"}, {}, "`classifier_guidance_scale`.* '2'"),
+        ({"perceptual_guidance_scale": True}, {}, "`perceptual_guidance_scale`.* True"),
     ],
 )
 def test_scales_that_are_refused(scales, options, message, tiny_pipeline_factory, sketches):
@@ -322,7 +330,8 @@ def test_off_values_need_no_component(tiny_pipeline_factory, sketches, generator
 
 def test_guidance_by_a_drawing_needs_a_drawing(tiny_pipeline):
     for scales in ({"sketch_guidance_scale": 2.0}, {"perceptual_guidance_scale": 0.1}):
-        with pytest.raises(ValueError, match="needs a drawing: give a `sketch`"):
+        [(name, scale)] = scales.items()
+        with pytest.raises(ValueError, match=f"`{name}={scale}` .*`sketch`"):
             tiny_pipeline(None, "a", **scales, **FAST)
 
 
@@ -373,7 +382,6 @@ def test_numpy_numbers_are_numbers(tiny_pipeline, sketches, generators):
 
 
 SEEDED = {
-    "ddim": (DDIMScheduler, {}, {}),
     "ddim-eta": (DDIMScheduler, {}, {"eta": 0.8}),
     "ddpm": (DDPMScheduler, {}, {}),
     "sde-dpm": (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}, {}),
@@ -430,12 +438,12 @@ def test_without_a_generator_the_global_seed_decides(tiny_pipeline, sketches):
 
 def test_generators_and_latents_that_are_refused(tiny_pipeline, sketches, generators):
     for options, message in (
-        ({"generator": generators(2)}, "`generator` has to have one entry per image, 3, but has 2"),
-        ({"generator": 5}, "`generator` has to be a `torch.Generator`, a list of them, or None"),
-        ({"generator": [*generators(2), None]}, "the list has a None"),
-        ({"latents": randn(3, 3, 8, 8)}, r"`latents` has to have shape \(3, 3, 16, 16\) but has \(3, 3, 8, 8\)"),
-        ({"latents": randn(3, 3, SIZE, SIZE) / 0}, "`latents` has a NaN or an infinity"),
-        ({"latents": np.zeros((3, 3, SIZE, SIZE))}, "`latents` has to be a tensor but is ndarray"),
+        ({"generator": generators(2)}, "`generator`.* 3.* 2"),
+        ({"generator": 5}, "`generator`.*`torch.Generator`"),
+        ({"generator": [*generators(2), None]}, "`generator`.*list.* None"),
+        ({"latents": randn(3, 3, 8, 8)}, r"`latents`.* \(3, 3, 16, 16\).* \(3, 3, 8, 8\)"),
+        ({"latents": randn(3, 3, SIZE, SIZE) / 0}, "`latents`.* NaN"),
+        ({"latents": np.zeros((3, 3, SIZE, SIZE))}, "`latents`.* ndarray"),
     ):
         with pytest.raises(ValueError, match=message):
             tiny_pipeline(sketches, "a", **options, **FAST)
@@ -467,9 +475,8 @@ SCHEDULERS = {
 }
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
-@pytest.mark.parametrize("in_channels", [3, 4])
-def test_strength_starts_from_the_noised_drawing(in_channels, name, tiny_pipeline_factory, sketches):
+@pytest.mark.parametrize(("name", "in_channels"), [("ddim", 3), *((name, 4) for name in SCHEDULERS)])
+def test_strength_starts_from_the_noised_drawing(name, in_channels, tiny_pipeline_factory, sketches):
     cls, options = SCHEDULERS[name]
     pipe = tiny_pipeline_factory(in_channels=in_channels, components=())
     pipe.scheduler = cls.from_config(pipe.scheduler.config, **options)
@@ -488,11 +495,8 @@ def test_strength_starts_from_the_noised_drawing(in_channels, name, tiny_pipelin
     torch.testing.assert_close(seen[0][0][:: in_channels - 2], start, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_less_strength_keeps_more_of_the_drawing(name, tiny_pipeline_factory, sketches, generators):
-    cls, options = SCHEDULERS[name]
+def test_less_strength_keeps_more_of_the_drawing(tiny_pipeline_factory, sketches, generators):
     pipe = tiny_pipeline_factory(in_channels=3, components=())
-    pipe.scheduler = cls.from_config(pipe.scheduler.config, **options)
     distances = []
     for strength in (0.1, 0.5, 1.0):
         out = pipe(sketches, "a", 1, 20, strength=strength, generator=generators(3), output_type="latent")
@@ -502,16 +506,16 @@ def test_less_strength_keeps_more_of_the_drawing(name, tiny_pipeline_factory, sk
 
 def test_strengths_that_are_refused(tiny_pipeline, sketches):
     for sketch, options, message in (
-        (sketches, {"strength": 0.0}, r"`strength` has to be in \(0, 1\] but is 0.0"),
-        (sketches, {"strength": 1.5}, r"but is 1.5"),
-        (sketches, {"strength": float("nan")}, r"but is nan"),
-        (sketches, {"strength": 0.1}, "`strength=0.1` leaves none of 3 steps"),
-        (None, {"strength": 0.5}, "`strength=0.5` starts from the sketch: give a `sketch`"),
+        (sketches, {"strength": 0.0}, r"`strength`.* 0.0"),
+        (sketches, {"strength": 1.5}, "`strength`.* 1.5"),
+        (sketches, {"strength": float("nan")}, "`strength`.* nan"),
+        (sketches, {"strength": 0.1}, "`strength=0.1`.* 3 "),
+        (None, {"strength": 0.5}, "`strength=0.5`.*`sketch`"),
     ):
         with pytest.raises(ValueError, match=message):
             tiny_pipeline(sketch, "a", **options, **FAST)
     tiny_pipeline.scheduler = PNDMScheduler.from_config(tiny_pipeline.scheduler.config)
-    with pytest.raises(ValueError, match="needs a PNDMScheduler with `skip_prk_steps=True`"):
+    with pytest.raises(ValueError, match="PNDMScheduler.*`skip_prk_steps=True`"):
         tiny_pipeline(sketches, "a", 1, 10, strength=0.5)
     # The option stays behind in the configuration of a scheduler that does not know it.
     tiny_pipeline.scheduler = DDIMScheduler.from_config(tiny_pipeline.scheduler.config)
@@ -543,7 +547,7 @@ def test_eta_adds_noise_of_each_image_and_only_to_ddim(tiny_pipeline, sketches, 
     assert torch.equal(first[:2], second[:2]) and (first[2] - second[2]).abs().max() > 0.01
     assert (first - zero).abs().max() > 0.01
     for eta in (-0.1, 1.1):
-        with pytest.raises(ValueError, match=r"`eta` has to be in \[0, 1\]"):
+        with pytest.raises(ValueError, match=f"`eta`.* {eta}"):
             tiny_pipeline(sketches, "a", eta=eta, **FAST)
     for cls in (DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler, PNDMScheduler):
         tiny_pipeline.scheduler = cls.from_config(tiny_pipeline.scheduler.config)
@@ -572,10 +576,9 @@ def test_clip_sample_none_is_the_setting_of_the_scheduler(clip_sample, tiny_pipe
     assert torch.equal(call()[0], (clipped if clip_sample else unclipped)[0])
 
 
-@pytest.mark.parametrize("cls", [EulerDiscreteScheduler])
-def test_a_scheduler_in_sigma_space_is_refused(cls, tiny_pipeline, sketches):
-    tiny_pipeline.scheduler = cls.from_config(tiny_pipeline.scheduler.config)
-    with pytest.raises(ValueError, match="`scheduler` has to be one of .* but is EulerDiscreteScheduler"):
+def test_a_scheduler_in_sigma_space_is_refused(tiny_pipeline, sketches):
+    tiny_pipeline.scheduler = EulerDiscreteScheduler.from_config(tiny_pipeline.scheduler.config)
+    with pytest.raises(ValueError, match="`scheduler`.* EulerDiscreteScheduler"):
         tiny_pipeline(sketches, "a", **FAST)
 
 
@@ -626,7 +629,7 @@ def test_callback_on_step_end_sees_and_replaces(tiny_pipeline, sketches, generat
         sketches, "a", callback_on_step_end=lambda *args: {"latents": torch.ones_like(args[3]["latents"])}, **FAST
     ).images
     assert torch.equal(last, torch.ones(3, 3, SIZE, SIZE))
-    with pytest.raises(ValueError, match=r"`callback_on_step_end_tensor_inputs` has to be in .* but has \['sketch'\]"):
+    with pytest.raises(ValueError, match=r"`callback_on_step_end_tensor_inputs`.* \['sketch'\]"):
         tiny_pipeline(sketches, "a", callback_on_step_end_tensor_inputs=["sketch"], **FAST)
 
 
@@ -660,7 +663,7 @@ def test_a_call_can_be_interrupted(tiny_pipeline, sketches, generators):
 # ---- saving, loading, sharing -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("components", [(), ("classifier",), ("sketcher", "sketch_encoder"), tuple(COMPONENTS)])
+@pytest.mark.parametrize("components", [("sketcher", "sketch_encoder"), tuple(COMPONENTS)])
 def test_save_and_load(components, tiny_pipeline_factory, sketches, generators, tmp_path):
     recommended = {"num_inference_steps": STEPS, "sketch_guidance_scale": 1.5}
     pipe = tiny_pipeline_factory(components=components, recommended=recommended)
@@ -798,26 +801,26 @@ def test_model_cpu_offload(tiny_pipeline, sketches, generators):
 
 def test_components_that_do_not_fit_are_refused(tiny_pipeline_factory):
     for options, message in (
-        ({"in_channels": 6}, "`unet` must have 3 input channels .* but got `in_channels=6`"),
-        ({"out_channels": 4}, "`unet` has to have 3 output channels, .* but has `out_channels=4`"),
-        ({"num_class_embeds": 7}, "`id2label` has 3 classes, so `unet.config.num_class_embeds` has to be 3 or"),
-        ({"id2label": {1: "a", 2: "b"}}, r"`id2label` must have the keys 0 ... n-1, but got \[1, 2\]"),
-        ({"recommended": {"guidance_scale": 2}}, r"`recommended` has unknown keys \['guidance_scale'\]"),
+        ({"in_channels": 6}, "`unet`.* `in_channels=6`"),
+        ({"out_channels": 4}, "`unet`.* `out_channels=4`"),
+        ({"num_class_embeds": 7}, "`id2label` .*3.*`unet.config.num_class_embeds`.* 3 "),
+        ({"id2label": {1: "a", 2: "b"}}, r"`id2label`.* \[1, 2\]"),
+        ({"recommended": {"guidance_scale": 2}}, r"`recommended`.*'guidance_scale'"),
         (
             {"id2label": {0: "a", 1: "b"}, "num_class_embeds": 3},
-            "`classifier` knows 3 classes but `id2label` has 2",
+            "`classifier`.* 3 .*`id2label`.* 2",
         ),
     ):
         with pytest.raises(ValueError, match=message):
             tiny_pipeline_factory(**options)
     unet = UNet2DModel(down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), block_out_channels=(32,))
-    with pytest.raises(ValueError, match="`unet` has to have a `sample_size`"):
+    with pytest.raises(ValueError, match="`unet`.*`sample_size`"):
         DiffSketchingPipeline(unet, make_scheduler())
 
 
 def test_an_encoder_of_other_classes_does_not_name_the_drawing(tiny_pipeline_factory, sketches):
     pipe = tiny_pipeline_factory(id2label={0: "a", 1: "b"}, num_class_embeds=3, components=("sketch_encoder",))
-    with pytest.raises(ValueError, match="`sketch_encoder` knows 3 classes but the checkpoint has 2"):
+    with pytest.raises(ValueError, match="`sketch_encoder`.* 3 .* 2"):
         pipe(sketches, **FAST)
     assert pipe(sketches, "b", **FAST).class_labels == ["b"] * 3
 
@@ -862,12 +865,12 @@ def test_unknown_arguments_are_not_swallowed(tiny_pipeline, sketches):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_images_per_sketch": 0}, "`num_images_per_sketch` has to be an integer of at least 1 but is 0"),
-        ({"num_images_per_sketch": 1.5}, "`num_images_per_sketch` has to be an integer of at least 1 but is 1.5"),
-        ({"num_inference_steps": 0}, "`num_inference_steps` has to be between 1 and 1000 but is 0"),
-        ({"guidance_start": 0.5, "guidance_end": 0.5}, "`guidance_start` and `guidance_end` have to be fractions"),
-        ({"clip_sample": "yes"}, "`clip_sample` has to be None, True or False but is 'yes'"),
-        ({"output_type": "jpg"}, "`output_type` has to be 'pil', 'np', 'pt' or 'latent' but is 'jpg'"),
+        ({"num_images_per_sketch": 0}, "`num_images_per_sketch`.* 0"),
+        ({"num_images_per_sketch": 1.5}, "`num_images_per_sketch`.* 1.5"),
+        ({"num_inference_steps": 0}, "`num_inference_steps`.* 0"),
+        ({"guidance_start": 0.5, "guidance_end": 0.5}, "`guidance_start`.*`guidance_end`.* 0.5 and 0.5"),
+        ({"clip_sample": "yes"}, "`clip_sample`.* 'yes'"),
+        ({"output_type": "jpg"}, "`output_type`.* 'jpg'"),
     ],
 )
 def test_other_arguments_that_are_refused(options, message, tiny_pipeline, sketches):
@@ -879,7 +882,8 @@ def test_other_arguments_that_are_refused(options, message, tiny_pipeline, sketc
     assert not ran
 
 
-@pytest.mark.parametrize("name", [*SCHEDULERS, "prk"])
+# One that draws noise, and two that remember earlier steps.
+@pytest.mark.parametrize("name", ["ddpm", "unipc", "prk"])
 def test_a_second_call_is_the_same_and_the_pipeline_as_it_was(name, tiny_pipeline, sketches, generators):
     cls, options = SCHEDULERS.get(name, (PNDMScheduler, {}))
     tiny_pipeline.scheduler = cls.from_config(tiny_pipeline.scheduler.config, **options)
@@ -916,8 +920,7 @@ def photos(n):
     return torch.tanh(randn(n, 3, SIZE, SIZE, seed=11))
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("with_sketch", [False, True])
+@pytest.mark.parametrize(("with_sketch", "prediction_type"), [(False, "epsilon"), (True, "v_prediction")])
 def test_sampling_from_the_inverted_noise_returns_the_photo(
     with_sketch, prediction_type, tiny_pipeline_factory, sketches
 ):
@@ -956,19 +959,15 @@ def test_inversion_takes_photos_as_people_have_them(tiny_pipeline, tmp_path):
     [
         (
             {"num_fixed_point_iterations": -1},
-            "`num_fixed_point_iterations` has to be an integer of at least 0 but is -1",
+            "`num_fixed_point_iterations`.* -1",
         ),
-        ({"num_fixed_point_iterations": 1.5}, "but is 1.5"),
-        ({"num_inference_steps": 0}, "`num_inference_steps` has to be between 1 and 1000 but is 0"),
-        ({"class_labels": ["a"]}, r"`class_labels` has to have one entry per sketch \(or photo\), 2, but has 1"),
-        ({"class_labels": ["a", "sock"]}, "unknown class 'sock'"),
+        ({"class_labels": ["a"]}, r"`class_labels`.* 2.* 1"),
         (
             {"images": torch.zeros(2, 3, 8, 8)},
-            r"photo 0 has the shape \[3, 8, 8\], but floats have to have \[3, 16, 16\]",
+            r"photo 0.*\[3, 8, 8\].*\[3, 16, 16\]",
         ),
-        ({"images": torch.full((1, 3, 16, 16), 255.0)}, r"photo 0 has floats in \[255, 255\]"),
-        ({"images": []}, "`images` is an empty list"),
-        ({"images": "missing.png"}, r"photo 0 \('missing.png'\) does not exist"),
+        ({"images": []}, "`images`.*empty"),
+        ({"images": "missing.png"}, r"photo 0.*'missing.png'"),
     ],
 )
 def test_inversion_refuses_bad_input(kwargs, message, tiny_pipeline):
@@ -987,17 +986,15 @@ def test_one_class_serves_all_inverted_photos(tiny_pipeline):
 def test_inversion_without_classes_or_sketch_channel(tiny_pipeline_factory, sketches):
     pipe = tiny_pipeline_factory(components=(), id2label=None, num_class_embeds=None, in_channels=3)
     assert pipe.invert(photos(2), num_inference_steps=2).shape == (2, 3, SIZE, SIZE)
-    with pytest.raises(ValueError, match="`class_labels` is 0 but this checkpoint has no classes"):
+    with pytest.raises(ValueError, match="`class_labels` is 0.*no classes"):
         pipe.invert(photos(2), 0, num_inference_steps=2)
-    with pytest.raises(ValueError, match="`sketch` needs a `unet` with 4 input channels"):
+    with pytest.raises(ValueError, match="`sketch`.*`unet`.* 4 "):
         pipe.invert(photos(2), sketch=sketches[:2], num_inference_steps=2)
 
 
 def test_inversion_needs_one_drawing_per_photo_and_ddim(tiny_pipeline, sketches):
-    with pytest.raises(ValueError, match="`sketch` has to have one entry per photo, 2, but has 3"):
+    with pytest.raises(ValueError, match="`sketch`.* 2.* 3"):
         tiny_pipeline.invert(photos(2), ["a", "b"], sketches, num_inference_steps=2)
     tiny_pipeline.scheduler = UniPCMultistepScheduler.from_config(tiny_pipeline.scheduler.config)
-    with pytest.raises(
-        ValueError, match="`invert` needs a DDIMScheduler, but `scheduler` is a UniPCMultistepScheduler"
-    ):
+    with pytest.raises(ValueError, match="`invert`.*DDIMScheduler.*UniPCMultistepScheduler"):
         tiny_pipeline.invert(photos(2), ["a", "b"], num_inference_steps=2)

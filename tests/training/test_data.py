@@ -83,7 +83,7 @@ def test_photo_to_sketch_draws_one_named_contour():
     sketch = photo_to_sketch(photo, 64, contour="silhouette")
     np.testing.assert_array_equal(sketch, expected)
     assert sketch.dtype == np.float32 and sketch.min() == -1 and sketch.max() == 1
-    with pytest.raises(ValueError, match="`contour` must be one of"):
+    with pytest.raises(ValueError, match="`contour`.*'thick'"):
         photo_to_sketch(photo, 64, contour="thick")
 
 
@@ -170,12 +170,12 @@ def test_deleted_strokes_are_a_share_of_what_was_drawn():
         # The square is one connected part of which a stroke stays: it is cut.
         assert but_one.sum() < 0.9 * ink.sum()
     assert not free_hand.delete_strokes(np.zeros((8, 8)), np.random.default_rng(0), 0.5).any()
-    with pytest.raises(ValueError, match="`share` must be in .*, but got 1.5"):
+    with pytest.raises(ValueError, match="`share`.* 1.5"):
         free_hand.delete_strokes(ink, np.random.default_rng(0), 1.5)
 
 
 def test_distortion_refuses_what_is_no_drawing():
-    with pytest.raises(ValueError, match="`sketch` must be a 2-D array"):
+    with pytest.raises(ValueError, match="`sketch`.*2-D"):
         free_hand_distortion(np.zeros((1, 8, 8)), np.random.default_rng(0))
     with pytest.raises(ValueError, match="`strength`"):
         free_hand_distortion(np.ones((8, 8)), np.random.default_rng(0), -1.0)
@@ -277,7 +277,7 @@ def test_half_made_drawings_trace_the_photo_and_are_never_empty(shapes_dir, cach
     assert 0.02 < min(left) < 0.3 and max(left) == 1.0
     assert 10 <= sum(share == 1.0 for share in left) <= 30
     assert min(assert_half_made(shapes_dir, cache_dir)) > 0.02
-    with pytest.raises(ValueError, match="`max_stroke_deletion` must be in .*, but got 2"):
+    with pytest.raises(ValueError, match="`max_stroke_deletion`.* 2"):
         PhotoSketchDataset(shapes_dir, max_stroke_deletion=2)
 
 

@@ -21,8 +21,7 @@ def doodles(class_name, count=40, side=96):
     return [draw_doodle(class_name, np.random.default_rng([7, i]), side) for i in range(count)]
 
 
-@pytest.mark.parametrize("class_name", DOODLES)
-@pytest.mark.parametrize("side", [32, 200])
+@pytest.mark.parametrize(("class_name", "side"), [*((name, 32) for name in DOODLES), (next(iter(DOODLES)), 200)])
 def test_a_doodle_fills_its_page_and_is_keyed_by_its_generator(class_name, side):
     pages = doodles(class_name, 6, side)
     assert all(np.array_equal(*pair) for pair in zip(pages, doodles(class_name, 6, side), strict=True))
@@ -97,5 +96,5 @@ def test_redrawn_ends_run_on_or_stop_short_along_their_line():
 
 
 def test_an_unknown_class_is_refused():
-    with pytest.raises(ValueError, match="`class_name` must be one of blazer, .*, but is 'sock'"):
+    with pytest.raises(ValueError, match="`class_name`.* 'sock'"):
         draw_doodle("sock", np.random.default_rng(0))

@@ -316,7 +316,7 @@ def test_each_photo_is_inverted_once_and_sampling_returns_it(photos, pretrained_
     cache = NoiseCache(tmp_path, pipeline.unet, pipeline.scheduler, args)
     dataset = ChainDataset(photos, cache, args, max_samples=5)
     fill = (pipeline.unet, pipeline.scheduler, args, torch.device("cpu"))
-    with pytest.raises(FileNotFoundError, match="is missing or damaged in .*: start again, and it is made anew"):
+    with pytest.raises(FileNotFoundError, match="missing or damaged"):
         dataset.sample(0)
     keys = dataset.keys()
     assert len(keys) == 10
@@ -605,12 +605,11 @@ def test_fine_tuning_lowers_the_loss_it_is_given(shapes_dir, cache_dir, pretrain
     ("kwargs", "message"),
     [
         ({"pretrained_model_name_or_path": None}, "`pretrained_model_name_or_path` is needed"),
-        ({"identity_weight": 1.2}, r"`identity_weight` must be in \[0, 1\], but got 1.2"),
-        ({"free_hand_strength": -1.0}, "`free_hand_strength` must not be negative, but got -1.0"),
-        ({"num_train_inference_steps": 0}, "`num_train_inference_steps` must be at least 1, but got 0"),
-        ({"ddpm_num_inference_steps": 0}, "`ddpm_num_inference_steps` must be at least 1, but got 0"),
-        ({"num_fixed_point_iterations": -1}, "`num_fixed_point_iterations` must be at least 0, but got -1"),
-        ({"truncate_backprop_steps": 4}, "`truncate_backprop_steps` must be between 1 and .*, 3, but got 4"),
+        ({"identity_weight": 1.2}, r"`identity_weight`.* 1.2"),
+        ({"free_hand_strength": -1.0}, "`free_hand_strength`.* -1.0"),
+        ({"num_train_inference_steps": 0}, "`num_train_inference_steps`.* 0"),
+        ({"num_fixed_point_iterations": -1}, "`num_fixed_point_iterations`.* -1"),
+        ({"truncate_backprop_steps": 4}, "`truncate_backprop_steps`.* 4"),
         ({"truncate_backprop_steps": 1, "backprop": "per_step"}, "is for `--backprop chain`"),
     ],
 )
@@ -622,14 +621,13 @@ def test_unusable_arguments_are_refused(kwargs, message):
 @pytest.mark.parametrize(
     ("components", "kwargs", "message"),
     [
-        ((), {}, r"`identity_weight` below 1 \(it is 0.5\) needs the component `sketcher`, which 'x' does not have"),
-        (("sketcher",), {}, "needs the component `sketch_encoder`"),
-        (("sketcher", "sketch_encoder"), {}, "`identity_weight` above 0 .* needs the component `image_encoder`"),
+        ((), {}, r"`identity_weight`.* 0.5.*`sketcher`.*'x'"),
+        (("sketcher", "sketch_encoder"), {}, "`identity_weight`.*`image_encoder`"),
         (("image_encoder",), {"identity_weight": 1.0, "classifier_guidance_scale": 2.0}, "component `classifier`"),
         (
             ("image_encoder",),
             {"identity_weight": 1.0, "resolution": 32},
-            "`resolution` must be the pipeline's, 16 x 16",
+            "`resolution`.* 16 x 16.* 32",
         ),
     ],
 )
@@ -661,16 +659,16 @@ def test_public_networks_take_the_place_of_the_pipelines(tiny_pipeline_factory, 
     (tmp_path / "preprocessor_config.json").unlink()
     assert chain.load_identity_loss(str(tmp_path)).image_mean is None
     make_resnet(1).save_pretrained(tmp_path / "sketches")
-    with pytest.raises(ValueError, match="`image_encoder_name_or_path` must take photos, but .* takes 1 channel"):
+    with pytest.raises(ValueError, match="`image_encoder_name_or_path`.* 1 channel"):
         chain.load_identity_loss(str(tmp_path / "sketches"))
 
 
 def test_a_photo_only_unet_and_steps_that_do_not_fit_are_refused(tiny_pipeline_factory):
     args = tiny_args(pretrained_model_name_or_path="x")
-    with pytest.raises(ValueError, match="the UNet must take the drawing as its 4th input channel, but 'x' has 3"):
+    with pytest.raises(ValueError, match="UNet.* 4th .*'x' has 3"):
         check_pipeline(tiny_pipeline_factory(in_channels=3), args)
     pipeline = tiny_pipeline_factory(scheduler=make_scheduler(timestep_spacing="trailing"))
-    with pytest.raises(ValueError, match="`num_train_inference_steps=3` does not fit the pipeline's scheduler"):
+    with pytest.raises(ValueError, match="`num_train_inference_steps=3`.*scheduler"):
         check_pipeline(pipeline, args)
 
 

@@ -26,7 +26,7 @@ def test_orthogonalized_keeps_the_directions_and_evens_out_the_singular_values(s
     assert (result - values.diag()).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("shape", [(12, 108), (40, 12), (16, 16)])
+@pytest.mark.parametrize("shape", [(12, 108), (40, 12)])
 def test_orthogonalized_is_the_newton_schulz_iteration(shape):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     expected = matrix.double() / matrix.double().norm()

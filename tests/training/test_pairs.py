@@ -164,7 +164,7 @@ def test_a_dataset_with_columns(several, tmp_path, sketchy_dir):
     assert {pair.label for pair in load_dataset_pairs(str(folder), "image", "drawing", None, cache_dir=cache)} == {
         None
     }
-    with pytest.raises(ValueError, match=r"`conditioning_image_column` must be one of the columns .* but is 'sketch'"):
+    with pytest.raises(ValueError, match=r"`conditioning_image_column`.* 'sketch'"):
         load_dataset_pairs(str(folder), cache_dir=cache)
     with pytest.raises(ValueError, match="`image_column` must be a column of images, but 'kind' holds ClassLabel"):
         load_dataset_pairs(str(folder), "kind", "drawing", cache_dir=cache)

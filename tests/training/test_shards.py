@@ -294,10 +294,10 @@ def test_samples_of_shards_are_those_of_the_folder_layout(shards, tiny_pipeline_
 @pytest.mark.parametrize(
     "kwargs, message",
     [
-        ({"train_data_dir": "x"}, "`train_data_dir` and `train_shards` cannot both"),
-        ({"max_train_samples": 3}, "`max_train_samples` and `train_shards` cannot both"),
-        ({"max_train_steps": None}, "`max_train_steps` is needed with `train_shards`"),
-        ({"shuffle_buffer": 0}, "`shuffle_buffer` must be at least 1"),
+        ({"train_data_dir": "x"}, "`train_data_dir`.*`train_shards`"),
+        ({"max_train_samples": 3}, "`max_train_samples`.*`train_shards`"),
+        ({"max_train_steps": None}, "`max_train_steps`.*`train_shards`"),
+        ({"shuffle_buffer": 0}, "`shuffle_buffer`.* 0"),
     ],
 )
 def test_arguments_that_do_not_go_with_shards_are_refused(kwargs, message):

@@ -113,9 +113,9 @@ def test_pretrained_classifier_is_loaded_or_refused(tmp_path):
 
 
 def test_unusable_arguments_are_refused():
-    with pytest.raises(ValueError, match=r"`label_smoothing` must be in \[0, 1\), but got 1.0"):
+    with pytest.raises(ValueError, match=r"`label_smoothing`.* 1.0"):
         check_classifier_arguments(tiny_args(label_smoothing=1.0))
-    with pytest.raises(ValueError, match="`num_validation_samples` must be at least 1, but got 0"):
+    with pytest.raises(ValueError, match="`num_validation_samples`.* 0"):
         check_classifier_arguments(tiny_args(num_validation_samples=0))
 
 

@@ -165,9 +165,9 @@ def test_photos_without_contours_are_seen_as_evaluation_sees_them(shapes_dir, tm
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"start_resolution": 8}, "`start_resolution` must be from 16 to `resolution`, 64, but got 8"),
-        ({"start_resolution": 128}, "`start_resolution` must be from 16 to `resolution`, 64, but got 128"),
-        ({"task": "sketch", "object_crops": False}, "must be left alone for the `task` sketch"),
+        ({"start_resolution": 8}, "`start_resolution`.* 16 .* 64.* 8"),
+        ({"start_resolution": 128}, "`start_resolution`.* 16 .* 64.* 128"),
+        ({"task": "sketch", "object_crops": False}, "`object_crops`.*`task` sketch"),
     ],
 )
 def test_arguments_that_cannot_be_are_errors(changes, message):
@@ -318,7 +318,7 @@ def test_the_loss_wants_no_belief_in_any_class_for_other_things():
 def test_contours_without_their_weights_are_refused(shapes_dir, monkeypatch):
     arguments = words(**TINY, train_data_dir=shapes_dir, contours="hed")
     monkeypatch.setattr(sys, "argv", ["train_encoders.py", *arguments])
-    with pytest.raises(ValueError, match="`hed_weights` must be .*, but got None"):
+    with pytest.raises(ValueError, match="`hed_weights`.* None"):
         train_encoders.main()
 
 

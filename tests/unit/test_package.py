@@ -90,9 +90,7 @@ def test_a_diffusers_without_these_registries_is_warned_of(monkeypatch):
 
 
 def test_an_unknown_bundled_checkpoint_is_refused():
-    with pytest.raises(
-        ValueError, match=r"`name` has to be one of the bundled checkpoints \[.*\] but is 'trousers-9'"
-    ):
+    with pytest.raises(ValueError, match=r"`name`.* 'trousers-9'"):
         registry.bundled_checkpoint("trousers-9")
 
 

@@ -44,7 +44,7 @@ def test_half_precision_is_mixed_in_float32(unets):
 
 
 def test_what_cannot_be_mixed_is_refused(unets):
-    with pytest.raises(ValueError, match=r"`ratio` has to be in \[0, 1\] but is 1.5"):
+    with pytest.raises(ValueError, match=r"`ratio`.* 1.5"):
         interpolate_unets(*unets, 1.5)
-    with pytest.raises(ValueError, match="`first` and `second` have to be alike, but have the in_channels 4 and 3"):
+    with pytest.raises(ValueError, match="`first` and `second`.* the in_channels 4 and 3"):
         interpolate_unets(unets[0], make_unet(in_channels=3), 0.5)
