@@ -22,6 +22,7 @@ from diffsketching_pipeline.cli.options import (
     SketchAbstraction,
     SketchScale,
     Steps,
+    Threshold,
     UserError,
     check_counts,
     check_labels,
@@ -87,6 +88,7 @@ def edit(
     batch_size: BatchSize = 8,
     device: Device = "auto",
     dtype: Dtype = DtypeName.float32,
+    threshold: Threshold = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Change a part of a photo into the shape of a drawing; outside the mask it stays as it is, bit for bit."""
@@ -111,7 +113,7 @@ def edit(
         if mask is not None:
             preprocess_mask(mask, "mask")
     hint = read_colour_hint(colour_hint)
-    pipe = load_pipeline(model, device, "DiffSketchingEditPipeline", dtype)
+    pipe = load_pipeline(model, device, "DiffSketchingEditPipeline", dtype, threshold)
     check_labels(pipe, [label], negative)
     settings = {
         "num_inference_steps": steps,
@@ -140,6 +142,7 @@ def edit(
             record = {
                 **file_record("photo", photo),
                 **file_record("drawing", sketch),
+                "threshold": threshold,
                 **file_record("mask", mask),
                 "box": None if box is None else mask_image,
                 **class_record(label, out),

@@ -24,6 +24,7 @@ from diffsketching_pipeline.cli.options import (
     SketchAbstraction,
     SketchScale,
     Steps,
+    Threshold,
     check_counts,
     check_labels,
     check_output,
@@ -84,6 +85,7 @@ def generate(
     negative_class_label: NegativeClass = None,
     colour_hint: ColourHint = None,
     invert: Invert = None,
+    threshold: Threshold = None,
     batch_size: BatchSize = 8,
     device: Device = "auto",
     dtype: Dtype = DtypeName.float32,
@@ -97,7 +99,10 @@ def generate(
 
     with user_errors():
         # Every drawing is read before the model is loaded: a bad one is an error at once.
-        counts = [len(SketchProcessor(BUNDLED_SIZE).preprocess(path, invert=invert)) for path in drawings]
+        counts = [
+            len(SketchProcessor(BUNDLED_SIZE).preprocess(path, invert=invert, threshold=threshold))
+            for path in drawings
+        ]
     names = numbered_names(unique_names(drawings), counts)
     labels = labels_for_each(class_label, len(names), "drawings")
     seeds = range(seed, seed + num_images)
@@ -110,7 +115,7 @@ def generate(
     read_metadata(metadata_path)
 
     hint = read_colour_hint(colour_hint)
-    pipe = load_pipeline(model, device, dtype=dtype)
+    pipe = load_pipeline(model, device, dtype=dtype, threshold=threshold)
     check_labels(pipe, labels, negative)
     options = {"invert": invert, "fit": sketch_fit(hint)}
     with user_errors():
@@ -144,6 +149,7 @@ def generate(
                     **file_record("drawing", drawing),
                     "drawing_index": index,
                     "invert": invert,
+                    "threshold": threshold,
                     **class_record(label, out),
                     **sampling_record(pipe, settings),
                 }

@@ -24,6 +24,7 @@ from diffsketching_pipeline.cli.options import (
     SketchAbstraction,
     SketchScale,
     Steps,
+    Threshold,
     UserError,
     check_labels,
     check_output,
@@ -73,6 +74,7 @@ def interpolate(
     eta: Eta = None,
     device: Device = "auto",
     dtype: Dtype = DtypeName.float32,
+    threshold: Threshold = None,
     overwrite: Overwrite = False,
 ) -> None:
     """The frames between drawings, photos or classes: PNGs, a film, a contact sheet and metadata.json."""
@@ -102,9 +104,9 @@ def interpolate(
         if photos:
             preprocess_photos(list(keys), BUNDLED_SIZE, BUNDLED_SIZE)
         else:
-            SketchProcessor(BUNDLED_SIZE).preprocess(list(keys))
+            SketchProcessor(BUNDLED_SIZE).preprocess(list(keys), threshold=threshold)
     labels = [parse_label(text) for text in class_label or []]
-    pipe = load_pipeline(model, device, "DiffSketchingInterpolationPipeline", dtype)
+    pipe = load_pipeline(model, device, "DiffSketchingInterpolationPipeline", dtype, threshold)
     check_labels(pipe, labels)
     generators = [torch.Generator("cpu").manual_seed(k) for k in seed or [0]]
     settings = {
@@ -132,6 +134,7 @@ def interpolate(
     record = {
         "keys": [file_record("file", path) for path in keys],
         "photos": photos,
+        "threshold": threshold,
         "class_labels": out.class_labels,
         "seeds": None if photos else seed or [0],
         **sampling_record(pipe, settings),

@@ -23,6 +23,7 @@ from diffsketching_pipeline.cli.options import (
     SketchAbstraction,
     SketchScale,
     Steps,
+    Threshold,
     UserError,
     check_counts,
     check_labels,
@@ -79,6 +80,7 @@ def matrix(
     batch_size: BatchSize = 8,
     device: Device = "auto",
     dtype: Dtype = DtypeName.float32,
+    threshold: Threshold = None,
     overwrite: Overwrite = False,
 ) -> None:
     """One drawing in several classes (rows) from the same noise (columns): PNGs, one sheet and metadata.json."""
@@ -92,9 +94,9 @@ def matrix(
     from diffsketching_pipeline.images.sketch_processor import SketchProcessor
 
     with user_errors():
-        SketchProcessor(BUNDLED_SIZE).preprocess(drawing)
+        SketchProcessor(BUNDLED_SIZE).preprocess(drawing, threshold=threshold)
     hint = read_colour_hint(colour_hint)
-    pipe = load_pipeline(model, device, dtype=dtype)
+    pipe = load_pipeline(model, device, dtype=dtype, threshold=threshold)
     labels = rows or list(pipe.id2label.values()) or list(range(pipe.num_classes))
     if not labels:
         raise UserError("this model has no classes: use `diffsketching generate`.")
@@ -114,7 +116,7 @@ def matrix(
         "negative_class_labels": negative,
         "colour_hint": hint,
     }
-    weights, source = model_record(pipe, model), file_record("drawing", drawing)
+    weights, source = model_record(pipe, model), file_record("drawing", drawing) | {"threshold": threshold}
     records: list[dict[str, Any]] = []
     tiles: list[tuple[Image.Image, str]] = []
     with progress(len(labels) * num_images) as advance:

@@ -63,7 +63,14 @@ Invert = Annotated[
     typer.Option("--invert/--no-invert", help="Light strokes on dark? [default: detected]", show_default=False),
 ]
 
-BatchSize = Annotated[int, typer.Option("--batch-size", help="Photos computed at a time; does not change them.")]
+Threshold = Annotated[
+    Optional[float],
+    typer.Option("--threshold", help="Ink is darker than this share of its paper, 0 to 1. [default: found]"),
+]
+
+BatchSize = Annotated[
+    int, typer.Option("--batch-size", help="Photos computed at a time; changes them by rounding alone.")
+]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps, ...")]
 
 Dtype = Annotated[

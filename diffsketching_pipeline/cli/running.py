@@ -26,8 +26,9 @@ def load_pipeline(
     device: str,
     class_name: str = "DiffSketchingPipeline",
     dtype: DtypeName = DtypeName.float32,
+    threshold: float | None = None,
 ) -> Any:
-    """The pipeline of that class, on the device and in that type, without progress bars of its own."""
+    """The pipeline of that class, on the device and in that type, reading drawings with that threshold, without bars."""
     import torch
     from accelerate import PartialState
     from diffusers.utils import logging as diffusers_logging
@@ -51,6 +52,8 @@ def load_pipeline(
     with user_errors((RuntimeError, AssertionError)):
         pipe.to(target, silence_dtype_warnings=True)
     pipe.set_progress_bar_config(disable=True)
+    if threshold is not None:
+        pipe.sketch_processor.register_to_config(threshold=threshold)
     return pipe
 
 
@@ -60,6 +63,10 @@ def generate_images(
     """Batch after batch, its seeds and the output of the call: photo k from `seeds[k]`. What is written at once stays."""
     import torch
 
+    scale = arguments.get("perceptual_guidance_scale")
+    if scale or (scale is None and pipe.recommended.get("perceptual_guidance_scale")):
+        # It amplifies what a batch rounds differently, and a record is to make its photo again.
+        batch_size = 1
     for start in range(0, len(seeds), batch_size):
         batch = seeds[start : start + batch_size]
         with user_errors():

@@ -80,9 +80,11 @@ class _Handlers:
     def __init__(self, studio: Studio):
         self.studio = studio
 
-    def read_upload(self, path: str) -> dict[str, Any]:
+    def read_upload(self, path: str | None, threshold: float) -> Any:
+        if path is None:
+            return gr.skip()
         with _told_to_user():
-            return _on_canvas(self.studio.read_drawing(path))
+            return _on_canvas(self.studio.read_drawing(path, threshold or None))
 
     def read_example(self, index: int) -> dict[str, Any]:
         return _on_canvas(self.studio.read_drawing(example_drawings()[index]))
@@ -454,6 +456,10 @@ def _draw_tab(handlers: _Handlers, page: gr.Blocks) -> tuple[gr.ImageEditor, _Re
         with gr.Column():
             canvas = _canvas("draw", "Your drawing")
             upload = gr.UploadButton("Upload a drawing, or a photo of one", file_types=[*_UPLOADS], elem_id="upload")
+            threshold = gr.Slider(
+                0, 0.95, 0, step=0.05, label="Ink of an upload: darker than this share of the paper (0: found)",
+                elem_id="threshold",
+            )  # fmt: skip
             with gr.Row():
                 seen = gr.Image(
                     label="The model sees",
@@ -527,7 +533,9 @@ def _draw_tab(handlers: _Handlers, page: gr.Blocks) -> tuple[gr.ImageEditor, _Re
     results.end(handlers, [made, varied, drawn])
     for event in (made, varied):
         event.success(handlers.keep, [results.photos, history], history, show_progress="hidden", **_PRIVATE)
-    upload.upload(handlers.read_upload, upload, canvas, show_progress_on=seen, **_PRIVATE)
+    reading: dict[str, Any] = {"show_progress_on": seen, **_PRIVATE}
+    upload.upload(handlers.read_upload, [upload, threshold], canvas, **reading)
+    threshold.release(handlers.read_upload, [upload, threshold], canvas, **reading)
     examples.click(handlers.read_example, examples, canvas, show_progress_on=seen, **_PRIVATE)
     results.gallery.select(_index_of, None, selected, **_PRIVATE)
     results.photos.change(lambda: 0, None, selected, show_progress="hidden", **_PRIVATE)

@@ -152,15 +152,16 @@ class Studio:
             return int(label)
         return label
 
-    def read_drawing(self, path: str | Path) -> Image.Image:
+    def read_drawing(self, path: str | Path, threshold: float | None = None) -> Image.Image:
         """
-        The lines of an uploaded drawing, or photo of one, in black on transparent, `CANVAS_SIZE` pixels square.
+        The lines of an uploaded drawing, or photo of one, in black on transparent, `CANVAS_SIZE` pixels square. What is ink
+        is found, or darker than a share `threshold` of its paper.
 
         Raises:
             ValueError: naming the file, if it cannot be read, is too large or holds no drawing.
         """
         try:
-            sketch = self._canvas_processor.preprocess(str(path), max_drawings=1)[0, 0]
+            sketch = self._canvas_processor.preprocess(str(path), threshold=threshold, max_drawings=1)[0, 0]
         except ValueError as error:
             # Where an upload was put is nobody's business, and it is the only one.
             message = str(error).removeprefix("sketch 0 ").replace(f"({str(path)!r})", str(path))

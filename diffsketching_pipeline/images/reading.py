@@ -31,8 +31,8 @@ _MAX_ANIMATION = 200_000_000
 _ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")
 # Grey levels between the darkest and the lightest strokes from which on they are of several colours.
 _SEVERAL_COLORS = 96
-# What is not the path of a file. A drive of Windows has one letter.
-_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://|data:", re.IGNORECASE)
+# What is not the path of a file. A drive of Windows has one letter; `pathlib` drops one of two slashes.
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:/|data:", re.IGNORECASE)
 # Characters of a path that a message repeats.
 _MAX_SHOWN = 300
 _MEAN_OF_CHANNELS = (1 / 3, 1 / 3, 1 / 3, 0)
@@ -189,7 +189,7 @@ def is_array(value: Any) -> TypeGuard[np.ndarray | torch.Tensor]:
 def make_given_image(value: Any, name: str) -> GivenImage:
     if isinstance(value, (str, os.PathLike)):
         name = name_of_file(value, name)
-        if _ADDRESS.match(os.fspath(value)):
+        if _ADDRESS.match(os.fspath(value)) and not os.path.exists(value):
             raise ValueError(f"{name} is an address, not a file: download it first, and pass the file's path.")
         return GivenImage(value, name)
     if isinstance(value, Image.Image):
@@ -325,7 +325,8 @@ def load_image(source: str | os.PathLike | Image.Image, name: str, max_pixels: i
         if factor > 1:
             # A JPEG is decoded at the smaller size.
             image.draft(None, (image.width // factor, image.height // factor))
-        return _decode(_reduce(image, max_pixels, name), name)
+        small = _reduce(image, max_pixels, name)
+        return _decode(small, name, is_ours=small is not image)
     finally:
         if image is not source:
             image.close()
@@ -379,17 +380,18 @@ def _reduce(image: Image.Image, max_pixels: int, name: str) -> Image.Image:
     try:
         image.load()
         exif = image.getexif()
-        if image.mode in ("1", "P", "PA", "LA", "RGBA") or image.mode.startswith("I;"):
+        if image.mode in ("1", "P", "PA", "LA", "RGB", "RGBA") or image.mode.startswith("I;"):
             levels = "RGBA" if image.has_transparency_data else "I" if image.mode.startswith("I;") else "RGB"
             levels = "L" if image.mode == "1" else levels
             # In strips, which bounds what the pixels take in another mode, or multiplied with their alpha.
-            strips = [
-                image.crop((0, top, image.width, min(image.height, top + 64 * factor))).convert(levels).reduce(factor)
-                for top in range(0, image.height, 64 * factor)
-            ]
-            small = Image.new(levels, (strips[0].width, sum(strip.height for strip in strips)))
-            for number, strip in enumerate(strips):
-                small.paste(strip, (0, 64 * number))
+            rows = 64 * factor
+            boxes = [(0, top, image.width, min(image.height, top + rows)) for top in range(0, image.height, rows)]
+            small = Image.new(
+                "L" if levels == "RGB" else levels, (-(-image.width // factor), -(-image.height // factor))
+            )
+            for number, box in enumerate(boxes):
+                strip = image.crop(box).convert(levels).reduce(factor)
+                small.paste(strip.convert("L", _MEAN_OF_CHANNELS) if levels == "RGB" else strip, (0, 64 * number))
         else:
             small = image.reduce(factor)
     except Exception as error:  # decoders raise whatever they like on damaged data
@@ -398,9 +400,13 @@ def _reduce(image: Image.Image, max_pixels: int, name: str) -> Image.Image:
     return small
 
 
-def _decode(image: Image.Image, name: str) -> Image.Image:
+def _decode(image: Image.Image, name: str, is_ours: bool = False) -> Image.Image:
+    """Decoded and upright: the image itself if it `is_ours`, else a copy."""
     try:
         image.load()
+        if is_ours:
+            ImageOps.exif_transpose(image, in_place=True)
+            return image
         return ImageOps.exif_transpose(image)
     except Exception as error:  # decoders raise whatever they like on damaged data
         raise ValueError(f"{name} is damaged or truncated; save it again. ({error})") from error
@@ -469,5 +475,6 @@ def _flatten_alpha(image: Image.Image, invert: bool | None, name: str) -> np.nda
             # Whatever paper they were laid on, some of the strokes would be lost on it.
             return 255 - alpha
         invert = bool((opaque < 128).mean() < 0.001)
-    paper = 0.0 if invert else 255.0
-    return np.rint(paper + alpha.astype(np.float32) / 255 * (gray - paper)).astype(np.uint8)
+    # Rounded, in the least of types that holds it: there may be many pixels.
+    laid = alpha.astype(np.uint16) * gray + (0 if invert else 255) * (255 - alpha).astype(np.uint16)
+    return ((laid + 127) // 255).astype(np.uint8)

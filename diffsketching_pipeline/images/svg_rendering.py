@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """SVG files as pictures: what a browser shows of them, drawn by resvg in a process of its own."""
 
+import functools
 import importlib.util
 import io
 import os
@@ -276,13 +277,22 @@ def _render(
         size = (max(1, round(view[2] * scale)), max(1, round(view[3] * scale)))
         box = " ".join(repr(float(value)) for value in view)
         text = f'<svg xmlns="{SVG_NAMESPACE}" viewBox="{box}" width="{size[0]}" height="{size[1]}">{text}</svg>'
+    content, log = _draw(text, *size, has_text)
+    picture = Image.open(io.BytesIO(content), formats=["PNG"])
+    return picture.convert("RGBA"), [name for part, name in _LOGGED.items() if part in log]
+
+
+# A command reads a drawing twice: before its model is loaded, and at the model's size.
+@functools.lru_cache(maxsize=16)
+def _draw(text: str, width: int, height: int, has_text: bool) -> tuple[bytes, str]:
+    """The content of a PNG file of so many pixels, and what drawing it in a process of its own logs."""
     found = importlib.util.find_spec("resvg_py")
     if found is None or not found.submodule_search_locations:
         raise ValueError("it is more than plain strokes, and to draw it `resvg-py` has to be installed.")
     if not sys.executable:
         raise ValueError("it is more than plain strokes, and here no process can be started to draw it.")
     site = os.path.dirname(next(iter(found.submodule_search_locations)))
-    numbers = (*size, int(has_text), _MAX_SECONDS, _MAX_MEMORY)
+    numbers = (width, height, int(has_text), _MAX_SECONDS, _MAX_MEMORY)
     command = [sys.executable, "-I", "-S", "-B", "-c", _DRAW, site, *map(str, numbers)]
     try:
         done = subprocess.run(
@@ -296,9 +306,7 @@ def _render(
         raise ValueError("it takes too long to draw: simplify it.") from error
     if done.returncode != 0:
         raise ValueError(_failure(done))
-    picture = Image.open(io.BytesIO(done.stdout), formats=["PNG"])
-    log = done.stderr.decode("utf-8", "replace")
-    return picture.convert("RGBA"), [name for part, name in _LOGGED.items() if part in log]
+    return done.stdout, done.stderr.decode("utf-8", "replace")
 
 
 def _failure(done: subprocess.CompletedProcess[bytes]) -> str:

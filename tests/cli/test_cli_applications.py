@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
 import os
+import socket
+import subprocess
 import sys
 
 import numpy as np
@@ -194,3 +196,77 @@ def test_an_earlier_result_is_kept(run, files, capsys):
     assert run(*arguments) == 0 and run(*arguments) == 2
     assert "photo_0.png' exists already" in capsys.readouterr().err
     assert run(*arguments, "--overwrite") == 0
+
+
+@pytest.mark.parametrize("command", ["generate", "matrix", "edit", "interpolate"])
+def test_a_threshold_leaves_faint_lines_out(run, files, command):
+    for name in ("one", "two"):
+        page = Image.open(files / f"{name}.png")
+        ImageDraw.Draw(page).line((12, 34, 36, 34), fill=140, width=2)
+        (files / "ruled").mkdir(exist_ok=True)
+        page.save(files / "ruled" / f"{name}.png")
+
+    def photo(folder, *options):
+        one, two = folder / "one.png", folder / "two.png"
+        words = {"edit": (files / "photo.png", "--mask", files / "mask.png", "--sketch", one)}
+        words |= {"interpolate": (one, two, "--num-frames", 2)}
+        counted = () if command == "interpolate" else ("--num-images", 1)
+        options = (*options, *counted, "--class-label", "a", "--overwrite")
+        assert run(command, *words.get(command, (one,)), *options) == 0
+        return (files / "out" / records(files)[-1]["file"]).read_bytes()
+
+    assert photo(files / "ruled") != photo(files) and records(files)[-1]["threshold"] is None
+    options = ("--threshold", 0.3)
+    assert photo(files / "ruled", *options) == photo(files, *options) and records(files)[-1]["threshold"] == 0.3
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("generate", "ADDRESS"),
+        ("generate", "ADDRESS.svg"),
+        ("matrix", "ADDRESS"),
+        ("interpolate", "one.png", "ADDRESS"),
+        ("interpolate", "ADDRESS", "photo.png", "--photos"),
+        ("edit", "ADDRESS", "--mask", "mask.png"),
+        ("edit", "photo.png", "--sketch", "ADDRESS"),
+        ("edit", "photo.png", "--mask", "ADDRESS"),
+        ("invert", "ADDRESS"),
+        ("matrix", "one.png", "--colour-hint", "ADDRESS"),
+    ],
+)
+def test_an_address_is_to_be_downloaded_first_and_no_request_is_made(run, files, monkeypatch, capsys, words):
+    def connect(*arguments):
+        raise AssertionError(f"a request: {arguments}")
+
+    monkeypatch.chdir(files)
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    monkeypatch.setattr(socket, "getaddrinfo", connect)
+    address = "https://example.org/a/drawing.png"
+    assert run(*(address + word[7:] if word.startswith("ADDRESS") else word for word in words)) == 2
+    error = capsys.readouterr().err
+    assert "is an address, not a file: download it first" in error and "example.org/a/drawing.png" in error
+    assert not (files / "out").exists()
+
+
+def test_a_drawn_svg_starts_its_renderer_once(run, files, monkeypatch):
+    started, start = [], subprocess.run
+
+    def count(*arguments, **options):
+        started.append(arguments)
+        return start(*arguments, **options)
+
+    monkeypatch.setattr(subprocess, "run", count)
+    shape = '<g opacity="0"><path d="M0 0h9"/></g><path d="M20 20h60v50z" fill="none" stroke="#000" stroke-width="3"/>'
+    (files / "drawn.svg").write_text(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 100 90">{shape}</svg>')
+    assert run("generate", files / "drawn.svg", "--num-images", 1, "--class-label", "a") == 0
+    assert len(started) == 1
+
+
+def test_with_perceptual_guidance_a_photo_is_the_same_to_the_bit_in_any_batch(run, files):
+    options = ("--num-images", 3, "--class-label", "a", "--perceptual-guidance-scale", 0.3, "--overwrite")
+    made = []
+    for batch_size in (1, 3):
+        assert run("generate", files / "one.png", *options, "--batch-size", batch_size) == 0
+        made.append([(files / "out" / f"one_{k}.png").read_bytes() for k in range(3)])
+    assert made[0] == made[1]

@@ -715,3 +715,13 @@ def test_a_mode_that_does_not_convert_names_the_photo():
     for read in (read_photo, preprocess_mask):
         with pytest.raises(ValueError, match="`image` has mode 'La'; convert it to RGB"):
             read(Image.new("La", (8, 8)), "`image`")
+
+
+@pytest.mark.parametrize("size", [(301, 207), (640, 512)])
+def test_a_picture_in_colours_is_made_smaller_before_it_is_made_grey(size, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    path = tmp_path / "colours.png"
+    Image.fromarray(pixels).save(path)
+    small = reading.load_image(path, "sketch 0", max_pixels=size[0] * size[1] // 8)
+    expected = Image.fromarray(pixels).reduce(3).convert("L", (1 / 3, 1 / 3, 1 / 3, 0))
+    assert small.mode == "L" and np.array_equal(np.asarray(small), np.asarray(expected))
