@@ -14,6 +14,8 @@ from diffsketching_pipeline.results import metadata, png
 if TYPE_CHECKING:
     from PIL import Image
 
+    from diffsketching_pipeline import DiffSketchingEditPipeline, DiffSketchingPipeline
+
 
 def load_pipeline(
     model: str | None,
@@ -49,7 +51,11 @@ def load_pipeline(
 
 
 def generate_images(
-    pipe: Any, seeds: range, batch_size: int, advance: Callable[[float], None], **arguments: Any
+    pipe: "DiffSketchingPipeline | DiffSketchingEditPipeline",
+    seeds: range,
+    batch_size: int,
+    advance: Callable[[float], None],
+    **arguments: Any,
 ) -> tuple[list["Image.Image"], Any]:
     """Photo k from `seeds[k]`, in batches, and the output of the last batch."""
     import torch
