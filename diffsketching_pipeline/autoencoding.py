@@ -56,6 +56,16 @@ def decode_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     return vae.decode(latents.to(vae.dtype)).sample.float()
 
 
+def encode_each(vae: Any, photos: torch.Tensor) -> torch.Tensor:
+    """Return [`encode_photos`] of one photo at a time, so that none depends on its batch; without a `vae`, the photos."""
+    return photos if vae is None else torch.cat([encode_photos(vae, photo) for photo in photos.split(1)])
+
+
+def decode_each(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+    """Return [`decode_latents`] of one photo at a time, so that none depends on its batch; without a `vae`, the latents."""
+    return latents if vae is None else torch.cat([decode_latents(vae, latent) for latent in latents.split(1)])
+
+
 class AutoencoderCall(nn.Module):
     """
     `function(vae, images)` as a module, so that [`~guidance.float32_call`] finds the weights: an autoencoder's own forward

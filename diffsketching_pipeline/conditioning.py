@@ -147,6 +147,22 @@ class ClassVocabulary:
     num_classes: int
     null_class: int | None
 
+    @classmethod
+    def of_components(
+        cls, id2label: dict[int, str], num_class_embeds: int | None, num_classifier_classes: int
+    ) -> "ClassVocabulary":
+        """
+        Return the classes of a checkpoint: those with names, else all that its `unet` embeds, else those of its `classifier`.
+
+        Args:
+            id2label: the names, or empty.
+            num_class_embeds: that of the `unet`, one more than there are names where it knows "no class"; `None` without.
+            num_classifier_classes: 0 without a `classifier`.
+        """
+        if not id2label:
+            return cls({}, num_classifier_classes if num_class_embeds is None else num_class_embeds, None)
+        return cls(id2label, len(id2label), len(id2label) if num_class_embeds == len(id2label) + 1 else None)
+
     def index_of(self, label: int | str, argument: str = "class_labels") -> int:
         """
         Return the index of a class given by name (case-insensitive) or index.

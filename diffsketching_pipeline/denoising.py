@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler
+from diffusers.utils.torch_utils import randn_tensor
 from torch.utils.checkpoint import checkpoint
 
 from diffsketching_pipeline.conditioning import Conditioning
@@ -298,6 +299,27 @@ def denoise(
             if not proceed:
                 break
     return latents
+
+
+def prepare_noise(
+    shape: tuple[int, ...],
+    generators: list[torch.Generator],
+    device: torch.device,
+    latents: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    Return x_T, float32 of `shape` on `device`: `latents` where they are given, else drawn, each image by its own generator.
+
+    Raises:
+        ValueError: if `latents` has another shape or is not finite.
+    """
+    if latents is None:
+        return randn_tensor(shape, generator=generators, device=device, dtype=torch.float32)
+    if latents.shape != shape:
+        raise ValueError(f"`latents` has to have shape {shape} but has {tuple(latents.shape)}.")
+    if not bool(torch.isfinite(latents).all()):
+        raise ValueError("`latents` has a NaN or an infinity.")
+    return latents.to(device, torch.float32)
 
 
 def checkpointed(unet: Callable[..., Any]) -> Callable[..., Any]:

@@ -27,6 +27,7 @@ from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.configuration_utils import register_to_config
 from torch import nn
@@ -141,7 +142,7 @@ class GuidedPredictor:
         interval: tuple[float, float] = (0.0, 1.0),
         clip_sample: bool = False,
         components: Mapping[str, Any] | None = None,
-        pipeline: Any = None,
+        pipeline: DiffusionPipeline | None = None,
     ):
         self.unet, self.unet_config, self.scheduler, self.conditioning = unet, unet_config, scheduler, conditioning
         self.sketch_guidance_scale, self.interval, self.clip_sample = sketch_guidance_scale, interval, clip_sample
@@ -301,12 +302,14 @@ class GuidanceCallback(PipelineCallback):
             step_index, num_steps, self.config.guidance_start, self.config.guidance_end
         )
 
-    def noise_delta(self, pipeline: Any, timestep: Any, callback_kwargs: dict[str, Any]) -> torch.Tensor:
+    def noise_delta(
+        self, pipeline: DiffusionPipeline | None, timestep: Any, callback_kwargs: dict[str, Any]
+    ) -> torch.Tensor:
         """Return what this callback adds to ε, of its shape."""
         raise NotImplementedError(f"{type(self).__name__} has to implement `noise_delta`.")
 
     def callback_fn(
-        self, pipeline: Any, step_index: int, timestep: Any, callback_kwargs: dict[str, Any]
+        self, pipeline: DiffusionPipeline | None, step_index: int, timestep: Any, callback_kwargs: dict[str, Any]
     ) -> dict[str, Any]:
         if not self.is_active(step_index, callback_kwargs["predictor"].num_steps):
             return callback_kwargs
@@ -377,7 +380,9 @@ class ClassifierGuidanceCallback(GuidanceCallback):
     computed in float32 whatever the weights.
     """
 
-    def noise_delta(self, pipeline: Any, timestep: Any, callback_kwargs: dict[str, Any]) -> torch.Tensor:
+    def noise_delta(
+        self, pipeline: DiffusionPipeline | None, timestep: Any, callback_kwargs: dict[str, Any]
+    ) -> torch.Tensor:
         return classifier_noise_delta(
             callback_kwargs["predictor"].float32("classifier"),
             callback_kwargs["latents"],
@@ -414,7 +419,9 @@ class SketchGuidanceCallback(GuidanceCallback):
         super().__init__(scale=scale, guidance_start=guidance_start, guidance_end=guidance_end)
         self.through_unet = through_unet
 
-    def noise_delta(self, pipeline: Any, timestep: Any, callback_kwargs: dict[str, Any]) -> torch.Tensor:
+    def noise_delta(
+        self, pipeline: DiffusionPipeline | None, timestep: Any, callback_kwargs: dict[str, Any]
+    ) -> torch.Tensor:
         noise_pred = callback_kwargs["noise_pred"].detach()
         gradient = self._perceptual_gradient(callback_kwargs)
         norm = gradient.flatten(1).norm(dim=1).reshape(-1, 1, 1, 1)
@@ -491,7 +498,9 @@ class ColourGuidanceCallback(GuidanceCallback):
         super().__init__(scale=scale, guidance_start=guidance_start, guidance_end=guidance_end)
         self.colours = colours
 
-    def noise_delta(self, pipeline: Any, timestep: Any, callback_kwargs: dict[str, Any]) -> torch.Tensor:
+    def noise_delta(
+        self, pipeline: DiffusionPipeline | None, timestep: Any, callback_kwargs: dict[str, Any]
+    ) -> torch.Tensor:
         original = callback_kwargs["pred_original_sample"].detach()
         alpha_prod = callback_kwargs["alpha_prod"]
         factor = -(alpha_prod / (1 - alpha_prod)).sqrt()

@@ -12,10 +12,9 @@ from diffusers.callbacks import PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers import SchedulerMixin
 from diffusers.utils import logging
-from diffusers.utils.torch_utils import randn_tensor
 from transformers import ResNetForImageClassification
 
-from diffsketching_pipeline.autoencoding import decode_latents, encode_photos, get_scale_factor
+from diffsketching_pipeline.autoencoding import decode_each, encode_each, get_scale_factor
 from diffsketching_pipeline.conditioning import (
     ClassVocabulary,
     Condition,
@@ -26,16 +25,14 @@ from diffsketching_pipeline.conditioning import (
     make_conditions,
     read_id2label,
 )
-from diffsketching_pipeline.denoising import UNetInputs, denoise, get_unet_inputs, invert
+from diffsketching_pipeline.denoising import UNetInputs, denoise, get_unet_inputs, invert, prepare_noise
 from diffsketching_pipeline.guidance import ClassifierGuidanceCallback, GuidedPredictor
 from diffsketching_pipeline.images.reading import preprocess_photos
 from diffsketching_pipeline.images.sketch_processor import SketchProcessor
 from diffsketching_pipeline.pipeline_options import (
     ResolvedOptions,
     SamplingOptions,
-    check_abstraction,
-    check_has_classes,
-    check_invertible,
+    check_inversion,
     check_recommended,
     resolve_num_inference_steps,
 )
@@ -244,22 +241,19 @@ class DiffSketchingMixin(_Base):
     @property
     def num_classes(self) -> int:
         """Number of classes that a user may name; 0 if there are none."""
-        if self.id2label:
-            return len(self.id2label)
-        if self.unet.config.num_class_embeds is not None:
-            return self.unet.config.num_class_embeds
-        return self.classifier.config.num_classes if self.classifier is not None else 0
+        return self.classes.num_classes
 
     @property
     def null_class(self) -> int | None:
         """Index of the UNet's "no class", or `None` if it has none."""
-        num_embeds = self.unet.config.num_class_embeds
-        return len(self.id2label) if self.id2label and num_embeds == len(self.id2label) + 1 else None
+        return self.classes.null_class
 
     @property
     def classes(self) -> ClassVocabulary:
         """The classes that a user may name."""
-        return ClassVocabulary(self.id2label, self.num_classes, self.null_class)
+        num_classifier_classes = 0 if self.classifier is None else self.classifier.config.num_classes
+        num_embeds = self.unet.config.num_class_embeds
+        return ClassVocabulary.of_components(self.id2label, num_embeds, num_classifier_classes)
 
     @property
     def num_timesteps(self) -> int:
@@ -292,22 +286,12 @@ class DiffSketchingMixin(_Base):
         return self._predictor or self._make_predictor(Conditioning())
 
     def _make_predictor(self, conditioning: Conditioning, **options: Any) -> GuidedPredictor:
-        unet, components = self.unet, self.components
-        return GuidedPredictor(
-            unet, unet.config, self.scheduler, conditioning, components=components, pipeline=self, **options
-        )
+        options = {"components": self.components, "pipeline": self, **options}
+        return GuidedPredictor(self.unet, self.unet.config, self.scheduler, conditioning, **options)
 
     def float32_call(self, name: str) -> Callable[..., Any]:
         """See [`~guidance.GuidedPredictor.float32`]; kept until the end of the call."""
         return self.predictor.float32(name)
-
-    def float32_decoder(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """See [`~guidance.GuidedPredictor.decoder`]; kept until the end of the call."""
-        return self.predictor.decoder()
-
-    def float32_encoder(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """See [`~guidance.GuidedPredictor.encoder`]; kept until the end of the call."""
-        return self.predictor.encoder()
 
     def cached(self, key: Any, make: Callable[[], Any]) -> Any:
         """See [`~guidance.GuidedPredictor.cached`]; kept until the end of the call."""
@@ -382,13 +366,7 @@ class DiffSketchingMixin(_Base):
             ValueError: if `latents` has another shape or is not finite.
         """
         shape = (batch_size, self.sample_channels, *self.sample_size)
-        if latents is None:
-            return randn_tensor(shape, generator=generators, device=self._execution_device, dtype=torch.float32)
-        if latents.shape != shape:
-            raise ValueError(f"`latents` has to have shape {shape} but has {tuple(latents.shape)}.")
-        if not bool(torch.isfinite(latents).all()):
-            raise ValueError("`latents` has a NaN or an infinity.")
-        return latents.to(self._execution_device, torch.float32)
+        return prepare_noise(shape, generators, self._execution_device, latents)
 
     def resolve_num_inference_steps(self, num_inference_steps: int | None) -> int:
         """Return what was given, else what the checkpoint recommends."""
@@ -413,11 +391,9 @@ class DiffSketchingMixin(_Base):
         self._interrupt = False
         self._predictor = self._make_predictor(
             conditioning,
-            sketch_guidance_scale=resolved.sketch_guidance_scale,
             callbacks=callbacks,
             num_steps=len(timesteps),
-            interval=resolved.guidance_interval,
-            clip_sample=resolved.clip_sample,
+            **resolved.predictor_options,
         )
         with self.progress_bar(total=len(timesteps)) as progress_bar:
 
@@ -439,9 +415,7 @@ class DiffSketchingMixin(_Base):
         Return photos `[batch_size, 3, height, width]` in [-1, 1] in the UNet's own space, without randomness: latents of
         `vae`, or as they are. One at a time, so that none depends on its batch.
         """
-        if self.vae is None:
-            return photos
-        return torch.cat([encode_photos(self.vae, photo) for photo in photos.split(1)])
+        return encode_each(self.vae, photos)
 
     @torch.no_grad()
     def decode_photos(self, latents: torch.Tensor) -> torch.Tensor:
@@ -449,9 +423,7 @@ class DiffSketchingMixin(_Base):
         Return photos `[batch_size, 3, height, width]` of what the UNet denoises, float32 and not clipped; one at a time, so that
         none depends on its batch.
         """
-        if self.vae is None:
-            return latents
-        return torch.cat([decode_latents(self.vae, latent) for latent in latents.split(1)])
+        return decode_each(self.vae, latents)
 
     def decode_latents(self, latents: torch.Tensor, output_type: str) -> Any:
         """Return x_0 as `output_type` asks for it."""
@@ -504,13 +476,7 @@ class DiffSketchingMixin(_Base):
             ValueError: for a scheduler other than `DDIMScheduler`, photos that cannot be read or are of another size, or
                 a wrong class, number of classes or number of drawings.
         """
-        check_invertible(self.scheduler, num_fixed_point_iterations)
-        check_has_classes(self, class_labels)
-        check_abstraction(sketch_abstraction, sketch is not None)
-        if sketch is not None and not self.takes_sketch:
-            raise ValueError(
-                f"`sketch` needs a `unet` with {self.sketch_channels} input channels to be inverted with: leave it at None."
-            )
+        check_inversion(self, class_labels, sketch is not None, num_fixed_point_iterations, sketch_abstraction)
         num_inference_steps = self.resolve_num_inference_steps(num_inference_steps)
         scheduler = sampling_scheduler(self.scheduler, num_inference_steps, self._execution_device)
 

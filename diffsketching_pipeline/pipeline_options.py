@@ -5,14 +5,15 @@ import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from diffusers import UNet2DModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.schedulers import DDIMScheduler
+from diffusers.schedulers import DDIMScheduler, SchedulerMixin
 from diffusers.utils import logging
 
-from diffsketching_pipeline.conditioning import as_list
+from diffsketching_pipeline.conditioning import ClassVocabulary, as_list
 from diffsketching_pipeline.denoising import NoisePrediction
 from diffsketching_pipeline.guidance import (
     GUIDANCE_TENSOR_INPUTS,
@@ -45,6 +46,28 @@ _COLOURED_SHARE = 0.6
 # Settings other than the number of steps and the scales for which a checkpoint may recommend a value in [0, 1].
 _RECOMMENDED_SHARES = ("eta", "sketch_abstraction", "class_mixture")
 _OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+class CalledPipeline(Protocol):
+    """What is asked of the pipeline that is called; see [`~pipeline_base.DiffSketchingMixin`], which imports this module."""
+
+    unet: UNet2DModel
+    scheduler: SchedulerMixin
+    vae: Any
+    recommended: dict[str, Any]
+    _callback_tensor_inputs: list[str]
+
+    @property
+    def classes(self) -> ClassVocabulary: ...
+
+    @property
+    def sketch_channels(self) -> int: ...
+
+    @property
+    def takes_sketch(self) -> bool: ...
+
+    @property
+    def takes_abstraction(self) -> bool: ...
 
 
 @dataclass
@@ -89,7 +112,7 @@ class SamplingOptions:
         off: dict[str, Any] = {name: _SCALES[name][0] for name, scale in self.scales.items() if scale is None}
         return replace(self, clip_sample=clip_sample, **off)
 
-    def check(self, pipe: Any, class_labels, has_sketch: bool, latents=None) -> None:
+    def check(self, pipe: CalledPipeline, class_labels, has_sketch: bool, latents=None) -> None:
         """
         Refuse what is wrong before anything is computed.
 
@@ -133,7 +156,12 @@ class SamplingOptions:
             )
 
     def call_on_step_end(
-        self, pipe: Any, step_index: int, timestep: Any, latents: torch.Tensor, prediction: NoisePrediction
+        self,
+        pipe: CalledPipeline,
+        step_index: int,
+        timestep: Any,
+        latents: torch.Tensor,
+        prediction: NoisePrediction,
     ) -> torch.Tensor:
         """Return the latents to go on with after a step, which `callback_on_step_end` may replace."""
         if self.callback_on_step_end is None:
@@ -155,7 +183,7 @@ class SamplingOptions:
         if isinstance(generator, (list, tuple)) and None in generator:
             raise ValueError("`generator` has to be a `torch.Generator` for each image, but the list has a None.")
 
-    def _check_guidance_callbacks(self, pipe: Any, has_sketch: bool) -> None:
+    def _check_guidance_callbacks(self, pipe: CalledPipeline, has_sketch: bool) -> None:
         for callback in _flatten_callbacks(self.guidance_callbacks):
             unknown = set(callback.tensor_inputs) - set(GUIDANCE_TENSOR_INPUTS)
             if unknown:
@@ -168,14 +196,14 @@ class SamplingOptions:
             elif isinstance(callback, SketchGuidanceCallback):
                 _check_scale(pipe, "perceptual_guidance_scale", callback.config.scale, has_sketch)
 
-    def _check_negative_class(self, pipe: Any, has_sketch: bool) -> None:
+    def _check_negative_class(self, pipe: CalledPipeline, has_sketch: bool) -> None:
         if self.negative_class_labels is None:
             return
         negative = as_list(self.negative_class_labels)
         for label in negative if isinstance(negative, list) else [negative]:
             if label is not None:
                 pipe.classes.index_of(label, "negative_class_labels")
-            elif pipe.null_class is None:
+            elif pipe.classes.null_class is None:
                 raise ValueError(
                     f"`negative_class_labels={negative!r}` has a None, but this checkpoint's `unet` has no 'no class' to"
                     " stand for it: give a class for each sketch."
@@ -190,7 +218,9 @@ class SamplingOptions:
                 f" {pipe.sketch_channels} input channels, or leave it at None."
             )
 
-    def resolve(self, pipe: Any, *, has_sketch: bool, has_class: bool, has_latents: bool = False) -> "ResolvedOptions":
+    def resolve(
+        self, pipe: CalledPipeline, *, has_sketch: bool, has_class: bool, has_latents: bool = False
+    ) -> "ResolvedOptions":
         """
         Return what a call uses, with the checkpoint's recommendation for what was left at `None`.
 
@@ -220,7 +250,7 @@ class SamplingOptions:
             resolved.check_needs_no_class()
         return resolved
 
-    def _resolve_scale(self, pipe: Any, name: str, has_sketch: bool, has_class: bool) -> float:
+    def _resolve_scale(self, pipe: CalledPipeline, name: str, has_sketch: bool, has_class: bool) -> float:
         given, (off, components) = getattr(self, name), _SCALES[name]
         if given is not None:
             return float(given)
@@ -230,7 +260,7 @@ class SamplingOptions:
         usable = usable and (has_class if name == "classifier_guidance_scale" else has_sketch)
         return float(pipe.recommended.get(name, off)) if usable else off
 
-    def _resolve_eta(self, pipe: Any, has_latents: bool) -> float:
+    def _resolve_eta(self, pipe: CalledPipeline, has_latents: bool) -> float:
         if self.eta is not None:
             return float(self.eta)
         # Given noise, inverted from a photo maybe, is to lead to one result; other schedulers have no η.
@@ -238,7 +268,7 @@ class SamplingOptions:
             return 0.0
         return float(pipe.recommended.get("eta", 0.0))
 
-    def _resolve_abstraction(self, pipe: Any, has_sketch: bool) -> float:
+    def _resolve_abstraction(self, pipe: CalledPipeline, has_sketch: bool) -> float:
         abstraction, usable = self.sketch_abstraction, has_sketch and pipe.takes_abstraction
         if abstraction and not usable:
             logger.warning(
@@ -279,6 +309,15 @@ class ResolvedOptions:
     def record(self) -> dict[str, Any]:
         """What the pipeline tells of its last call, without what was given to it: that may be large."""
         return {"guidance_scales": self.scales, "eta": self.eta, "sketch_abstraction": self.sketch_abstraction}
+
+    @property
+    def predictor_options(self) -> dict[str, Any]:
+        """What a [`GuidedPredictor`] is told of them."""
+        return {
+            "sketch_guidance_scale": self.sketch_guidance_scale,
+            "interval": self.guidance_interval,
+            "clip_sample": self.clip_sample,
+        }
 
     @property
     def guidance_interval(self) -> tuple[float, float]:
@@ -344,7 +383,7 @@ def check_recommended(recommended: Any, where: str = "This pipeline") -> None:
             raise ValueError(f"{where}: `recommended` must have a finite `{name}`, but got {brief(repr(value))}.")
 
 
-def check_has_classes(pipe: Any, class_labels: Any) -> None:
+def check_has_classes(pipe: CalledPipeline, class_labels: Any) -> None:
     """
     Raises:
         ValueError: if `class_labels` is an empty list, or given to a checkpoint without classes.
@@ -352,7 +391,7 @@ def check_has_classes(pipe: Any, class_labels: Any) -> None:
     labels = as_list(class_labels)
     if isinstance(labels, list) and not labels:
         raise ValueError("`class_labels` is empty: give at least one, or None.")
-    if class_labels is not None and pipe.num_classes == 0:
+    if class_labels is not None and pipe.classes.num_classes == 0:
         raise ValueError(f"`class_labels` is {class_labels!r} but this checkpoint has no classes: leave it at None.")
 
 
@@ -393,6 +432,29 @@ def check_invertible(scheduler: Any, num_fixed_point_iterations: Any) -> None:
     check_integer("num_fixed_point_iterations", num_fixed_point_iterations, at_least=0)
 
 
+def check_inversion(
+    pipe: CalledPipeline,
+    class_labels: Any,
+    has_sketch: bool,
+    num_fixed_point_iterations: Any,
+    sketch_abstraction: Any,
+) -> None:
+    """
+    Refuse what is wrong with the arguments of `invert` before anything is computed.
+
+    Raises:
+        ValueError: as [`check_invertible`], for classes or an abstraction that are not there, or a drawing that the network
+            is not shown.
+    """
+    check_invertible(pipe.scheduler, num_fixed_point_iterations)
+    check_has_classes(pipe, class_labels)
+    check_abstraction(sketch_abstraction, has_sketch)
+    if has_sketch and not pipe.takes_sketch:
+        raise ValueError(
+            f"`sketch` needs a `unet` with {pipe.sketch_channels} input channels to be inverted with: leave it at None."
+        )
+
+
 def check_strength(strength: float) -> None:
     """
     Raises:
@@ -419,7 +481,7 @@ def expand_generator(generator: Any, batch_size: int, per: str = "image") -> lis
     return [torch.Generator("cpu").manual_seed(int(seed)) for seed in seeds]
 
 
-def _check_scale(pipe: Any, name: str, scale: Any, has_sketch: bool) -> None:
+def _check_scale(pipe: CalledPipeline, name: str, scale: Any, has_sketch: bool) -> None:
     if scale is None:
         return
     if not is_number(scale) or not math.isfinite(scale):

@@ -15,6 +15,8 @@ from diffsketching_pipeline.manifest import weights_sha256
 if TYPE_CHECKING:
     from PIL import Image
 
+    from diffsketching_pipeline.pipeline_base import DiffSketchingMixin
+
 
 _SHEET_TILE = 192
 _SHEET_COLUMNS = 5
@@ -28,7 +30,7 @@ def file_record(role: str, path: Path | None) -> dict[str, Any]:
     return {role: str(path), f"{role}_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
-def sampling_record(pipe: Any, settings: dict[str, Any]) -> dict[str, Any]:
+def sampling_record(pipe: "DiffSketchingMixin", settings: dict[str, Any]) -> dict[str, Any]:
     """The settings of the last call, with what the checkpoint recommends filled in."""
     return {
         **settings,
@@ -57,7 +59,7 @@ def metadata(model: dict[str, Any], records: list[dict[str, Any]]) -> bytes:
     return json.dumps({"model": model, "versions": _versions(), "images": records}, indent=2).encode()
 
 
-def model_record(pipe: Any, model: str | None) -> dict[str, Any]:
+def model_record(pipe: "DiffSketchingMixin", model: str | None) -> dict[str, Any]:
     """Which weights results were made with."""
     return {"name": model or "garments-64", "unet_sha256": weights_sha256(pipe.unet)}
 

@@ -6,12 +6,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
 from diffsketching_pipeline.files import check_writable
 
+
+if TYPE_CHECKING:
+    from diffsketching_pipeline.pipeline_base import DiffSketchingMixin
 
 BUNDLED_SIZE = 64
 
@@ -163,7 +166,7 @@ def sketch_fit(colour_hint: Any) -> str | None:
     return "page" if are_colour_strokes(colour_hint) else None
 
 
-def check_labels(pipe: Any, labels: Sequence[Any], negative: Any = None) -> None:
+def check_labels(pipe: "DiffSketchingMixin", labels: Sequence[Any], negative: Any = None) -> None:
     """Refuses classes and mixtures that the model does not know."""
     with user_errors():
         for label in labels:

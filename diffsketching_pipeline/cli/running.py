@@ -16,6 +16,8 @@ from diffsketching_pipeline.results import metadata, png
 if TYPE_CHECKING:
     from PIL import Image
 
+    from diffsketching_pipeline import DiffSketchingEditPipeline, DiffSketchingPipeline
+
 
 RESCUED: dict[Path, Path] = {}
 """Folders that could not be written to in the course of this command, and where their files are instead."""
@@ -58,7 +60,11 @@ def load_pipeline(
 
 
 def generate_images(
-    pipe: Any, seeds: range, batch_size: int, advance: Callable[[float], None], **arguments: Any
+    pipe: "DiffSketchingPipeline | DiffSketchingEditPipeline",
+    seeds: range,
+    batch_size: int,
+    advance: Callable[[float], None],
+    **arguments: Any,
 ) -> Iterator[tuple[range, Any]]:
     """Batch after batch, its seeds and the output of the call: photo k from `seeds[k]`. What is written at once stays."""
     import torch

@@ -115,7 +115,9 @@ def _peak_memory(
     Path("/proc/self/clear_refs").write_text("5")
     before = _resident("VmRSS")
 
-    def stop(pipe: Any, step_index: int, timestep: Any, callback_kwargs: dict[str, Any]) -> dict[str, Any]:
+    def stop(
+        pipe: DiffSketchingPipeline, step_index: int, timestep: Any, callback_kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
         pipe._interrupt = step_index + 1 >= MEMORY_STEPS
         return {}
 

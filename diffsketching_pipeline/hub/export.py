@@ -87,7 +87,7 @@ def export_pipeline(
     return Path(output_dir)
 
 
-def _check_exportable(pipe: Any) -> None:
+def _check_exportable(pipe: object) -> None:
     from diffsketching_pipeline.lora import has_lora
     from diffsketching_pipeline.pipeline_base import DiffSketchingMixin
     from diffsketching_pipeline.verification import COMPONENT_CLASSES

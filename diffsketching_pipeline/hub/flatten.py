@@ -145,10 +145,8 @@ def _is_docstring(node: ast.stmt) -> bool:
 
 
 def _is_for_types(node: ast.stmt) -> bool:
-    """Whether it only imports what a type checker needs."""
-    if not isinstance(node, ast.If) or ast.unparse(node.test) != "TYPE_CHECKING" or node.orelse:
-        return False
-    return all(isinstance(child, (ast.Import, ast.ImportFrom)) for child in node.body)
+    """Whether it is there for a type checker alone."""
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING" and not node.orelse
 
 
 def _calls(node: ast.stmt, names: set[str]) -> bool:

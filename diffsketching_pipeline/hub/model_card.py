@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, cast
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
 
+    from diffsketching_pipeline.pipeline_base import DiffSketchingMixin
+
 
 REQUIREMENTS = "pip install diffusers numpy pillow scikit-image scipy torch torchvision transformers"
 """What installs all that the code of an export imports."""
@@ -131,14 +133,14 @@ pipe = DiffusionPipeline.from_pretrained("{name}", custom_pipeline="{name}", tru
 """
 
 
-def input_names(pipe: Any) -> list[str]:
+def input_names(pipe: "DiffSketchingMixin") -> list[str]:
     """What the UNet of a pipeline takes, in words."""
     names = {"photo" if pipe.vae is None else "latents": True, "sketch": pipe.takes_sketch}
     names["abstraction"] = pipe.takes_abstraction
     return [name for name, is_taken in names.items() if is_taken]
 
 
-def make_card(pipe: Any, title: str, license: str | None) -> str:
+def make_card(pipe: "DiffSketchingMixin", title: str, license: str | None) -> str:
     """A card with what can be read off the pipeline itself: components, sizes, classes, recommended settings."""
     from diffsketching_pipeline.verification import COMPONENT_CLASSES
 
