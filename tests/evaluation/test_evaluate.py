@@ -307,6 +307,7 @@ def test_redrawn_copies_are_what_the_model_is_given(arguments, model_dir, drawin
         main(dataclasses.replace(args, free_hand_strength=0.0))
 
 
+@pytest.mark.slow
 def test_filled_outlines_retrieve_their_drawings_and_blank_images_none(arguments, drawings_dir, tmp_path):
     filled = outlined_photos(drawings_dir, tmp_path / "filled")
     for path in sorted(filled.glob("*/*_0.png")):
@@ -423,6 +424,7 @@ def test_images_of_other_drawings_retrieve_near_chance(drawings_dir):
     assert np.mean(hits) == pytest.approx(1 / 12, abs=0.02)
 
 
+@pytest.mark.slow
 def test_planted_copies_are_flagged_even_mirrored(arguments, drawings_dir, photos_dir, tmp_path):
     rng = np.random.default_rng(0)
     photos = {label: sorted((photos_dir / "train" / label).iterdir()) for label in LABELS}

@@ -119,6 +119,7 @@ def hub_checkpoints(tmp_path, monkeypatch):
     return folder
 
 
+@pytest.mark.slow
 def test_inception_gives_the_features_of_fid_and_leaves_classes_to_the_evaluator(evaluator_dir, hub_checkpoints):
     torch.manual_seed(0)
     # Of the same names and shapes as TensorFlow's, converted.

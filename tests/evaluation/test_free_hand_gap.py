@@ -105,6 +105,7 @@ def test_gap_is_the_difference_or_says_why_there_is_none():
     assert gap["recall"].value is None and gap["recall"].reason == "none on human drawings: fewer than 32 images"
 
 
+@pytest.mark.slow
 def test_gap_is_in_the_report(arguments, model_dir, contours_dir, drawings_dir, tmp_path):
     common = {"model": str(model_dir), "num_images_per_sketch": 1, "num_inference_steps": 1}
     main(arguments(**common, sketches=str(contours_dir), output_dir=str(tmp_path / "contours")))

@@ -106,6 +106,7 @@ def test_plots_show_the_numbers_with_better_up_and_right(sweep):
     assert axes.yaxis_inverted() and not axes.xaxis_inverted()
 
 
+@pytest.mark.slow
 def test_files_are_joined_and_pictures_written(sweep, tmp_path, monkeypatch, capsys):
     more = {"full": ({}, 0.020, 14.0), "sketch-5": ({"sketch_guidance_scale": 5.0}, 0.009, 31.0)}
     second = write_metrics(tmp_path / "more.json", more)

@@ -104,6 +104,7 @@ def test_an_export_holds_what_it_needs_to_load_anywhere(tiny_pipeline, metrics, 
     assert tiny_pipeline.unet.dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_the_bundled_checkpoint_keeps_its_card(tmp_path):
     pipe = DiffSketchingPipeline.from_pretrained(bundled_checkpoint(), classifier=None)
     out = export_pipeline(pipe, tmp_path / "garments")
@@ -123,6 +124,7 @@ MODULES = {
 }
 
 
+@pytest.mark.slow
 def test_the_generated_code_needs_nothing_of_the_package(tmp_path):
     code = "import importlib, sys\nsys.modules['diffsketching_pipeline'] = None\n"
     code += "import diffusers.utils.dynamic_modules_utils as m\n"

@@ -225,6 +225,7 @@ def test_a_mask_of_a_drawing_is_averaged_over_the_pixels_of_a_latent(latent_pipe
     assert (alone[0] - alone[1]).abs().max() > 0.1
 
 
+@pytest.mark.slow
 def test_inversion_encodes_the_photos_and_comes_back(latent_pipeline):
     photos = torch.rand(2, 3, PIXEL_SIZE, PIXEL_SIZE, generator=torch.Generator().manual_seed(0)) * 2 - 1
     noise = latent_pipeline.invert(photos, "a", num_inference_steps=50, num_fixed_point_iterations=5)
@@ -599,6 +600,7 @@ COMMANDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_work_on_latents(command, checkpoint, drawing, photo, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -58,6 +58,7 @@ def test_autoencoder_stands_between_the_photos_and_a_small_copy(latent_pipeline,
     assert decode >= 0 and evaluation > 0 and ratio > 0
 
 
+@pytest.mark.slow
 def test_inversion_prints_the_round_trip(model_dir, tmp_path, monkeypatch, capsys):
     (tmp_path / "b").mkdir()
     photos = [tmp_path / "b" / "one.png", tmp_path / "two.png"]

@@ -504,6 +504,7 @@ def test_textbook_inversion_equals_the_inverse_scheduler_of_diffusers(set_alpha_
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_fixed_point_iterations_close_the_round_trip(tiny_unet, sketches):
     scheduler, images = make_scheduler(), make_latents().tanh()
