@@ -14,6 +14,9 @@ def demo(
     model: Model = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[Optional[int], typer.Option(help="[default: the first free one from 7860]")] = None,
+    allow_host: Annotated[
+        Optional[list[str]], typer.Option(help="Further name under which browsers ask for the page, e.g. of a proxy.")
+    ] = None,
     share: Annotated[bool, typer.Option("--share", help="Also at a public address, by Gradio's servers.")] = False,
     device: Device = "auto",
     dtype: Dtype = DtypeName.float32,
@@ -27,7 +30,7 @@ def demo(
     from diffsketching_pipeline.demo.service import Studio
 
     with user_errors((OSError,)):
-        page = launch(Studio(pipe, model), host, port, share)
+        page = launch(Studio(pipe, model), host, port, share, allow_host or ())
     print(f"Draw at {page.share_url or page.local_url}; Ctrl+C ends it.", flush=True)
     try:
         page.block_thread()

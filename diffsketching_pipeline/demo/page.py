@@ -1,23 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """The drawing page: what is on it, and which part of it calls what in `service.py`."""
 
+import asyncio
 import functools
+import json
 import os
 import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import AsyncIterator, Collection, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import gradio as gr
 from gradio.processing_utils import hash_bytes
 from gradio.utils import LRUCache, get_upload_folder
 from PIL import Image, ImageOps
+from starlette.middleware import Middleware
 
+from diffsketching_pipeline.demo.guard import Guard, served_hosts
 from diffsketching_pipeline.demo.service import (
     CANVAS_SIZE,
     MAX_FRAMES,
+    MAX_HISTORY_BYTES,
     MAX_IMAGES,
     MAX_SEED,
     MAX_STEPS,
@@ -186,8 +193,8 @@ class _Handlers:
         self.studio.stop(str(request.session_hash))
         return "Stopped."
 
-    def keep(self, photos: Photos | None, history: list[dict[str, Any]]) -> Any:
-        return gr.skip() if photos is None else remember(history, photos)
+    def keep(self, photos: Photos | None, history: Any) -> Any:
+        return gr.skip() if photos is None else remember(_entries(history), photos)
 
     def pack(self, photos: Photos | None) -> Any:
         """The button that downloads them."""
@@ -197,10 +204,13 @@ class _Handlers:
         path = _cached(self.studio.archive(photos), name)
         return gr.DownloadButton(value=path, interactive=True)
 
-    def reopen(self, history: list[dict[str, Any]], event: gr.SelectData):
+    def reopen(self, history: Any, event: gr.SelectData):
         """Values of the gallery, the photos and the seed, of one entry of the history."""
         with _told_to_user():
-            photos = recall(history[event.index])
+            entries = _entries(history)
+            if not (isinstance(event.index, int) and 0 <= event.index < len(entries)):
+                raise ValueError("There is no such entry of the history.")
+            photos = recall(entries[event.index])
         return _captioned(photos), photos, photos.records[0]["seed"]
 
 
@@ -275,10 +285,21 @@ def _captioned(photos: Photos) -> list[tuple[str, str]]:
     return [(file, name if label is None else f"{label} {name}") for file, name in zip(files, names, strict=True)]
 
 
-def _show_history(history: list[dict[str, Any]]) -> list[tuple[str, str]]:
+def _entries(history: Any) -> list[Any]:
+    """The history that a browser kept, none where it was changed into something else, and no more than fits into it."""
+    entries, size = [], 0
+    for entry in history if isinstance(history, list) else []:
+        size += len(json.dumps(entry))
+        if size > MAX_HISTORY_BYTES:
+            break
+        entries.append(entry)
+    return entries
+
+
+def _show_history(history: Any) -> list[tuple[str, str]]:
     """The first photo of each entry; what cannot be read any more is left out with all that is older."""
     shown = []
-    for entry in history or []:
+    for entry in _entries(history):
         try:
             shown.append(_captioned(recall(entry))[0])
         except ValueError:
@@ -590,7 +611,12 @@ def _interpolation_tab(handlers: _Handlers, first: gr.ImageEditor) -> None:
 
 
 def launch(
-    studio: Studio, host: str | None = None, port: int | None = None, share: bool = False, **kwargs: Any
+    studio: Studio,
+    host: str | None = None,
+    port: int | None = None,
+    share: bool = False,
+    allowed_hosts: Collection[str] = (),
+    **kwargs: Any,
 ) -> gr.Blocks:
     """
     Serves the page in the background. Pillow's limit on the pixels of a picture is lowered for the whole process.
@@ -600,6 +626,7 @@ def launch(
         host (`str`, *optional*): address to listen on; `None` is `GRADIO_SERVER_NAME`, or else 127.0.0.1.
         port (`int`, *optional*): `None` is `GRADIO_SERVER_PORT`, or else the first free one from 7860.
         share (`bool`, defaults to `False`): whether to open a public address, too, through Gradio's servers.
+        allowed_hosts (`Collection[str]`): further names under which browsers ask for the page, such as that of a proxy.
         kwargs: further arguments of `gradio.Blocks.launch`.
 
     Returns:
@@ -612,7 +639,11 @@ def launch(
     # its limit and raises at twice that.
     Image.MAX_IMAGE_PIXELS = MAX_SKETCH_PIXELS // 2
     page = build_page(studio)
+    server_name = host or os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1")
+    hosts = served_hosts(server_name, allowed_hosts)
+    guard = Middleware(Guard, hosts=hosts, max_upload_bytes=MAX_UPLOAD_BYTES)  # type: ignore[arg-type]
     page.launch(
+        app_kwargs={"middleware": [guard], "lifespan": _sweep},
         server_name=host,
         server_port=port,
         share=share,
@@ -629,4 +660,30 @@ def launch(
         css=_CSS,
         **kwargs,
     )
+    if share and page.share_url:
+        hosts.add(str(urlsplit(page.share_url).hostname))
     return page
+
+
+@asynccontextmanager
+async def _sweep(app: Any) -> AsyncIterator[None]:
+    """Remove the folders whose files Gradio has deleted, as often as it does that."""
+
+    async def sweep() -> None:
+        while True:
+            remove_empty_folders(Path(get_upload_folder()), _DELETE_CACHE[1])
+            await asyncio.sleep(_DELETE_CACHE[0])
+
+    task = asyncio.create_task(sweep())
+    try:
+        yield
+    finally:
+        task.cancel()
+
+
+def remove_empty_folders(root: Path, seconds: float) -> None:
+    """Remove the empty folders in `root` to which nothing was added, and from which nothing was taken, for so long."""
+    for folder in root.iterdir() if root.is_dir() else ():
+        with suppress(OSError):
+            if folder.is_dir() and time.time() - folder.stat().st_mtime >= seconds:
+                folder.rmdir()

@@ -5,6 +5,7 @@ import base64
 import io
 import json
 import queue
+import re
 import threading
 import time
 import zipfile
@@ -54,6 +55,8 @@ PREVIEW_STEPS = 3
 CANVAS_SIZE = 512
 # The browser keeps about 5 MB a site, encrypted and with two bytes a character.
 MAX_HISTORY_BYTES = 1_000_000
+# Photos are of the model's size, drawings of the canvas's; one that came by the API may be larger.
+MAX_PICTURE_SIDE = 4096
 
 # The slider from "follow the drawing" (0) to "look real" (1), linear between its rows. Both scales are multiples of what
 # the checkpoint recommends, that of sketch guidance of its distance from 1.0, which is off. The ends are where the sweep in
@@ -460,7 +463,7 @@ def remember(history: list[dict[str, Any]], photos: Photos) -> list[dict[str, An
     return kept
 
 
-def recall(entry: dict[str, Any]) -> Photos:
+def recall(entry: Any) -> Photos:
     """
     The photos of an entry of the history.
 
@@ -468,16 +471,39 @@ def recall(entry: dict[str, Any]) -> Photos:
         ValueError: if it is not one that `remember` made; the browser's owner may have changed it.
     """
     try:
-        drawing, *images = (_read_png(picture) for picture in entry["pictures"])
-        records = [dict(record) for record in entry["records"]]
-        if len(images) != len(records):
-            raise ValueError("its photos and records differ in number")
-        return Photos({"drawing": drawing}, images, records)
-    except (ValueError, KeyError, TypeError, OSError) as error:
+        pictures, records = entry["pictures"], entry["records"]
+        if not 1 <= len(records) <= MAX_IMAGES or len(pictures) != len(records) + 1:
+            raise ValueError("its photos and records differ in number, or are too many")
+        if sum(map(len, pictures)) > MAX_HISTORY_BYTES:
+            raise ValueError("its pictures are too large")
+        for record in records:
+            _check_record(record)
+        drawing, *images = (_read_png(picture) for picture in pictures)
+        return Photos({"drawing": drawing}, images, [dict(record) for record in records])
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, SyntaxError, MemoryError) as error:
         raise ValueError(f"this entry of the history cannot be read: {error}.") from error
+
+
+def _check_record(record: Any) -> None:
+    """Refuse a record that is of other types or beyond other bounds than those that are made here."""
+    if not re.fullmatch(r"photo(_\d{1,10}){1,64}\.png", record["file"]):
+        raise ValueError(f"its file is {record['file'][:60]!r}")
+    variations = [Variation(**variation) for variation in record["variations"]]
+    seeds, strengths = [record["seed"], *(v.seed for v in variations)], [v.strength for v in variations]
+    settings = [record.get(name) for name in CALL_SETTINGS]
+    if not all(type(value) is int and 0 <= value < MAX_SEED + MAX_IMAGES for value in seeds):
+        raise ValueError("its seeds are out of range")
+    if not all(type(value) in (int, float) and 0 < value <= 1 for value in strengths):
+        raise ValueError("its strengths are out of range")
+    if not all(value is None or (isinstance(value, (bool, int, float)) and abs(value) < 1e6) for value in settings):
+        raise ValueError("its settings are out of range")
+    if not isinstance(record["class_label"], (str, int, type(None))):
+        raise ValueError("its class is none")
 
 
 def _read_png(picture: str) -> Image.Image:
     image = Image.open(io.BytesIO(base64.b64decode(picture)), formats=["PNG"])
+    if max(image.size) > MAX_PICTURE_SIDE:
+        raise ValueError(f"a picture has {image.width} x {image.height} pixels")
     image.load()
     return image

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the drawing page does, without a browser."""
 
+import base64
 import io
 import json
 import threading
+import time
 import zipfile
 
 import numpy as np
@@ -203,6 +205,33 @@ def test_history_comes_back_from_json_and_stays_small(monkeypatch, studio, drawi
     for broken in ({}, {**history[0], "pictures": ["!"]}, {**history[0], "records": []}):
         with pytest.raises(ValueError, match="this entry of the history cannot be read"):
             demo.recall(broken)
+
+
+def test_a_crafted_history_is_refused_before_its_pictures_are_decoded(studio, drawing):
+    photos = finish(studio.make_photos(PhotoRequest(drawing, "b", 1, settings=STEPS), "a"))
+    entry = json.loads(json.dumps(demo.remember([], photos)))[0]
+    (record,) = entry["records"]
+    large = io.BytesIO()
+    Image.new("1", (8000, 8000)).save(large, "PNG")
+    bomb = base64.b64encode(large.getvalue()).decode()
+    changes = [{"file": name} for name in (3, None, "../photo_0.png", "photo_0.svg", "photo_" + "1" * 99 + ".png")]
+    changes += [{"seed": seed} for seed in (-1, 2**40, 0.5, "0", None, True, [])]
+    changes += [{"variations": value} for value in (3, [3], [{"seed": 0}], [{"seed": 0, "strength": 2}], {"a": 1})]
+    changes += [{"variations": [{"seed": "0", "strength": 0.5}]}, {"class_label": {"b": 1}}, {"class_label": [1]}]
+    changes += [{"eta": value} for value in ("1", [], 1e30, float("nan"))]
+    crafted = [{**entry, "records": [record | change]} for change in changes]
+    crafted += [{**entry, "pictures": [bomb, bomb]}, {**entry, "pictures": [entry["pictures"][0], 3]}]
+    crafted += [
+        {"pictures": 9 * ["A" * 10**6], "records": 8 * [record]},
+        {"pictures": 1002 * [""], "records": 1001 * [record]},
+    ]
+    crafted += [{"pictures": {}, "records": {}}, {**entry, "records": "ab"}, None, 3, "text", [entry], [[]]]
+    began = time.process_time()
+    for value in crafted:
+        with pytest.raises(ValueError, match="this entry of the history cannot be read"):
+            demo.recall(value)
+    assert time.process_time() - began < 2
+    assert demo.recall(entry).records == photos.records
 
 
 def test_an_upload_is_redrawn_and_its_place_is_not_told(studio, tmp_path):

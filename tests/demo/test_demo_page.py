@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The drawing page in a browser, with a mouse, and by its API; all over the loopback."""
 
+import contextlib
+import http.client
 import importlib.util
 import io
 import json
 import os
 import re
 import runpy
+import select
 import shutil
 import socket
 import subprocess
@@ -28,6 +31,7 @@ from testing_utils import ROOT
 gradio_client = pytest.importorskip("gradio_client", reason="Gradio is not installed: pip install .[demo]")
 
 from diffsketching_pipeline import DiffSketchingPipeline, SketchProcessor, bundled_checkpoint  # noqa: E402
+from diffsketching_pipeline.demo import guard  # noqa: E402
 from diffsketching_pipeline.demo import page as demo_page  # noqa: E402
 from diffsketching_pipeline.demo.service import CANVAS_SIZE, PhotoRequest, Studio, example_drawings  # noqa: E402
 
@@ -522,6 +526,173 @@ def test_a_file_of_the_page_is_whole_at_any_time_and_stays_in_the_cache(tmp_path
         assert demo_page._cached(content, "up.zip") == str(path)
         # What is being read is not written over.
         assert reader.read() == content and os.fstat(reader.fileno()).st_ino != path.stat().st_ino
+
+
+# -- against what is sent to harm --
+
+
+def send(address, path, body=b"", **headers):
+    """
+    The status of a request, its headers, and the seconds until it was answered. A body may be a list of parts, which are sent
+    until there is an answer.
+    """
+    port = int(address.rstrip("/").rpartition(":")[2])
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    names = {name.replace("_", "-"): value for name, value in headers.items()}
+    began = time.monotonic()
+    if isinstance(body, list):
+        is_chunked = "Content-Length" not in names
+        connection.putrequest("POST", path)
+        for name, value in (names | ({"Transfer-Encoding": "chunked"} if is_chunked else {})).items():
+            connection.putheader(name, value)
+        connection.endheaders()
+        for part in body:
+            if select.select([connection.sock], [], [], 0)[0]:
+                break
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                connection.send(b"%x\r\n%b\r\n" % (len(part), part) if is_chunked else part)
+    else:
+        connection.request("POST" if body else "GET", path, body, names)
+    answer = connection.getresponse()
+    answer.read()
+    connection.close()
+    return answer.status, answer.headers, time.monotonic() - began
+
+
+def post(port, path, body, headers):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    connection.request("POST", path, body, {name.replace("_", "-"): value for name, value in headers.items()})
+    return connection.getresponse().read()
+
+
+def as_upload(content):
+    head = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\nContent-Type: image/png\r\n\r\n'
+    return head + content + b"\r\n--x--\r\n"
+
+
+MULTIPART = {"Content_Type": "multipart/form-data; boundary=x"}
+JSON = {"Content_Type": "application/json"}
+
+
+def test_attacks_are_answered_at_once_while_another_request_goes_on(address, studio, monkeypatch, tmp_path):
+    Image.linear_gradient("L").point(lambda level: 255 * (level > 100)).save(tmp_path / "half.png")
+    client = gradio_client.Client(address, verbose=False)
+    canvas = {"background": gradio_client.handle_file(tmp_path / "half.png"), "layers": [], "composite": None}
+    arguments = {"drawing": canvas, "class_label": "b", "num_images": 1, "api_name": "/make_photos"}
+    expected = [photo["image"] for photo in client.predict(**arguments)[0]]
+    go_on = threading.Event()
+    with studio.pipe.unet.register_forward_pre_hook(lambda unet, inputs: go_on.wait(60) and None):
+        others = client.submit(**arguments)
+        megabyte = 2**20 * b"x"
+        api = "/gradio_api"
+        attacks = {
+            "another name": (421, "/", b"", {"Host": "rebound.example:80"}),
+            "another name of an address": (421, "/config", b"", {"Host": "10.0.0.9"}),
+            "a long body": (413, f"{api}/queue/join", 420 * [megabyte], {**JSON, "Content_Length": str(420 * 2**20)}),
+            "a body of no stated length": (400, f"{api}/component_server", 420 * [megabyte], JSON),
+            "a length of no number": (400, f"{api}/queue/join", b"{}", {**JSON, "Content_Length": "-1"}),
+            "a deep body": (None, f"{api}/queue/join", 2**20 * b"[", JSON),
+            "a large upload": (413, f"{api}/upload", [as_upload(17 * megabyte)], {**MULTIPART, "Content_Length": str(18 * 2**20)}),
+            "a call of nothing": (None, f"{api}/call/nothing", b'{"data": []}', JSON),
+            "a crafted value": (None, f"{api}/call/make_photos", b'{"data": [{"background": 3}, 9]}', JSON),
+        }  # fmt: skip
+        try:
+            for name, (expected_status, path, body, headers) in attacks.items():
+                status, _, seconds = send(address, path, body, **headers)
+                is_right = status in ([expected_status] if expected_status else range(200, 600))
+                assert seconds < 2 and is_right, (name, status, seconds)
+            assert not others.done()
+        finally:
+            go_on.set()
+        gallery = others.result(timeout=60)[0]
+    assert np.array_equal(*(pixels(Image.open(path)) for path in (gallery[0]["image"], expected[0])))
+
+
+def test_an_address_uploads_no_more_than_its_share(studio, monkeypatch):
+    monkeypatch.setattr(guard, "MAX_UPLOADED_BYTES", 10_000)
+    monkeypatch.setattr(guard, "_UPLOAD_SECONDS", 5.0)
+    page = demo_page.launch(studio)
+    try:
+        path, began = "/gradio_api/upload", time.monotonic()
+        statuses = [send(page.local_url, path, as_upload(3000 * b"x"), **MULTIPART)[0] for _ in range(5)]
+        assert statuses == [200, 200, 200, 429, 429]
+        assert send(page.local_url, "/config")[0] == 200
+        wait_for(lambda: time.monotonic() > began + 6)
+        assert send(page.local_url, path, as_upload(3000 * b"x"), **MULTIPART)[0] == 200
+    finally:
+        page.close()
+
+
+def test_an_uploaded_file_runs_nothing_in_a_browser(address, tmp_path):
+    script = '<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>'
+    (tmp_path / "script.svg").write_text(script)
+    body = as_upload(script.encode()).replace(b"a.png", b"a.svg").replace(b"image/png", b"image/svg+xml")
+    port = int(address.rstrip("/").rpartition(":")[2])
+    (stored,) = json.loads(post(port, "/gradio_api/upload", body, MULTIPART))
+    status, headers, _ = send(address, f"/gradio_api/file={stored}")
+    assert status == 200 and headers["X-Content-Type-Options"] == "nosniff"
+    assert (
+        "sandbox" in headers["Content-Security-Policy"] and "default-src 'none'" in headers["Content-Security-Policy"]
+    )
+    page = send(address, "/")[1]
+    assert "default-src 'self'" in page["Content-Security-Policy"] and page["X-Content-Type-Options"] == "nosniff"
+
+
+def test_the_names_of_a_page_are_those_it_listens_on(monkeypatch):
+    monkeypatch.setenv("SPACE_HOST", "ana-page.hf.space")
+    local, everywhere = guard.served_hosts("127.0.0.1", ["Page.Example"]), guard.served_hosts("0.0.0.0")
+    cases = {"127.0.0.1:7860": 3, "localhost": 3, "[::1]:7860": 3, "ANA-page.hf.space": 3, "page.example:80": 1}
+    cases |= {
+        "10.0.0.9:7860": 2,
+        "[fe80::1]:80": 2,
+        socket.gethostname(): 2,
+        "evil.example": 0,
+        "": 0,
+        "127.0.0.1.evil": 0,
+    }
+    for host, where in cases.items():
+        found = [guard.Guard(None, hosts, 1)._is_ours(host) for hosts in (local, everywhere)]
+        assert found == [bool(where & 1), bool(where & 2)], host
+
+
+def test_of_the_cache_only_old_empty_folders_are_removed(tmp_path):
+    for name in ("old", "used", "new"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "used" / "photo.png").touch()
+    for name in ("old", "used"):
+        os.utime(tmp_path / name, (0, 0))
+    demo_page.remove_empty_folders(tmp_path, 3600)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "used"]
+
+
+def test_a_request_whose_sender_has_gone_is_not_computed(address, studio, timesteps):
+    busy = threading.Event()
+    studio._executor.submit(busy.wait, 60)
+    port = int(address.rstrip("/").rpartition(":")[2])
+    meta = {"_type": "gradio.FileData"}
+    try:
+        for gone in (True, False):
+            client = gradio_client.Client(address, verbose=False)
+            canvas = {"background": gradio_client.handle_file(example_drawings()[0]), "layers": [], "composite": None}
+            if not gone:
+                stays = client.submit(drawing=canvas, num_images=1, api_name="/make_photos")
+                continue
+            (stored,) = json.loads(
+                post(port, "/gradio_api/upload", as_upload(example_drawings()[0].read_bytes()), MULTIPART)
+            )
+            canvas["background"] = {"path": stored, "meta": meta}
+            body = json.dumps({"data": [canvas, "b", 8]}).encode()
+            event = json.loads(post(port, "/gradio_api/call/make_photos", body, JSON))["event_id"]
+            stream = socket.create_connection(("127.0.0.1", port))
+            stream.sendall(f"GET /gradio_api/call/make_photos/{event} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
+            assert stream.recv(100)
+            stream.close()
+        time.sleep(2)
+        busy.set()
+        stays.result(timeout=60)
+        assert len(timesteps) == 12
+    finally:
+        busy.set()
 
 
 # -- as a Space --
