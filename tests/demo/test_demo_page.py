@@ -243,18 +243,18 @@ def test_strokes_become_photos_that_are_there_after_a_reload(browser, address, d
 
 
 def test_stop_ends_it_within_a_step_and_says_so(browser, address, studio, timesteps, monkeypatch):
-    monkeypatch.setitem(studio.pipe.recommended, "num_inference_steps", 100)
+    monkeypatch.setitem(studio.pipe.recommended, "num_inference_steps", 500)
     begun_at_stop = []
     stop = studio.stop
     monkeypatch.setattr(studio, "stop", lambda owner: (stop(owner), begun_at_stop.append(len(timesteps))))
     open_page(browser, address)
     draw(browser, SQUARE)
     click(browser, "#draw-make")
-    wait_for(lambda: find(browser, "#draw-status progress[max='100']"))
+    wait_for(lambda: find(browser, "#draw-status progress[max='500']"))
     click(browser, "#draw-stop")
     wait_for(lambda: find(browser, "#draw-status")[0].text == "Stopped.")
     wait_for(lambda: studio._running == [], 10)
-    assert begun_at_stop[0] <= len(timesteps) <= begun_at_stop[0] + 1 < 100
+    assert begun_at_stop[0] <= len(timesteps) <= begun_at_stop[0] + 1 < 500
 
 
 def test_live_photos_are_those_of_all_strokes(browser, address, downloads, studio, timesteps):

@@ -20,6 +20,7 @@ import torch
 from hub_client import describe
 from hub_server import metadata_errors
 from huggingface_hub import ModelCard
+from testing_utils import ROOT
 
 import diffsketching_pipeline
 from diffsketching_pipeline import (
@@ -176,7 +177,7 @@ def test_the_generated_code_is_short_and_whole(module, tmp_path):
 
 def test_the_generated_code_asks_for_the_package_where_it_needs_it(tiny_pipeline, tmp_path, monkeypatch):
     found = import_flat("pipeline_diffsketching", tmp_path)
-    pipe = found.DiffSketchingPipeline(**tiny_pipeline.components, id2label=tiny_pipeline.id2label)
+    pipe = found.DiffSketchingPipeline(**tiny_pipeline.components)
     pipe.set_progress_bar_config(disable=True)
     drawing = tmp_path / "line.svg"
     drawing.write_text('<svg viewBox="0 0 9 9"><path d="M1 1 8 8" fill="none" stroke="black"/></svg>')
@@ -205,7 +206,7 @@ def test_the_card_and_the_readme_name_what_the_generated_code_imports(tiny_pipel
                 imported |= {name.split(".")[0] for name in names} - sys.stdlib_module_names
     needed = {distributions[name][0].lower() for name in imported}
     assert {"diffusers", "pillow", "scikit-image", "torch"} <= needed
-    for path in (folder / "README.md", Path(__file__).parents[1] / "README.md"):
+    for path in (folder / "README.md", ROOT / "README.md"):
         (command,) = re.findall(r"pip install (diffusers [\w -]+)", path.read_text(encoding="utf-8"))
         assert set(command.split()) == needed, path
 

@@ -93,7 +93,7 @@ def test_photos_get_the_classes_that_a_classifier_sees(sketchy_dir, classifier_d
     # A pipeline whose classes have no names takes them by index.
     pipeline = DiffSketchingPipeline(make_unet(in_channels=4, num_class_embeds=4), make_scheduler())
     args = tiny_args(train_data_dir=str(pairs), pretrained_model_name_or_path="x", cache_dir=str(tmp_path / "cache"))
-    photos = finetune_diffsketching.load_photos(args, pipeline)
+    photos, _ = finetune_diffsketching.load_photos(args, pipeline)
     labels = dict(zip(photos["train"].ids, photos["train"].class_labels, strict=True))
     labels |= dict(zip(photos["validation"].ids, photos["validation"].class_labels, strict=True))
     assert {name.split("/")[-1][:3]: label for name, label in labels.items()} == {"bal": 3, "box": 1}

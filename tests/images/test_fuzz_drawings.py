@@ -2,7 +2,7 @@
 """
 Damaged and crafted drawings: each is read, or refused in one error, quickly, in little memory and without a connection.
 
-A few with each run of the tests; all of them by `python tests/test_fuzz_drawings.py 3000`.
+A few with each run of the tests; all of them by `python tests/images/test_fuzz_drawings.py 3000`.
 """
 
 import io
