@@ -284,11 +284,11 @@ class PairedPhotoDataset(PhotoSketchDataset):
         pairs: the photos of one split. Photos and drawings that cannot be decoded, and photos that have no drawing left,
             are left out, counted and named once.
         class_names: all classes, in the order of their indices.
-        null_class: the index of photos without a class.
+        null_class: the index of photos without a class; where there is none they are left out and named.
 
     Raises:
-        ValueError: a class that is not among `class_names`, a photo without a class where there is no `null_class`, or
-            no pair that can be read.
+        ValueError: a class that is not among `class_names`, no photo that has a class where there is no `null_class`, or no
+            pair that can be read.
     """
 
     def __init__(
@@ -309,10 +309,12 @@ class PairedPhotoDataset(PhotoSketchDataset):
             raise ValueError(
                 f"the data has classes that the model lacks: {', '.join(unknown)}. It has {list(class_names)}."
             )
-        if null_class is None and any(pair.label is None for pair in pairs):
-            raise ValueError(
-                "the data has photos without a class, and the model has no 'no class': sort them into folders."
-            )
+        without_class = [pair.stem for pair in pairs if pair.label is None and null_class is None]
+        if without_class:
+            if len(without_class) == len(pairs):
+                raise ValueError("the photos have no class, and the model has no 'no class': sort them into folders.")
+            _report({f"photos of {split} have no class, which the model needs, left out": without_class}, len(pairs))
+            pairs = [pair for pair in pairs if pair.label is not None]
         self.null_class = null_class
         self.class_names = list(class_names)
         self.sketch_processor = SketchProcessor(resolution=CONTOUR_SIZE, fit="page", resize_mode="stretch")

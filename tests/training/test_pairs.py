@@ -88,7 +88,7 @@ def test_two_folders_matched_by_stem_have_no_class(tmp_path):
     pairs = find_pairs(tmp_path / "photos", tmp_path / "drawings")
     assert [pair.stem for pair in pairs] == ["0", "1", "2"] and {pair.label for pair in pairs} == {None}
     assert PairedPhotoDataset(pairs, ["cat"], 16, null_class=1).class_labels == [1, 1, 1]
-    with pytest.raises(ValueError, match="the data has photos without a class, and the model has no 'no class'"):
+    with pytest.raises(ValueError, match="the photos have no class, and the model has no 'no class'"):
         PairedPhotoDataset(pairs, ["cat"], 16)
 
 
@@ -209,6 +209,13 @@ def test_missing_values_of_a_dataset(missing, label_kind, labels, expected, tmp_
     assert ("1 of 4 photos have no drawing" in caplog.text) == (missing == "sketch")
     if missing == "label" and label_kind is not NUMBERED:
         return
+    known = [label for label in expected if label is not None]
+    with caplog.at_level(logging.WARNING):
+        assert len(PairedPhotoDataset(pairs, ["cat", "dog"], 16, train=False)) == len(known)
+    left_out = len(expected) - len(known)
+    assert (f"{left_out} of 4 photos of train have no class, which the model needs, left out" in caplog.text) == bool(
+        left_out
+    )
     dataset = PairedPhotoDataset(pairs, ["cat", "dog"], 16, train=False, null_class=2)
     assert sorted(dataset.class_labels) == sorted({"cat": 0, "dog": 1, None: 2}[label] for label in expected)
 
