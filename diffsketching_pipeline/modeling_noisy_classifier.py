@@ -210,38 +210,12 @@ class NoisyImageClassifier(ModelMixin, ConfigMixin):
                 is missing where it has classes.
         """
         config = unet.config
-        if config.attn_norm_num_groups not in (None, config.norm_num_groups):
-            raise ValueError(
-                f"`unet` must have the attn_norm_num_groups None or {config.norm_num_groups} but has "
-                f"{config.attn_norm_num_groups}."
-            )
-        for name, supported in (
-            ("time_embedding_type", "positional"),
-            ("class_embed_type", None),
-            ("mid_block_type", "UNetMidBlock2D"),
-            ("mid_block_scale_factor", 1),
-            ("add_attention", True),
-            ("center_input_sample", False),
-        ):
-            if config[name] != supported:
-                raise ValueError(f"`unet` must have the {name} {supported!r} but has {config[name]!r}.")
-        if config.num_class_embeds is None:
-            if class_label is not None:
-                raise ValueError(f"`class_label` must be `None` for a `unet` without classes but is {class_label!r}.")
-        elif class_label is None or not 0 <= class_label < config.num_class_embeds:
-            raise ValueError(
-                f"`class_label` must be in [0, {config.num_class_embeds}), the classes of `unet`, but is {class_label!r}."
-            )
-
-        size = config.sample_size
-        if not isinstance(size, int):
-            if size is None or size[0] != size[1]:
-                raise ValueError(f"`unet` must have one sample_size for both sides but has {size!r}.")
-            size = size[0]
+        _check_unet(unet, class_label)
+        sides = config.sample_size
         same = "freq_shift flip_sin_to_cos block_out_channels down_block_types layers_per_block downsample_padding"
         same += " downsample_type act_fn attention_head_dim norm_num_groups norm_eps"
         classifier = cls(
-            sample_size=size,
+            sample_size=sides if isinstance(sides, int) else sides[0],
             in_channels=in_channels,
             num_classes=num_classes,
             time_embedding_dim=unet.time_embedding.linear_2.out_features,
@@ -321,3 +295,36 @@ class NoisyImageClassifier(ModelMixin, ConfigMixin):
         if not return_dict:
             return (logits,)
         return NoisyImageClassifierOutput(logits=logits)
+
+
+def _check_unet(unet: UNet2DModel, class_label: int | None) -> None:
+    """
+    Raises:
+        ValueError: as [`~NoisyImageClassifier.from_unet`].
+    """
+    config = unet.config
+    if config.attn_norm_num_groups not in (None, config.norm_num_groups):
+        raise ValueError(
+            f"`unet` must have the attn_norm_num_groups None or {config.norm_num_groups} but has "
+            f"{config.attn_norm_num_groups}."
+        )
+    for name, supported in (
+        ("time_embedding_type", "positional"),
+        ("class_embed_type", None),
+        ("mid_block_type", "UNetMidBlock2D"),
+        ("mid_block_scale_factor", 1),
+        ("add_attention", True),
+        ("center_input_sample", False),
+    ):
+        if config[name] != supported:
+            raise ValueError(f"`unet` must have the {name} {supported!r} but has {config[name]!r}.")
+    if config.num_class_embeds is None:
+        if class_label is not None:
+            raise ValueError(f"`class_label` must be `None` for a `unet` without classes but is {class_label!r}.")
+    elif class_label is None or not 0 <= class_label < config.num_class_embeds:
+        raise ValueError(
+            f"`class_label` must be in [0, {config.num_class_embeds}), the classes of `unet`, but is {class_label!r}."
+        )
+    size = config.sample_size
+    if not isinstance(size, int) and (size is None or size[0] != size[1]):
+        raise ValueError(f"`unet` must have one sample_size for both sides but has {size!r}.")

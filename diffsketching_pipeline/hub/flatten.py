@@ -212,7 +212,8 @@ def _write_statement(statement: _Statement, documented: set[str]) -> list[str]:
         elif isinstance(child, ast.ImportFrom) and (module := _internal(child)):
             indent = child.col_offset * " "
             first, last = child.lineno - statement.start, (child.end_lineno or child.lineno) - statement.start
-            lines[first] = f"{indent}try:\n    {lines[first]}"
+            # On one line: diffusers warns of packages that lines of a file begin to import from and that are not there.
+            lines[first] = f"{indent}try: {statement.lines[first].lstrip()}"
             lines[last] = (
                 f"{lines[last]}\n{indent}except ImportError as error:\n"
                 f'{indent}    raise ImportError("Install {_PACKAGE} to {_OPTIONAL[module]}.") from error'

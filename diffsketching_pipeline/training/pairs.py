@@ -14,7 +14,7 @@ import io
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -125,15 +125,7 @@ def find_pair_files(photo_dir: Path, sketch_dir: Path) -> list[tuple[str, Path, 
             )
     photos, doubled_photos = _images_by_stem(photo_dir, "photos")
     sketches, doubled_sketches = _images_by_stem(sketch_dir, "drawings")
-    drawings: dict[str, list[Path]] = defaultdict(list)
-    unmatched_sketches = []
-    for stem, path in sketches.items():
-        numbered = re.fullmatch(r"(.+)-\d+", stem)
-        owner = stem if stem in photos else numbered[1] if numbered and numbered[1] in photos else None
-        if owner is None:
-            unmatched_sketches.append(stem)
-        else:
-            drawings[owner].append(path)
+    drawings, unmatched_sketches = _match_stems(photos, sketches)
 
     pairs, copies, seen = [], [], set()
     for stem in sorted(drawings):
@@ -164,6 +156,20 @@ def find_pair_files(photo_dir: Path, sketch_dir: Path) -> list[tuple[str, Path, 
             "`dog/17-1.png`."
         )
     return pairs
+
+
+def _match_stems(photos: Mapping[str, Path], sketches: Mapping[str, Path]) -> tuple[dict[str, list[Path]], list[str]]:
+    """The drawings of each photo that has any, and the stems of drawings without a photo."""
+    drawings: dict[str, list[Path]] = defaultdict(list)
+    unmatched = []
+    for stem, path in sketches.items():
+        numbered = re.fullmatch(r"(.+)-\d+", stem)
+        owner = stem if stem in photos else numbered[1] if numbered and numbered[1] in photos else None
+        if owner is None:
+            unmatched.append(stem)
+        else:
+            drawings[owner].append(path)
+    return drawings, unmatched
 
 
 def find_pairs(photo_dir: Path, sketch_dir: Path) -> list[PhotoSketchPair]:
