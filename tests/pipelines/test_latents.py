@@ -523,6 +523,7 @@ def test_interpolation_on_latents_meets_its_keys(latent_pipeline, large_sketches
     torch.testing.assert_close(middle[0], slerp(noise[0], noise[1], 0.5))
 
 
+@pytest.mark.slow
 def test_interpolation_between_photos_begins_with_the_first(latent_pipeline, large_sketches):
     pipe = DiffSketchingInterpolationPipeline.from_pipe(latent_pipeline)
     pipe.set_progress_bar_config(disable=True)

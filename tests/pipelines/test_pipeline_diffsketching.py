@@ -582,6 +582,7 @@ def test_a_scheduler_in_sigma_space_is_refused(tiny_pipeline, sketches):
         tiny_pipeline(sketches, "a", **FAST)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", [DDIMScheduler, DPMSolverMultistepScheduler])
 def test_guidance_by_gradient_leaves_out_pure_noise(cls, tiny_pipeline, sketches, generators):
     config = {**tiny_pipeline.scheduler.config, "timestep_spacing": "trailing"}
@@ -883,6 +884,7 @@ def test_other_arguments_that_are_refused(options, message, tiny_pipeline, sketc
 
 
 # One that draws noise, and two that remember earlier steps.
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddpm", "unipc", "prk"])
 def test_a_second_call_is_the_same_and_the_pipeline_as_it_was(name, tiny_pipeline, sketches, generators):
     cls, options = SCHEDULERS.get(name, (PNDMScheduler, {}))
@@ -920,6 +922,7 @@ def photos(n):
     return torch.tanh(randn(n, 3, SIZE, SIZE, seed=11))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("with_sketch", "prediction_type"), [(False, "epsilon"), (True, "v_prediction")])
 def test_sampling_from_the_inverted_noise_returns_the_photo(
     with_sketch, prediction_type, tiny_pipeline_factory, sketches

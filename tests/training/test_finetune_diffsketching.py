@@ -311,6 +311,7 @@ def photos(shapes_dir, cache_dir):
     return PhotoSketchDataset(shapes_dir, "train", 16, train=False, cache_dir=cache_dir)
 
 
+@pytest.mark.slow
 def test_each_photo_is_inverted_once_and_sampling_returns_it(photos, pretrained_dir, tmp_path):
     pipeline, args = DiffSketchingPipeline.from_pretrained(pretrained_dir), tiny_args(num_fixed_point_iterations=15)
     cache = NoiseCache(tmp_path, pipeline.unet, pipeline.scheduler, args)

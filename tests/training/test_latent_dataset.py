@@ -78,6 +78,7 @@ def test_latents_are_encoded_from_the_augmented_photo_in_half_precision(shapes_d
     torch.testing.assert_close(dataset.latents(0, mirrored=True)[0], mirrored[0], atol=2e-3, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_cache_is_used_added_to_and_belongs_to_one_encoder(shapes_dir, tmp_path, vae):
     counting, options = CountingVae(vae), {"resolution": 32, "cache_dir": tmp_path}
     first = LatentDataset(shapes_dir, "train", counting, crops_per_photo=1, **options)

@@ -48,6 +48,7 @@ def sketchy_dir(tmp_path):
     return root
 
 
+@pytest.mark.slow
 def test_sketchys_layout(sketchy_dir, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         pairs = find_pairs(sketchy_dir / "photo", sketchy_dir / "sketch")
@@ -62,6 +63,7 @@ def test_sketchys_layout(sketchy_dir, tmp_path, caplog):
         assert torch.equal(dataset.view(index)[0], pixels)
 
 
+@pytest.mark.slow
 def test_a_drawing_lies_on_the_photo_it_was_made_of(sketchy_dir):
     pairs = find_pairs(sketchy_dir / "photo", sketchy_dir / "sketch")
     dataset = PairedPhotoDataset(pairs, ["cat", "dog"], resolution=32, train=False)
@@ -92,6 +94,7 @@ def test_two_folders_matched_by_stem_have_no_class(tmp_path):
         PairedPhotoDataset(pairs, ["cat"], 16)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_named_once_and_left_out(sketchy_dir, caplog):
     photos, sketches = sketchy_dir / "photo", sketchy_dir / "sketch"
     for k in (1, 2):

@@ -14,6 +14,8 @@ from PIL import Image, ImageDraw
 from testing_utils import ROOT, randn
 
 
+pytestmark = pytest.mark.slow
+
 BENCHMARKS = ROOT / "benchmarks"
 
 
@@ -58,7 +60,6 @@ def test_autoencoder_stands_between_the_photos_and_a_small_copy(latent_pipeline,
     assert decode >= 0 and evaluation > 0 and ratio > 0
 
 
-@pytest.mark.slow
 def test_inversion_prints_the_round_trip(model_dir, tmp_path, monkeypatch, capsys):
     (tmp_path / "b").mkdir()
     photos = [tmp_path / "b" / "one.png", tmp_path / "two.png"]
@@ -130,7 +131,6 @@ def test_cost_prints_both_tables(model_dir, monkeypatch, capsys):
     assert len(re.findall(r"^\| (plain|checkpointed|truncated to 1|per step) \| [23] \|", shown, re.M)) == 8
 
 
-@pytest.mark.slow
 def test_applications_measure_seams_and_retrieval(model_dir, tmp_path, monkeypatch, capsys):
     benchmark = load("applications")
     image = np.zeros((8, 8, 3), np.uint8)
@@ -169,7 +169,6 @@ def test_applications_measure_seams_and_retrieval(model_dir, tmp_path, monkeypat
         assert (tmp_path / "out" / f"{part}.png").is_file()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("what", ["load", "wait"])
 def test_demo_prints_what_clients_got_and_how_long_they_waited(what, model_dir, monkeypatch, capsys):
     pytest.importorskip("gradio", reason="Gradio is not installed: pip install .[demo]")

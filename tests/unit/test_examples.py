@@ -12,6 +12,8 @@ from PIL import Image, ImageDraw
 from testing_utils import ROOT
 
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = ROOT / "examples"
 SIZE = (48, 40)
 
@@ -53,7 +55,6 @@ def test_edit(run, files):
     assert changed[20, 18] and not changed[2].any() and not changed[:, 44:].any()
 
 
-@pytest.mark.slow
 def test_interpolate(run, files):
     film = Image.open(run("interpolate", files["one"], files["two"], "--num_frames", 4))
     assert film.n_frames == 6 and film.size == (256, 256)

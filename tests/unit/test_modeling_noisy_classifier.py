@@ -115,6 +115,7 @@ def test_half_precision():
     torch.testing.assert_close(rounded.float(), exact, rtol=0, atol=0.05)
 
 
+@pytest.mark.slow
 def test_learns_to_tell_noisy_images_apart():
     classifier = make_classifier(num_classes=2)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=1e-3)

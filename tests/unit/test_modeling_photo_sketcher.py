@@ -111,6 +111,7 @@ def test_gradient_is_that_of_finite_differences():
     assert (gradient * direction).sum().item() == pytest.approx(((ahead - behind) / (2 * step)).item(), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_learns_a_drawing():
     torch.manual_seed(0)
     sketcher, photos = PhotoSketcher(ngf=8, n_blocks=2), make_photos(4, 16, 16)

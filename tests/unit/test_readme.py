@@ -52,6 +52,7 @@ def test_generate_command(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_python_snippet(monkeypatch):
     monkeypatch.chdir(ROOT)
     code = block("snippet", "run").replace("num_images_per_sketch=4", "num_images_per_sketch=1, num_inference_steps=2")
@@ -62,6 +63,7 @@ def test_python_snippet(monkeypatch):
     assert names["out"].class_labels[0] in names["pipe"].id2label.values()
 
 
+@pytest.mark.slow
 def test_edit_snippet(monkeypatch, tmp_path):
     (tmp_path / "outputs").mkdir()
     Image.new("RGB", (64, 64), "white").save(tmp_path / "outputs" / "t-shirt_0.png")
@@ -74,6 +76,7 @@ def test_edit_snippet(monkeypatch, tmp_path):
     assert (edited[30:56, 2:14] != 255).any() and (edited[:, 40:] == 255).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", [line for line in README.splitlines() if line.startswith("diffsketching ")])
 def test_other_command_lines_are_understood(line):
     """Every option in a line of the README exists."""
