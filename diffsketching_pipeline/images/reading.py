@@ -6,6 +6,8 @@ import numbers
 import os
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeGuard, runtime_checkable
@@ -319,7 +321,9 @@ def load_image(source: str | os.PathLike | Image.Image, name: str, max_pixels: i
         if image is source:
             return _decode(image, name)
         _check_passes(image, source, name)
-        if getattr(image, "n_frames", 1) > 1 and image.format in _ANIMATED:
+        with _decoding(name):
+            frames = getattr(image, "n_frames", 1)
+        if frames > 1 and image.format in _ANIMATED:
             return _frame_that_shows_most(image, name)
         factor = _reduction(image, max_pixels)
         if factor > 1:
@@ -330,6 +334,15 @@ def load_image(source: str | os.PathLike | Image.Image, name: str, max_pixels: i
     finally:
         if image is not source:
             image.close()
+
+
+@contextmanager
+def _decoding(name: str) -> Iterator[None]:
+    """Decoders raise whatever they like on damaged data."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{name} is damaged or truncated; save it again. ({error})") from error
 
 
 def _check_passes(image: Image.Image, path: Any, name: str) -> None:
@@ -357,10 +370,8 @@ def _frame_that_shows_most(image: Image.Image, name: str) -> Image.Image:
         )
     shown = []
     for number in (0, frames - 1):
-        try:
+        with _decoding(name):
             image.seek(number)
-        except Exception as error:  # decoders raise whatever they like on damaged data
-            raise ValueError(f"{name} is damaged or truncated; save it again. ({error})") from error
         frame = _decode(image, name).copy()
         levels = np.asarray(_to_rgb(frame, name).convert("L").reduce(max(1, max(frame.size) // 256)), dtype=np.float32)
         shown.append((float(np.abs(levels - np.median(levels)).mean()), frame))
@@ -377,7 +388,7 @@ def _reduce(image: Image.Image, max_pixels: int, name: str) -> Image.Image:
     factor = _reduction(image, max_pixels)
     if factor <= 1:
         return image
-    try:
+    with _decoding(name):
         image.load()
         exif = image.getexif()
         if image.mode in ("1", "P", "PA", "LA", "RGB", "RGBA") or image.mode.startswith("I;"):
@@ -394,22 +405,18 @@ def _reduce(image: Image.Image, max_pixels: int, name: str) -> Image.Image:
                 small.paste(strip.convert("L", _MEAN_OF_CHANNELS) if levels == "RGB" else strip, (0, 64 * number))
         else:
             small = image.reduce(factor)
-    except Exception as error:  # decoders raise whatever they like on damaged data
-        raise ValueError(f"{name} is damaged or truncated; save it again. ({error})") from error
     small.getexif().update(exif)
     return small
 
 
 def _decode(image: Image.Image, name: str, is_ours: bool = False) -> Image.Image:
     """Decoded and upright: the image itself if it `is_ours`, else a copy."""
-    try:
+    with _decoding(name):
         image.load()
         if is_ours:
             ImageOps.exif_transpose(image, in_place=True)
             return image
         return ImageOps.exif_transpose(image)
-    except Exception as error:  # decoders raise whatever they like on damaged data
-        raise ValueError(f"{name} is damaged or truncated; save it again. ({error})") from error
 
 
 def to_gray(item: GivenImage, invert: bool | None) -> np.ndarray:

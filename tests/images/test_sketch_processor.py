@@ -725,3 +725,19 @@ def test_a_picture_in_colours_is_made_smaller_before_it_is_made_grey(size, tmp_p
     small = reading.load_image(path, "sketch 0", max_pixels=size[0] * size[1] // 8)
     expected = Image.fromarray(pixels).reduce(3).convert("L", (1 / 3, 1 / 3, 1 / 3, 0))
     assert small.mode == "L" and np.array_equal(np.asarray(small), np.asarray(expected))
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
+def test_an_animation_that_breaks_off_anywhere_is_one_error(kind, tmp_path):
+    frames = [Image.new("L", (24, 24), 255) for _ in range(3)]
+    for k, frame in enumerate(frames):
+        ImageDraw.Draw(frame).rectangle((4, 4, 14 + 3 * k, 19), outline=0)
+    path = tmp_path / "drawing"
+    frames[0].save(path, kind, save_all=True, append_images=frames[1:])
+    content = path.read_bytes()
+    for length in range(len(content)):
+        path.write_bytes(content[:length])
+        try:
+            SketchProcessor(16).preprocess(path)
+        except ValueError as error:
+            assert "drawing') " in str(error)

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -197,3 +200,48 @@ def test_discriminator_judges_each_pair_alone(tmp_path):
     torch.testing.assert_close(model(photos[1:2], sketches[1:2]), scores[1:2])
     model.save_pretrained(tmp_path)
     torch.testing.assert_close(PatchDiscriminator.from_pretrained(tmp_path)(photos, sketches), scores)
+
+
+@pytest.mark.parametrize("how", ["SIGTERM to all", "SIGTERM to the launcher", "Ctrl-C"])
+def test_a_script_that_is_told_to_stop_says_so_by_its_exit_code(how, shapes_dir, cache_dir, tmp_path, script_env):
+    launch = [
+        "--num_processes",
+        "1",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--cpu",
+    ]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", *launch] if "launcher" in how else [sys.executable]
+    words = ["--train_data_dir", shapes_dir, "--cache_dir", cache_dir, "--output_dir", tmp_path / "run"]
+    words += ["--max_train_steps", "100000", "--dataloader_num_workers", "2", "--checkpoints_total_limit", "2"]
+    options = {"stderr": subprocess.PIPE, "text": True, "env": script_env, "start_new_session": True}
+    process = subprocess.Popen([*launcher, SCRIPT, *TINY, *map(str, words)], **options)
+
+    def steps():
+        return sorted(int(path.name[11:]) for path in (tmp_path / "run").glob("checkpoint-*"))
+
+    deadline = time.monotonic() + 300
+    while not steps():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    if "launcher" in how:
+        os.kill(process.pid, signal.SIGTERM)
+    else:
+        os.killpg(process.pid, signal.SIGTERM if "SIGTERM" in how else signal.SIGINT)
+    errors = process.communicate(timeout=120)[1]
+    assert process.returncode == {"SIGTERM to all": 143, "SIGTERM to the launcher": -15, "Ctrl-C": 130}[how], errors
+    assert "Traceback" not in errors and errors.count("train_sketcher.py: stopped; finished files are complete.") == 1
+    last = steps()[-1]
+    if "SIGTERM" in how:
+        # The step that it was at when the signal came, which need not be a multiple of 2.
+        assert f"stopped at step {last} of 100000" in errors
+    assert not list((tmp_path / "run").glob(".checkpoint-*")) and not (tmp_path / "run" / "sketcher").exists()
+    resumed = ["--resume_from_checkpoint", "latest", "--max_train_steps", str(last + 2)]
+    done = subprocess.run(
+        [sys.executable, SCRIPT, *TINY, *map(str, words[:6]), *resumed], env=script_env, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and (tmp_path / "run" / "sketcher").is_dir(), done.stderr
