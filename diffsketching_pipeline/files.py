@@ -2,6 +2,8 @@
 """Files and folders that are written whole or not at all: a reader never sees half of one, whenever the writer is killed."""
 
 import ctypes
+import functools
+import logging
 import os
 import secrets
 import shutil
@@ -18,11 +20,11 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+logger = logging.getLogger(__name__)
+
 # Data workers of a run that was killed notice it within five seconds.
 _LOCK_SECONDS = 15.0
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
-
-
 _ROOM = 2**20  # a disk that has less left is full
 
 
@@ -50,6 +52,25 @@ def write_file(path: str | os.PathLike, content: str | bytes, durable: bool = Fa
     """Write a file as [`staged_file`] does; text as UTF-8 with the line ends it has."""
     with staged_file(path, durable) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def keep_file(cache_dir: Path, path: Path, content: bytes) -> bool:
+    """
+    Write a file of a cache, making its folder, and return whether that worked: a cache is optional, so that it did not is said
+    once in a process and raises nothing.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, content)
+    except OSError as error:
+        _warn_unwritable(cache_dir, error.strerror or str(error))
+        return False
+    return True
+
+
+@functools.cache
+def _warn_unwritable(cache_dir: Path, reason: str) -> None:
+    logger.warning("the cache %s cannot be written to (%s): what it lacks is kept in memory.", cache_dir, reason)
 
 
 def check_writable(folder: str | os.PathLike, argument: str = "output_dir") -> None:

@@ -52,7 +52,6 @@ from diffsketching_pipeline.training.chain_data import (
     ChainDataset,
     NoiseCache,
     ShardedChainData,
-    class_names_of,
     fill_noise_cache,
     in_groups,
     invert_photos,
@@ -67,7 +66,7 @@ from diffsketching_pipeline.training.pairs import (
 )
 from diffsketching_pipeline.training.pictures import image_grid
 from diffsketching_pipeline.training.run_folder import write_folder
-from diffsketching_pipeline.training.starts import add_classes
+from diffsketching_pipeline.training.starts import add_classes, class_names_of
 from diffsketching_pipeline.training.trainer import Trainer
 
 
@@ -309,11 +308,11 @@ def main(args: FinetuneArguments) -> None:
         photos, pipeline = load_photos(args, pipeline)
     cache_folder = Path(args.cache_dir if args.cache_dir is not None else args.output_dir) / "inverted"
     cache = NoiseCache(cache_folder, pipeline.unet, pipeline.scheduler, args, pipeline.vae)
-    validation_dataset = ChainDataset(photos["validation"], cache, args, False, args.num_validation_samples)
+    validation_dataset = ChainDataset(photos["validation"], cache, args, train=False)
     weights = None
     dataset: Any = streamed
     if streamed is None:
-        dataset = ChainDataset(photos["train"], cache, args, max_samples=args.max_train_samples)
+        dataset = ChainDataset(photos["train"], cache, args)
         weights = class_balanced_weights(dataset.class_labels, args.class_balance_power)
 
     unet = type(pipeline.unet).from_config(pipeline.unet.config)

@@ -13,7 +13,6 @@ The result is a folder in `output_dir` that `from_pretrained` loads: `sketch_enc
 """
 
 import json
-import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,11 +60,9 @@ from diffsketching_pipeline.training.keyed import class_balanced_weights
 from diffsketching_pipeline.training.other_doodles import other_strokes
 from diffsketching_pipeline.training.pictures import image_grid
 from diffsketching_pipeline.training.run_folder import write_folder
-from diffsketching_pipeline.training.starts import ClassMatch, Start, with_encoder_classes
+from diffsketching_pipeline.training.starts import Start, with_encoder_classes
 from diffsketching_pipeline.training.trainer import Trainer
 
-
-logger = logging.getLogger(__name__)
 
 COMPONENT_NAMES = {"sketch": "sketch_encoder", "image": "image_encoder", "evaluation": "evaluation"}
 NO_CLASS = -1
@@ -288,10 +285,7 @@ def make_model(args: EncoderArguments, id2label: dict[int, str]) -> nn.Module:
     if args.pretrained_model_name_or_path is not None:
         start = Start.read(args.pretrained_model_name_or_path)
         model = start.load(model_class(args), COMPONENT_NAMES[args.task])
-        match = ClassMatch(model.config.id2label, id2label)
-        if not match.is_same:
-            logger.info(f"{start.name}: classes {match}")
-        return with_encoder_classes(model, match)
+        return with_encoder_classes(model, start.match(id2label, model.config.num_labels, model.config.id2label))
     if args.task == "evaluation" and args.evaluation_model == "mobilenet_v2":
         config = MobileNetV2Config(**labels, image_size=args.resolution, depth_multiplier=args.depth_multiplier)
         return MobileNetV2ForImageClassification(config)

@@ -30,7 +30,6 @@ from diffsketching_pipeline.cli.options import (
     parse_label,
     parse_negative_label,
     read_colour_hint,
-    read_metadata,
     user_errors,
 )
 from diffsketching_pipeline.cli.running import (
@@ -99,7 +98,6 @@ def edit(
     files = {k: output_dir / f"{photo.stem}_{k}.png" for k in seeds}
     sheet_path, metadata_path = output_dir / f"{photo.stem}_sheet.png", output_dir / "metadata.json"
     check_output(output_dir, [*files.values(), sheet_path], overwrite)
-    read_metadata(metadata_path)
 
     label = None if class_label is None else parse_label(class_label)
     negative = parse_negative_label(negative_class_label)

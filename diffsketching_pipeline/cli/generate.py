@@ -32,7 +32,6 @@ from diffsketching_pipeline.cli.options import (
     numbered_names,
     parse_negative_label,
     read_colour_hint,
-    read_metadata,
     sketch_fit,
     unique_names,
     user_errors,
@@ -112,7 +111,6 @@ def generate(
         output_dir, [*(path for paths in files.values() for path in paths.values()), *sheets.values()], overwrite
     )
     metadata_path = output_dir / "metadata.json"
-    read_metadata(metadata_path)
 
     hint = read_colour_hint(colour_hint)
     pipe = load_pipeline(model, device, dtype=dtype, threshold=threshold)

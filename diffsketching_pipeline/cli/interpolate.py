@@ -29,7 +29,6 @@ from diffsketching_pipeline.cli.options import (
     check_labels,
     check_output,
     parse_label,
-    read_metadata,
     unique_names,
     user_errors,
 )
@@ -93,7 +92,6 @@ def interpolate(
     sheet_path, film_path = output_dir / f"{name}_sheet.png", output_dir / f"{name}.{film}"
     metadata_path = output_dir / "metadata.json"
     check_output(output_dir, [*files, sheet_path, film_path], overwrite)
-    read_metadata(metadata_path)
 
     import torch
 

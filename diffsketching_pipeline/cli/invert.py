@@ -15,7 +15,6 @@ from diffsketching_pipeline.cli.options import (
     check_labels,
     check_output,
     labels_for_each,
-    read_metadata,
     unique_names,
     user_errors,
 )
@@ -44,7 +43,6 @@ def invert(
     }
     check_output(output_dir, [path for paths in files.values() for path in paths], overwrite)
     metadata_path = output_dir / "metadata.json"
-    read_metadata(metadata_path)
 
     import torch
     from safetensors.torch import save

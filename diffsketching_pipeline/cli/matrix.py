@@ -31,7 +31,6 @@ from diffsketching_pipeline.cli.options import (
     parse_label,
     parse_negative_label,
     read_colour_hint,
-    read_metadata,
     sketch_fit,
     user_errors,
 )
@@ -89,7 +88,6 @@ def matrix(
     rows = [parse_label(text) for text in class_label or []]
     check_output(output_dir, [], overwrite)
     metadata_path, sheet_path = output_dir / "metadata.json", output_dir / f"{drawing.stem}_matrix.png"
-    read_metadata(metadata_path)
 
     from diffsketching_pipeline.images.sketch_processor import SketchProcessor
 

@@ -199,7 +199,10 @@ def numbered_names(names: list[str], counts: list[int]) -> list[str]:
 
 
 def check_output(output_dir: Path, paths: Sequence[Path], overwrite: bool) -> None:
-    """Refuses a folder that is a file or cannot be written to, and files that are there and not to be replaced."""
+    """
+    Refuses a folder that is a file or cannot be written to, files that are there and not to be replaced, and a `metadata.json`
+    that the records of this run could not be added to.
+    """
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"`--output-dir` has to be a folder but '{output_dir}' is a file.")
     existing = [path for path in paths if path.exists()]
@@ -209,6 +212,7 @@ def check_output(output_dir: Path, paths: Sequence[Path], overwrite: bool) -> No
         )
     with user_errors():
         check_writable(output_dir, "--output-dir")
+    read_metadata(output_dir / "metadata.json")
 
 
 def read_metadata(path: Path) -> dict[str, dict[str, Any]]:

@@ -3,7 +3,6 @@
 
 import hashlib
 import json
-import logging
 import pickle
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,11 +18,9 @@ from tqdm.auto import tqdm
 from transformers import AutoModel, AutoModelForImageClassification
 
 from diffsketching_pipeline.evaluation.image_sets import ImageSet, read_photos
-from diffsketching_pipeline.files import write_file
+from diffsketching_pipeline.files import keep_file
 from diffsketching_pipeline.manifest import weights_sha256
 
-
-logger = logging.getLogger(__name__)
 
 INCEPTION_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 """The file that torch-fidelity publishes: Inception-v3 as TensorFlow released it and as FID is defined by."""
@@ -350,9 +347,5 @@ def read_training_photos(
         return replace(photos, probabilities=stored["probabilities"], features=stored["features"])
     photos = read_training_photos(files, evaluator, batch_size, None)
     content = save({name: getattr(photos, name) for name in ("pixels", "probabilities", "features")})
-    try:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        write_file(cached, content)
-    except OSError as error:
-        logger.warning("the cache %s cannot be written to (%s): the evaluation goes on without it.", cache_dir, error)
+    keep_file(Path(cache_dir), cached, content)
     return photos

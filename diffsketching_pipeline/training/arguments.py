@@ -132,7 +132,7 @@ def parse_args(
             value out of range.
     """
     # What is said before the trainer is there, and its logger that knows the processes apart, is said once.
-    if os.environ.get("RANK", "0") == "0":
+    if _is_first_process():
         logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
     arguments = parse_arguments(arguments_class, description, args, takes_config=True)
     check_arguments(arguments)
@@ -141,7 +141,7 @@ def parse_args(
 
 def check_arguments(args: TrainingArguments) -> None:
     """Raises `ValueError` for a value that would only fail, or be silently wrong, after work has begun."""
-    if int(os.environ.get("RANK", 0)) == 0:
+    if _is_first_process():
         check_writable(args.output_dir)
     at_least: dict[str, float] = {"seed": 0, "validation_steps": 0, "lr_warmup_steps": 0, "dataloader_num_workers": 0}
     at_least |= dict.fromkeys(("train_batch_size", "gradient_accumulation_steps", "checkpointing_steps"), 1)
@@ -167,6 +167,11 @@ def check_arguments(args: TrainingArguments) -> None:
     check_trackers(args.report_to)
     if args.push_to_hub and not args.hub_model_id:
         raise ValueError("`push_to_hub` needs `hub_model_id`, the repository to upload to: user/name.")
+
+
+def _is_first_process() -> bool:
+    """Whether this is the first of the processes that a launcher started, asked before accelerate is set up."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def num_readers(args: TrainingArguments) -> int:

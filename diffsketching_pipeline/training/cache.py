@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Photos and their drawings on the disk, keyed by what they are made of."""
 
-import functools
 import hashlib
 import io
-import logging
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,12 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from diffsketching_pipeline.files import write_file
+from diffsketching_pipeline.files import keep_file, write_file
 from diffsketching_pipeline.images.contours import CONTOUR_SIZE, Box, contours_and_box, resized_to_short_side
 from diffsketching_pipeline.images.photo_files import decode_photo
 
-
-logger = logging.getLogger(__name__)
 
 _CACHE_VERSION = "contours-3"
 DRAWING_ARRAYS = ("contours", "width")
@@ -80,26 +76,19 @@ def save_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
     Raises:
         OSError: the disk is full, or `path` may not be written.
     """
-    content = io.BytesIO()  # a zip file that a full disk cuts off is closed with an error of its own
-    np.savez(content, **arrays)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, content.getvalue())
+    write_file(path, _npz(arrays))
 
 
 def keep_arrays(path: Path, arrays: dict[str, Any]) -> Path | dict[str, Any]:
     """Write arrays to the cache and return `path`, or the arrays themselves where that fails: a run goes on without a cache."""
-    try:
-        save_arrays(path, arrays)
-    except OSError as error:
-        warn_unwritable(path.parent.parent, error.strerror or str(error))
-        return arrays
-    return path
+    return path if keep_file(path.parent.parent, path, _npz(arrays)) else arrays
 
 
-@functools.cache
-def warn_unwritable(cache_dir: Path, reason: str) -> None:
-    """Say once in a process that a cache does not keep anything."""
-    logger.warning("the cache %s cannot be written to (%s): what it lacks is kept in memory.", cache_dir, reason)
+def _npz(arrays: Mapping[str, Any]) -> bytes:
+    content = io.BytesIO()  # a zip file that a full disk cuts off is closed with an error of its own
+    np.savez(content, **arrays)
+    return content.getvalue()
 
 
 def is_kept(path: Path) -> bool:

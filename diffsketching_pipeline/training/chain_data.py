@@ -21,15 +21,13 @@ from diffsketching_pipeline import (
 from diffsketching_pipeline.autoencoding import encode_photos
 from diffsketching_pipeline.conditioning import Conditioning
 from diffsketching_pipeline.denoising import invert
-from diffsketching_pipeline.files import write_file
+from diffsketching_pipeline.files import keep_file
 from diffsketching_pipeline.guidance import (
     GuidedPredictor,
 )
 from diffsketching_pipeline.images.contours import DEFAULT_LINE_GAIN, Box, contour_to_sketch
 from diffsketching_pipeline.images.free_hand import free_hand_distortion, half_size
 from diffsketching_pipeline.schedulers import sampling_scheduler
-from diffsketching_pipeline.splits import first_by_hash
-from diffsketching_pipeline.training.cache import warn_unwritable
 from diffsketching_pipeline.training.chain import FinetuneArguments
 from diffsketching_pipeline.training.dataset import PhotoSketchDataset
 from diffsketching_pipeline.training.keyed import Sample
@@ -39,6 +37,7 @@ from diffsketching_pipeline.training.pairs import (
     PhotoSketchPair,
 )
 from diffsketching_pipeline.training.shards import ShardStream, list_shards, validation_pairs
+from diffsketching_pipeline.training.starts import class_names_of
 
 
 logger = logging.getLogger(__name__)
@@ -95,11 +94,7 @@ class NoiseCache:
     def save(self, pixel_values: Tensor, class_label: int, latents: Tensor) -> None:
         """Write x_T [C, H, W] of a photo aside and rename; where that fails it is kept in the memory of this process."""
         path, latents = self.path(pixel_values, class_label), latents.float().cpu().contiguous()
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_file(path, save({"latents": latents}))
-        except OSError as error:
-            warn_unwritable(self.folder, error.strerror or str(error))
+        if not keep_file(self.folder, path, save({"latents": latents})):
             self._unwritten[path] = latents
 
 
@@ -173,28 +168,18 @@ class ChainDataset:
         cache: where x_T of what `views` yields lies once [`fill_noise_cache`] is done.
         args: see [`FinetuneArguments`].
         train: flip, and vary how badly is drawn.
-        max_samples: keep this many photos only, chosen by the hash of their names.
     """
 
-    def __init__(
-        self,
-        photos: PhotoSketchDataset,
-        cache: NoiseCache,
-        args: FinetuneArguments,
-        train: bool = True,
-        max_samples: int | None = None,
-    ):
+    def __init__(self, photos: PhotoSketchDataset, cache: NoiseCache, args: FinetuneArguments, train: bool = True):
         self.photos, self.cache, self.train = photos, cache, train
         self.num_steps = args.num_train_inference_steps
         by_people = isinstance(photos, PairedPhotoDataset)
         strength = args.free_hand_strength
         self.strength = strength if strength is not None else 0.0 if by_people else 0.5
-        names = [f"{label}/{name}" for label, name in zip(photos.class_labels, photos.ids, strict=True)]
-        self.indices = first_by_hash(names, max_samples)
-        self.class_labels = [photos.class_labels[index] for index in self.indices]
+        self.class_labels = photos.class_labels
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return len(self.photos)
 
     def keys(self, draws: Iterable[tuple[int, int]] | None = None) -> list[tuple[int, bool]]:
         """
@@ -209,7 +194,7 @@ class ChainDataset:
     def views(self, keys: Iterable[tuple[int, bool]]) -> Iterator[tuple[Tensor, int]]:
         """Photos [3, R, R] and classes of `keys`."""
         for index, flip in keys:
-            pixels = self.photos.view(self.indices[index])[0]
+            pixels = self.photos.view(index)[0]
             yield pixels.flip(-1).contiguous() if flip else pixels, self.class_labels[index]
 
     def _rng(self, index: int, epoch: int) -> np.random.Generator:
@@ -227,10 +212,10 @@ class ChainDataset:
         Raises:
             FileNotFoundError: x_T of the photo is not in the cache.
         """
-        photo_index, label = self.indices[index], self.class_labels[index]
+        label = self.class_labels[index]
         rng = self._rng(index, epoch)
         flip = self._is_flipped(rng)
-        view, name = self.photos.view(photo_index), self.photos.ids[photo_index]
+        view, name = self.photos.view(index), self.photos.ids[index]
         sample = draw_by_hand(view, rng, self.strength, self.num_steps, self.train, flip)
         latents = self.cache.load(sample["pixel_values"], label)
         if latents is None:
@@ -270,11 +255,6 @@ def draw_by_hand(
     if flip:
         pixels, sketch = pixels.flip(-1).contiguous(), sketch.flip(-1)
     return {"pixel_values": pixels, "sketch": sketch, "chain_step": int(rng.integers(num_steps))}
-
-
-def class_names_of(pipeline: DiffSketchingPipeline) -> list[str]:
-    """What the data may call the pipeline's classes: their names or, where it has none, their indices as text."""
-    return [pipeline.id2label.get(index, str(index)) for index in range(pipeline.num_classes)]
 
 
 class ShardedChainData:

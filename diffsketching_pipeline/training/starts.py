@@ -184,9 +184,14 @@ class Start:
             )
         return with_unet_classes(unet, self.match(id2label, unet.config.num_class_embeds))
 
-    def match(self, id2label: Mapping[int, str], num_known: int | None) -> ClassMatch:
-        """How these classes continue those of a network with `num_known`; logged where they differ."""
-        known = self.id2label
+    def match(
+        self, id2label: Mapping[int, str], num_known: int | None, known: Mapping[int, str] | None = None
+    ) -> ClassMatch:
+        """
+        How these classes continue those of a network with `num_known`, which are `known` or else the pipeline's; logged where
+        they differ.
+        """
+        known = self.id2label if known is None else known
         if not known and num_known in (len(id2label), len(id2label) + 1):
             known = dict(id2label)  # as many as the data has, and nothing says that they are others
         match = ClassMatch(known, id2label)
@@ -268,6 +273,11 @@ def _with_rows(module: nn.Module, head: str, match: ClassMatch) -> dict[str, Ten
     return state | {f"{head}.{name}": match.rows(state[f"{head}.{name}"]) for name in ("weight", "bias")}
 
 
+def class_names_of(pipeline: DiffSketchingPipeline) -> list[str]:
+    """What the data may call the pipeline's classes: their names or, where it has none, their indices as text."""
+    return [pipeline.id2label.get(index, str(index)) for index in range(pipeline.num_classes)]
+
+
 def with_classes(pipeline: DiffSketchingPipeline, id2label: Mapping[int, str]) -> DiffSketchingPipeline:
     """
     A pipeline of other classes: its UNet, classifier and encoders continue those that they know by name.
@@ -276,8 +286,7 @@ def with_classes(pipeline: DiffSketchingPipeline, id2label: Mapping[int, str]) -
         pipeline: unchanged, but shares what does not depend on classes.
         id2label: index to name, from 0 on.
     """
-    known = pipeline.id2label or {index: str(index) for index in range(pipeline.num_classes)}
-    match = ClassMatch(known, id2label)
+    match = ClassMatch(dict(enumerate(class_names_of(pipeline))), id2label)
     if match.is_same:
         return pipeline
     logger.info(f"classes {match}")
@@ -293,6 +302,6 @@ def with_classes(pipeline: DiffSketchingPipeline, id2label: Mapping[int, str]) -
 
 def add_classes(pipeline: DiffSketchingPipeline, names: Iterable[str]) -> DiffSketchingPipeline:
     """A pipeline of its own classes and, after them, of those of `names` that it does not know."""
-    known = [pipeline.id2label.get(index, str(index)) for index in range(pipeline.num_classes)]
+    known = class_names_of(pipeline)
     new = sorted(set(names) - set(known))
     return with_classes(pipeline, dict(enumerate([*known, *new]))) if new else pipeline

@@ -312,10 +312,11 @@ def photos(shapes_dir, cache_dir):
 
 
 @pytest.mark.slow
-def test_each_photo_is_inverted_once_and_sampling_returns_it(photos, pretrained_dir, tmp_path):
+def test_each_photo_is_inverted_once_and_sampling_returns_it(shapes_dir, cache_dir, pretrained_dir, tmp_path):
     pipeline, args = DiffSketchingPipeline.from_pretrained(pretrained_dir), tiny_args(num_fixed_point_iterations=15)
     cache = NoiseCache(tmp_path, pipeline.unet, pipeline.scheduler, args)
-    dataset = ChainDataset(photos, cache, args, max_samples=5)
+    photos = PhotoSketchDataset(shapes_dir, "train", 16, train=False, cache_dir=cache_dir, max_samples=5)
+    dataset = ChainDataset(photos, cache, args)
     fill = (pipeline.unet, pipeline.scheduler, args, torch.device("cpu"))
     with pytest.raises(FileNotFoundError, match="missing or damaged"):
         dataset.sample(0)
@@ -382,7 +383,7 @@ def test_the_cache_is_keyed_by_all_that_changes_the_noise(pretrained_dir, tmp_pa
     assert len(set(names)) == len(names)
 
 
-def test_samples_are_keyed_and_drawn_by_hand(photos, pretrained_dir, tmp_path):
+def test_samples_are_keyed_and_drawn_by_hand(photos, shapes_dir, cache_dir, pretrained_dir, tmp_path):
     pipeline, args = DiffSketchingPipeline.from_pretrained(pretrained_dir), tiny_args(free_hand_strength=1.0)
     cache = NoiseCache(tmp_path, pipeline.unet, pipeline.scheduler, args)
     one, other = ChainDataset(photos, cache, args), ChainDataset(photos, cache, args)
@@ -398,8 +399,11 @@ def test_samples_are_keyed_and_drawn_by_hand(photos, pretrained_dir, tmp_path):
     assert len({drawing.numpy().tobytes() for drawing in drawings}) == 6
     fixed = ChainDataset(photos, cache, args, train=False)
     assert torch.equal(fixed.sample(0)["pixel_values"], photos.view(0)[0])
-    chosen = ChainDataset(photos, cache, args, max_samples=4)
-    assert len(chosen) == 4 and set(chosen.indices) < set(ChainDataset(photos, cache, args, max_samples=8).indices)
+    four, eight = (
+        PhotoSketchDataset(shapes_dir, "train", 16, train=False, cache_dir=cache_dir, max_samples=count)
+        for count in (4, 8)
+    )
+    assert len(ChainDataset(four, cache, args)) == 4 and set(four.ids) < set(eight.ids)
 
 
 # ---- the script -------------------------------------------------------------------------------------------------------
