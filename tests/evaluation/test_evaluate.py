@@ -555,6 +555,7 @@ def test_help_names_arguments_and_defaults(monkeypatch, capsys):
     assert exit.value.code == 2 and "--ref" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_judge_may_not_be_part_of_the_model(arguments, model_dir, tmp_path):
     pipeline = DiffSketchingPipeline.from_pretrained(model_dir)
     torch.manual_seed(1)
