@@ -125,6 +125,7 @@ def test_images_of_several_sizes_or_broken_or_alone_are_errors(drawings_dir, tmp
 # -- LPIPS --
 
 
+@pytest.mark.slow
 def test_lpips_needs_its_backbone_and_equals_the_lpips_package(evaluator_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     name = "squeezenet1_1-b8a52dc0.pth"

@@ -225,6 +225,7 @@ def test_photos_in_class_folders_alone_are_split_by_the_hash_of_their_names(belo
     assert left == train[-1:] and again == validation  # a photo does not change sides when others go
 
 
+@pytest.mark.slow
 def test_a_cut_is_made_before_anything_is_read(shapes_dir, monkeypatch):
     read, original = [], PhotoSketchDataset._read
     monkeypatch.setattr(PhotoSketchDataset, "_read", lambda self, file: read.append(file) or original(self, file))
