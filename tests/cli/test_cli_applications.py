@@ -198,6 +198,7 @@ def test_an_earlier_result_is_kept(run, files, capsys):
     assert run(*arguments, "--overwrite") == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["generate", "matrix", "edit", "interpolate"])
 def test_a_threshold_leaves_faint_lines_out(run, files, command):
     for name in ("one", "two"):

@@ -611,6 +611,7 @@ def test_attacks_are_answered_at_once_while_another_request_goes_on(address, stu
     assert np.array_equal(*(pixels(Image.open(path)) for path in (gallery[0]["image"], expected[0])))
 
 
+@pytest.mark.slow
 def test_an_address_uploads_no_more_than_its_share(studio, monkeypatch):
     monkeypatch.setattr(guard, "MAX_UPLOADED_BYTES", 10_000)
     monkeypatch.setattr(guard, "_UPLOAD_SECONDS", 5.0)

@@ -125,6 +125,7 @@ def test_images_of_several_sizes_or_broken_or_alone_are_errors(drawings_dir, tmp
 # -- LPIPS --
 
 
+@pytest.mark.slow
 def test_lpips_needs_its_backbone_and_equals_the_lpips_package(evaluator_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     name = "squeezenet1_1-b8a52dc0.pth"
@@ -555,6 +556,7 @@ def test_help_names_arguments_and_defaults(monkeypatch, capsys):
     assert exit.value.code == 2 and "--ref" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_judge_may_not_be_part_of_the_model(arguments, model_dir, tmp_path):
     pipeline = DiffSketchingPipeline.from_pretrained(model_dir)
     torch.manual_seed(1)

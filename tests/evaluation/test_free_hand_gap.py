@@ -22,6 +22,7 @@ def contours_dir(photos_dir, drawings_dir, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_contours_are_those_of_the_photos_as_many_as_drawings_in_each_half(contours_dir, photos_dir, drawings_dir):
     def halves(folder):
         drawings = read_drawings(folder)

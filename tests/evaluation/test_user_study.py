@@ -173,6 +173,7 @@ def test_known_strengths_are_found(study, tmp_path):
     assert "| 1 | ours | " in report and "60 judges; 0 more failed" in report
 
 
+@pytest.mark.slow
 def test_judges_who_click_are_left_out(study, tmp_path):
     _, key = study
     rng = np.random.default_rng(1)

@@ -155,6 +155,7 @@ def global_names(code):
             yield from global_names(constant)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", MODULES)
 def test_the_generated_code_is_short_and_whole(module, tmp_path):
     found = import_flat(module, tmp_path)
@@ -200,6 +201,7 @@ def test_the_generated_code_asks_for_the_package_where_it_needs_it(tiny_pipeline
     assert not (tmp_path / "saved").exists()
 
 
+@pytest.mark.slow
 def test_the_card_and_the_readme_name_what_the_generated_code_imports(tiny_pipeline, tmp_path):
     folder = export_pipeline(tiny_pipeline, tmp_path / "tiny", license="apache-2.0")
     distributions = importlib.metadata.packages_distributions()

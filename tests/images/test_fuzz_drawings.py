@@ -26,6 +26,8 @@ from PIL import Image, ImageDraw
 from diffsketching_pipeline import SketchProcessor
 
 
+pytestmark = pytest.mark.slow
+
 MAX_SECONDS = 2.0
 MAX_MEGABYTES = 300.0
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 100 90" width="100" height="90">{}</svg>'

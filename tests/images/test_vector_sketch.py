@@ -299,6 +299,7 @@ def test_a_small_drawing_on_a_large_page_is_drawn_close(processor, shirt, tmp_pa
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "body",
     [

@@ -693,6 +693,7 @@ def dtypes(pipe):
 
 
 # The name that every supported diffusers knows; newer ones prefer `dtype` and say so.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch_dtype` is deprecated:FutureWarning")
 def test_float16_files_load_in_float32_unless_asked(tiny_pipeline, sketches, generators, tmp_path):
     tiny_pipeline.to(torch.float16).save_pretrained(tmp_path)

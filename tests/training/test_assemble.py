@@ -53,6 +53,7 @@ def test_an_existing_folder_and_other_classes_are_refused(parts, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_a_latent_pipeline_may_be_given_another_decoder_and_no_other_encoder(latent_pipeline_factory, tmp_path):
     pipe = latent_pipeline_factory()
     pipe.save_pretrained(tmp_path / "unet")

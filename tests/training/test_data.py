@@ -370,6 +370,7 @@ def test_all_contours_come_in_one_stack(shapes_dir, cache_dir):
     assert photos.sample(0).keys() == {"pixel_values", "class_label", "id"}
 
 
+@pytest.mark.slow
 def test_cache_is_shared_remade_when_damaged_and_equal_to_memory(shapes_dir, tmp_path):
     dataset = PhotoSketchDataset(shapes_dir, "validation", resolution=32)
     cached = PhotoSketchDataset(shapes_dir, "validation", resolution=32, cache_dir=tmp_path)
@@ -397,6 +398,7 @@ def test_interrupted_write_leaves_nothing(shapes_dir, tmp_path, monkeypatch):
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("problem", ["a file is in its place", "the disk is full"])
 def test_a_cache_that_fails_loses_no_photo_and_is_said_once(problem, shapes_dir, tmp_path, caplog, capsys):
     cache_dir = tmp_path / "cache"

@@ -243,6 +243,7 @@ def test_the_chain_guides_as_sampling_does(chain_batch, pretrained_dir):
     assert (found[1.0] - found[2.5]).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factory", ["tiny_pipeline_factory", "latent_pipeline_factory"])
 def test_the_chain_has_every_guidance_that_sampling_has(factory, request):
     pipeline, steps = request.getfixturevalue(factory)(), 4
@@ -271,6 +272,7 @@ def test_the_chain_has_every_guidance_that_sampling_has(factory, request):
     assert all((found[name] - found["none"]).abs().max() > 1e-3 for name in (*scales, "all"))
 
 
+@pytest.mark.slow
 def test_the_chain_is_told_the_abstraction_that_a_call_is_told(latent_pipeline, latent_dir, shapes_dir, tmp_path):
     latents = randn(2, latent_pipeline.sample_channels, *latent_pipeline.sample_size, seed=1)
     sketch, labels = torch.ones(2, 1, 32, 32), torch.tensor([1, 0])
@@ -692,6 +694,7 @@ def test_time_may_be_over_before_all_photos_are_inverted(shapes_dir, pretrained_
     assert not (tmp_path / "pipeline").exists() and not list(tmp_path.glob("checkpoint-*"))
 
 
+@pytest.mark.slow
 def test_classes_of_the_photos_are_added_to_those_of_the_pipeline(shapes_dir, tmp_path, tiny_pipeline_factory):
     tiny_pipeline_factory().save_pretrained(tmp_path / "abc")
     options = {"pretrained_model_name_or_path": str(tmp_path / "abc"), "train_data_dir": str(shapes_dir)}

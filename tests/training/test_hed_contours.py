@@ -140,6 +140,7 @@ def make_dataset(shapes_dir, cache_dir, source, weights, **options):
     )
 
 
+@pytest.mark.slow
 def test_contours_by_both_are_cached_beside_each_other(shapes_dir, tmp_path, monkeypatch):
     weights, cache = write_weights(tmp_path / "a.weights.h5"), tmp_path / "cache"
     classical = make_dataset(shapes_dir, cache, "classical", None)

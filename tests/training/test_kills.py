@@ -21,6 +21,8 @@ from diffsketching_pipeline import cli
 from diffsketching_pipeline.training.run_folder import write_folder
 
 
+pytestmark = pytest.mark.slow
+
 KILLS = int(os.environ.get("KILLS", "6"))
 
 

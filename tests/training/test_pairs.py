@@ -135,7 +135,7 @@ def test_splits_are_by_photo(sketchy_dir):
         split_pairs(pairs[:1])
 
 
-@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("several", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_dataset_with_columns(several, tmp_path, sketchy_dir):
     rows = {"image": [], "drawing": [], "kind": []}
     for i in range(4):
@@ -182,6 +182,7 @@ def png_bytes(image):
 NAMED, NUMBERED = datasets.Value("string"), datasets.ClassLabel(names=["cat", "dog"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "missing, label_kind, labels, expected",
     [

@@ -183,7 +183,7 @@ def test_processes_and_workers_deal_the_shards_out(shards):
     assert Counter(read) == Counter(TRAINED)
 
 
-@pytest.mark.parametrize("num_workers, shuffle_buffer", [(0, 256), (2, 3)])
+@pytest.mark.parametrize("num_workers, shuffle_buffer", [(0, 256), pytest.param(2, 3, marks=pytest.mark.slow)])
 def test_a_stream_goes_on_exactly_where_it_was(num_workers, shuffle_buffer, shards):
     options = {"batch_size": 3, "num_workers": num_workers, "shuffle_buffer": shuffle_buffer}
     whole, states = run(stream(shards, **options), num_workers, 30)

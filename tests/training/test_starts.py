@@ -121,6 +121,7 @@ def test_a_plain_pipeline_computes_what_it_did_before_training(ddpm_dir):
     assert difference.max() <= 2 and np.asarray(found[0]).std() > 1
 
 
+@pytest.mark.slow
 def test_a_plain_pipeline_learns_to_follow_drawings_of_classes(ddpm_dir, shapes_dir, tmp_path):
     args = UNetTrainingArguments(
         train_data_dir=str(shapes_dir),
@@ -224,6 +225,7 @@ def test_photos_in_class_folders_alone_are_split_by_the_hash_of_their_names(belo
     assert left == train[-1:] and again == validation  # a photo does not change sides when others go
 
 
+@pytest.mark.slow
 def test_a_cut_is_made_before_anything_is_read(shapes_dir, monkeypatch):
     read, original = [], PhotoSketchDataset._read
     monkeypatch.setattr(PhotoSketchDataset, "_read", lambda self, file: read.append(file) or original(self, file))
@@ -234,6 +236,7 @@ def test_a_cut_is_made_before_anything_is_read(shapes_dir, monkeypatch):
     assert cut.id2label == whole.id2label
 
 
+@pytest.mark.slow
 def test_several_processes_read_what_one_would(shapes_dir, tmp_path, monkeypatch):
     (tmp_path / "one" / "a").mkdir(parents=True)
     for i, file in enumerate(sorted((shapes_dir / "train").glob("*/*"))[:6]):

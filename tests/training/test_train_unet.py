@@ -390,6 +390,7 @@ def test_what_is_no_autoencoder_is_refused(tmp_path):
         load_vae(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_swapped_sketch_loss_tells_a_network_that_ignores_drawings(shapes_dir):
     from diffsketching_pipeline.training.dataset import PhotoSketchDataset
 

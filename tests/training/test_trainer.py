@@ -390,6 +390,7 @@ def test_validation_does_not_change_training(tmp_path):
     assert sorted(os.listdir(tmp_path / "with" / "samples")) == [f"picture-00000{i}.png" for i in (3, 6, 8)]
 
 
+@pytest.mark.slow
 def test_time_limit_stops_with_a_checkpoint_from_which_the_run_goes_on(tmp_path):
     options = {"max_train_steps": 60, "checkpointing_steps": 1000}
     assert train(make_trainer(tmp_path / "whole", **options))
@@ -401,6 +402,7 @@ def test_time_limit_stops_with_a_checkpoint_from_which_the_run_goes_on(tmp_path)
     assert_same_checkpoint(tmp_path / "whole" / "checkpoint-60", tmp_path / "cut" / "checkpoint-60")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["step", "validation", "checkpoint", "last validation"])
 def test_sigterm_saves_a_checkpoint_from_which_the_run_goes_on(moment, tmp_path):
     class Watched(Points):

@@ -155,6 +155,7 @@ def test_wrong_arguments_write_nothing(checkpoint, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change, message",
     [

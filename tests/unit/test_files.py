@@ -65,6 +65,7 @@ print(looks, misses)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="names change places in one step on Linux")
 def test_a_folder_that_is_replaced_is_never_missing(tmp_path):
     def write(value):

@@ -7,6 +7,8 @@ import pytest
 from fuzz_folders import KINDS, make_bases, run_kind
 
 
+pytestmark = pytest.mark.slow
+
 CASES = int(os.environ.get("FUZZ_CASES", 40))
 
 

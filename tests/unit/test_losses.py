@@ -132,6 +132,7 @@ def test_a_batch_in_0_to_1_is_warned_of_and_blank_paper_is_not(encoder):
 # ---- LPIPS ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("net", ["alex", "squeeze"])
 def test_eq_5_on_the_networks_of_lpips_is_lpips(net):
     lpips = pytest.importorskip("lpips")

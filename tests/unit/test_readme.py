@@ -96,6 +96,7 @@ def test_every_file_named_exists():
         assert (ROOT / name).exists(), name
 
 
+@pytest.mark.slow
 def test_own_classes_command(tmp_path):
     """Photos in class folders, one of them a class of the bundled model, and that model by its name."""
     for i in range(6):
