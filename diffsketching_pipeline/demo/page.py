@@ -471,7 +471,7 @@ def _take_no_addresses(block: gr.components.Component) -> None:
             raise gr.Error("The drawing is an address, not a file: download it first.", print_exception=False)
         return await move(path)
 
-    block.async_move_resource_to_block_cache = move_local  # type: ignore[method-assign]
+    block.async_move_resource_to_block_cache = move_local  # type: ignore[method-assign,assignment]
 
 
 def _draw_tab(handlers: _Handlers, page: gr.Blocks) -> tuple[gr.ImageEditor, _Results, gr.State, gr.Button]:
