@@ -3,6 +3,7 @@
 
 import ipaddress
 import os
+import re
 import socket
 import time
 from collections import defaultdict, deque
@@ -18,6 +19,8 @@ MAX_BODY_BYTES = 4 * 2**20
 # What one address may upload in an hour, after which Gradio deletes it.
 MAX_UPLOADED_BYTES = 256 * 2**20
 _UPLOAD_SECONDS = 3600.0
+# Paths by which Gradio fetches a file from elsewhere for whoever asks.
+_FETCHES = re.compile(r"/(file=[a-z]+:/|proxy=)", re.IGNORECASE)
 # Gradio's page has scripts in it and makes functions of text, so both have to be allowed; nothing from elsewhere is.
 _PAGE_POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline';"
@@ -51,6 +54,9 @@ class Guard:
         if not self._is_ours(headers.get("host", "")):
             refusal = "This page is not served under that name: see `allowed_hosts`, or `--allow-host`."
             await _refusal(421, refusal)(scope, receive, send)
+            return
+        if _FETCHES.search(scope["path"]):
+            await _refusal(403, "This page fetches nothing from elsewhere.")(scope, receive, send)
             return
         is_upload = scope["path"].rstrip("/").endswith("/upload")
         limit = self.max_upload_bytes + 2**16 if is_upload else MAX_BODY_BYTES

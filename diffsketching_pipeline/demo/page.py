@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 import gradio as gr
 from gradio.processing_utils import hash_bytes
 from gradio.utils import LRUCache, get_upload_folder
+from gradio_client.utils import is_http_url_like
 from PIL import Image, ImageOps
 from starlette.middleware import Middleware
 
@@ -465,8 +466,23 @@ def build_page(studio: Studio) -> gr.Blocks:
             show_progress_on=tabs,
             **_PRIVATE,
         )
+    for block in page.blocks.values():
+        if isinstance(block, gr.components.Component):
+            _take_no_addresses(block)
     page.queue(max_size=MAX_WAITING)
     return page
+
+
+def _take_no_addresses(block: gr.components.Component) -> None:
+    """Refuse the address of a file, which Gradio would download for whoever asks."""
+    move = block.async_move_resource_to_block_cache
+
+    async def move_local(path: Any) -> Any:
+        if is_http_url_like(str(path)):
+            raise gr.Error("The drawing is an address, not a file: download it first.", print_exception=False)
+        return await move(path)
+
+    block.async_move_resource_to_block_cache = move_local  # type: ignore[method-assign,assignment]
 
 
 def _draw_tab(handlers: _Handlers, page: gr.Blocks) -> tuple[gr.ImageEditor, _Results, gr.State, gr.Button]:

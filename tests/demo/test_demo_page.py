@@ -642,6 +642,25 @@ def test_an_uploaded_file_runs_nothing_in_a_browser(address, tmp_path):
     assert "default-src 'self'" in page["Content-Security-Policy"] and page["X-Content-Type-Options"] == "nosniff"
 
 
+def test_nothing_is_fetched_from_elsewhere_for_who_asks(address, monkeypatch):
+    async def fetch(*arguments, **options):
+        raise AssertionError(f"a request: {arguments}")
+
+    monkeypatch.setattr("gradio.processing_utils.async_ssrf_protected_download", fetch)
+    monkeypatch.setattr("httpx.AsyncClient.send", fetch)
+    for path in ("/gradio_api/file=https://example.org/a.png", "/gradio_api/proxy=https://example.org/a.png"):
+        assert send(address, path)[0] == 403
+    client = gradio_client.Client(address, verbose=False)
+    file = {
+        "path": "https://example.org/a.png",
+        "url": "https://example.org/a.png",
+        "meta": {"_type": "gradio.FileData"},
+    }
+    for name in ("make_photos", "edit_photo"):
+        with pytest.raises(gradio_client.exceptions.AppError, match="is an address, not a file: download it first"):
+            client.predict({"background": file, "layers": [], "composite": None}, api_name=f"/{name}")
+
+
 def test_the_names_of_a_page_are_those_it_listens_on(monkeypatch):
     monkeypatch.setenv("SPACE_HOST", "ana-page.hf.space")
     local, everywhere = guard.served_hosts("127.0.0.1", ["Page.Example"]), guard.served_hosts("0.0.0.0")
