@@ -88,15 +88,14 @@ class DiffSketchingMixin(_Base):
     if TYPE_CHECKING:
         # In diffusers any name is an attribute, because each might be one of the config.
         __getattr__: None  # type: ignore[misc, assignment]
-
-    unet: UNet2DModel
-    scheduler: SchedulerMixin
-    # Each may be `None`; no type checker can follow what says that it is there.
-    classifier: Any
-    sketcher: Any
-    sketch_encoder: Any
-    image_encoder: Any
-    vae: Any
+        unet: UNet2DModel
+        scheduler: SchedulerMixin
+        # Each may be `None`; no type checker can follow what says that it is there.
+        classifier: Any
+        sketcher: Any
+        sketch_encoder: Any
+        image_encoder: Any
+        vae: Any
 
     model_cpu_offload_seq = "sketch_encoder->classifier->sketcher->image_encoder->unet->vae"  # type: ignore[assignment]
     _optional_components = ["classifier", "sketcher", "sketch_encoder", "image_encoder", "vae"]
@@ -383,17 +382,16 @@ class DiffSketchingMixin(_Base):
         step_kwargs: Mapping[str, Any] | Callable[[], Mapping[str, Any]],
         after_step: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """
-        Run the sampling loop with guidance, progress bar and callbacks; `after_step(step_index, latents)` may replace what a
-        step led to before anybody sees it.
-        """
+        """Run the sampling loop; `after_step(step_index, latents)` may replace the result of a step before callbacks see it."""
         self._num_timesteps = len(timesteps)
         self._interrupt = False
         self._predictor = self._make_predictor(
             conditioning,
+            sketch_guidance_scale=resolved.sketch_guidance_scale,
             callbacks=callbacks,
             num_steps=len(timesteps),
-            **resolved.predictor_options,
+            interval=resolved.guidance_interval,
+            clip_sample=resolved.clip_sample,
         )
         with self.progress_bar(total=len(timesteps)) as progress_bar:
 
@@ -494,19 +492,8 @@ class DiffSketchingMixin(_Base):
         self.maybe_free_model_hooks()
         return latents
 
-    def _invert(
-        self,
-        scheduler,
-        timesteps: torch.Tensor,
-        latents: torch.Tensor,
-        conditioning: Conditioning,
-        iterations: int,
-        on_latents: Callable[[torch.Tensor], None] | None = None,
-    ) -> torch.Tensor:
-        """
-        Return x at `timesteps[0]`, the unguided way from x_0 = `latents`; `on_latents` is called with x at each of them.
-        """
-        predictor = self._make_predictor(conditioning)
+    def _invert(self, scheduler, timesteps, latents, conditioning, iterations: int, on_latents=None) -> torch.Tensor:
+        """Return x at `timesteps[0]`, the unguided way from x_0 = `latents`; `on_latents` is called with each x on the way."""
         with self.progress_bar(total=len(timesteps)) as progress_bar:
 
             def on_step_end(step_index, timestep, latents):
@@ -514,7 +501,7 @@ class DiffSketchingMixin(_Base):
                 if on_latents is not None:
                     on_latents(latents)
 
-            return invert(scheduler, predictor, latents, timesteps, iterations, on_step_end)
+            return invert(scheduler, self._make_predictor(conditioning), latents, timesteps, iterations, on_step_end)
 
 
 def share_components(pipeline_class: Any, source: Any, kwargs: Mapping[str, Any]) -> Any:

@@ -5,7 +5,7 @@ import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from diffusers import UNet2DModel
@@ -48,26 +48,28 @@ _RECOMMENDED_SHARES = ("eta", "sketch_abstraction", "class_mixture")
 _OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
-class CalledPipeline(Protocol):
-    """What is asked of the pipeline that is called; see [`~pipeline_base.DiffSketchingMixin`], which imports this module."""
+if TYPE_CHECKING:
 
-    unet: UNet2DModel
-    scheduler: SchedulerMixin
-    vae: Any
-    recommended: dict[str, Any]
-    _callback_tensor_inputs: list[str]
+    class CalledPipeline(Protocol):
+        """What is asked of the pipeline that is called; see [`~pipeline_base.DiffSketchingMixin`], which imports this module."""
 
-    @property
-    def classes(self) -> ClassVocabulary: ...
+        unet: UNet2DModel
+        scheduler: SchedulerMixin
+        vae: Any
+        recommended: dict[str, Any]
+        _callback_tensor_inputs: list[str]
 
-    @property
-    def sketch_channels(self) -> int: ...
+        @property
+        def classes(self) -> ClassVocabulary: ...
 
-    @property
-    def takes_sketch(self) -> bool: ...
+        @property
+        def sketch_channels(self) -> int: ...
 
-    @property
-    def takes_abstraction(self) -> bool: ...
+        @property
+        def takes_sketch(self) -> bool: ...
+
+        @property
+        def takes_abstraction(self) -> bool: ...
 
 
 @dataclass
@@ -112,7 +114,7 @@ class SamplingOptions:
         off: dict[str, Any] = {name: _SCALES[name][0] for name, scale in self.scales.items() if scale is None}
         return replace(self, clip_sample=clip_sample, **off)
 
-    def check(self, pipe: CalledPipeline, class_labels, has_sketch: bool, latents=None) -> None:
+    def check(self, pipe: "CalledPipeline", class_labels, has_sketch: bool, latents=None) -> None:
         """
         Refuse what is wrong before anything is computed.
 
@@ -157,7 +159,7 @@ class SamplingOptions:
 
     def call_on_step_end(
         self,
-        pipe: CalledPipeline,
+        pipe: "CalledPipeline",
         step_index: int,
         timestep: Any,
         latents: torch.Tensor,
@@ -166,24 +168,20 @@ class SamplingOptions:
         """Return the latents to go on with after a step, which `callback_on_step_end` may replace."""
         if self.callback_on_step_end is None:
             return latents
-        values = {
-            "latents": latents,
-            "noise_pred": prediction.noise_pred,
-            "pred_original_sample": prediction.pred_original_sample,
-        }
+        values = {"latents": latents, **prediction._asdict()}
         kwargs = {name: values[name] for name in self.callback_on_step_end_tensor_inputs}
         replaced = self.callback_on_step_end(pipe, step_index, timestep, kwargs) or {}
         return replaced.get("latents", latents)
 
     def _check_generator(self) -> None:
-        generator = self.generator
-        generators = generator if isinstance(generator, (list, tuple)) else [generator]
-        if not all(item is None or isinstance(item, torch.Generator) for item in generators):
-            raise ValueError("`generator` has to be a `torch.Generator`, a list of them, or None.")
-        if isinstance(generator, (list, tuple)) and None in generator:
-            raise ValueError("`generator` has to be a `torch.Generator` for each image, but the list has a None.")
+        given = self.generator
+        entries = given if isinstance(given, (list, tuple)) else [given]
+        if given is not None and not all(isinstance(entry, torch.Generator) for entry in entries):
+            raise ValueError(
+                f"`generator` must be a `torch.Generator`, a list with one for each image, or None, but got {given!r}."
+            )
 
-    def _check_guidance_callbacks(self, pipe: CalledPipeline, has_sketch: bool) -> None:
+    def _check_guidance_callbacks(self, pipe: "CalledPipeline", has_sketch: bool) -> None:
         for callback in _flatten_callbacks(self.guidance_callbacks):
             unknown = set(callback.tensor_inputs) - set(GUIDANCE_TENSOR_INPUTS)
             if unknown:
@@ -196,7 +194,7 @@ class SamplingOptions:
             elif isinstance(callback, SketchGuidanceCallback):
                 _check_scale(pipe, "perceptual_guidance_scale", callback.config.scale, has_sketch)
 
-    def _check_negative_class(self, pipe: CalledPipeline, has_sketch: bool) -> None:
+    def _check_negative_class(self, pipe: "CalledPipeline", has_sketch: bool) -> None:
         if self.negative_class_labels is None:
             return
         negative = as_list(self.negative_class_labels)
@@ -219,7 +217,7 @@ class SamplingOptions:
             )
 
     def resolve(
-        self, pipe: CalledPipeline, *, has_sketch: bool, has_class: bool, has_latents: bool = False
+        self, pipe: "CalledPipeline", *, has_sketch: bool, has_class: bool, has_latents: bool = False
     ) -> "ResolvedOptions":
         """
         Return what a call uses, with the checkpoint's recommendation for what was left at `None`.
@@ -250,7 +248,7 @@ class SamplingOptions:
             resolved.check_needs_no_class()
         return resolved
 
-    def _resolve_scale(self, pipe: CalledPipeline, name: str, has_sketch: bool, has_class: bool) -> float:
+    def _resolve_scale(self, pipe: "CalledPipeline", name: str, has_sketch: bool, has_class: bool) -> float:
         given, (off, components) = getattr(self, name), _SCALES[name]
         if given is not None:
             return float(given)
@@ -260,7 +258,7 @@ class SamplingOptions:
         usable = usable and (has_class if name == "classifier_guidance_scale" else has_sketch)
         return float(pipe.recommended.get(name, off)) if usable else off
 
-    def _resolve_eta(self, pipe: CalledPipeline, has_latents: bool) -> float:
+    def _resolve_eta(self, pipe: "CalledPipeline", has_latents: bool) -> float:
         if self.eta is not None:
             return float(self.eta)
         # Given noise, inverted from a photo maybe, is to lead to one result; other schedulers have no η.
@@ -268,7 +266,7 @@ class SamplingOptions:
             return 0.0
         return float(pipe.recommended.get("eta", 0.0))
 
-    def _resolve_abstraction(self, pipe: CalledPipeline, has_sketch: bool) -> float:
+    def _resolve_abstraction(self, pipe: "CalledPipeline", has_sketch: bool) -> float:
         abstraction, usable = self.sketch_abstraction, has_sketch and pipe.takes_abstraction
         if abstraction and not usable:
             logger.warning(
@@ -309,15 +307,6 @@ class ResolvedOptions:
     def record(self) -> dict[str, Any]:
         """What the pipeline tells of its last call, without what was given to it: that may be large."""
         return {"guidance_scales": self.scales, "eta": self.eta, "sketch_abstraction": self.sketch_abstraction}
-
-    @property
-    def predictor_options(self) -> dict[str, Any]:
-        """What a [`GuidedPredictor`] is told of them."""
-        return {
-            "sketch_guidance_scale": self.sketch_guidance_scale,
-            "interval": self.guidance_interval,
-            "clip_sample": self.clip_sample,
-        }
 
     @property
     def guidance_interval(self) -> tuple[float, float]:
@@ -383,7 +372,7 @@ def check_recommended(recommended: Any, where: str = "This pipeline") -> None:
             raise ValueError(f"{where}: `recommended` must have a finite `{name}`, but got {brief(repr(value))}.")
 
 
-def check_has_classes(pipe: CalledPipeline, class_labels: Any) -> None:
+def check_has_classes(pipe: "CalledPipeline", class_labels: Any) -> None:
     """
     Raises:
         ValueError: if `class_labels` is an empty list, or given to a checkpoint without classes.
@@ -433,7 +422,7 @@ def check_invertible(scheduler: Any, num_fixed_point_iterations: Any) -> None:
 
 
 def check_inversion(
-    pipe: CalledPipeline,
+    pipe: "CalledPipeline",
     class_labels: Any,
     has_sketch: bool,
     num_fixed_point_iterations: Any,
@@ -481,7 +470,7 @@ def expand_generator(generator: Any, batch_size: int, per: str = "image") -> lis
     return [torch.Generator("cpu").manual_seed(int(seed)) for seed in seeds]
 
 
-def _check_scale(pipe: CalledPipeline, name: str, scale: Any, has_sketch: bool) -> None:
+def _check_scale(pipe: "CalledPipeline", name: str, scale: Any, has_sketch: bool) -> None:
     if scale is None:
         return
     if not is_number(scale) or not math.isfinite(scale):

@@ -209,6 +209,9 @@ def _write_statement(statement: _Statement, documented: set[str]) -> list[str]:
                 # With the gap below.
                 for number in range(child.body[0].lineno, child.body[1].lineno):
                     lines[number - statement.start] = None
+        elif isinstance(child, ast.stmt) and _is_for_types(child):
+            first, last = child.lineno - statement.start, (child.end_lineno or child.lineno) - statement.start
+            lines[first : last + 1] = [None] * (last + 1 - first)
         elif isinstance(child, ast.ImportFrom) and (module := _internal(child)):
             indent = child.col_offset * " "
             first, last = child.lineno - statement.start, (child.end_lineno or child.lineno) - statement.start
@@ -233,6 +236,9 @@ def _import_block(imports: dict[str, tuple[str, str | None]]) -> str:
     for module, names in sorted(members.items()):
         line = f"from {module} import {', '.join(sorted(names))}"
         if len(line) > _LINE_LENGTH:
-            line = f"from {module} import (\n" + "".join(f"    {name},\n" for name in sorted(names)) + ")"
+            listed = textwrap.fill(
+                ", ".join(sorted(names)), _LINE_LENGTH, initial_indent="    ", subsequent_indent="    "
+            )
+            line = f"from {module} import (\n{listed}\n)"
         lines.append(line)
     return "\n".join(lines)
