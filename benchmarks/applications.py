@@ -9,10 +9,10 @@
 
 - `edit`: six edits of photos of the Clothing dataset's validation part, drawn here.
 - `retrieve`: each drawing put into a photo; R@1 of the crop around the mask among all drawings of the half.
-- `interpolate`: three, between drawings, photos and classes; distances between neighbouring frames.
+- `interpolate`: three, between drawings, photos and classes; distances between neighboring frames.
 - `matrix`: 15 drawings in each class of the model; agreement of the evaluation network with the class asked for.
 
-Seam energy is the mean difference, in grey levels, between two neighbouring pixels, beside that of the photo at the same
+Seam energy is the mean difference, in gray levels, between two neighboring pixels, beside that of the photo at the same
 pixels. At the border of the mask one is outside and one inside: this follows from the feather, which gives the outermost
 pixels about 1% of the result, and only shows that it works. In the blended band both are within the feather's width inside
 of the mask: this is what tells whether the result fits into its surroundings.

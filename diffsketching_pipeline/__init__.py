@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "ClassifierGuidanceCallback": "guidance",
-    "ColourGuidanceCallback": "guidance",
+    "ColorGuidanceCallback": "guidance",
     "DiffSketchingEditPipeline": "pipeline_diffsketching_edit",
     "DiffSketchingInterpolationPipeline": "pipeline_diffsketching_interpolation",
     "DiffSketchingLoss": "losses",
@@ -45,7 +45,7 @@ __all__ = ["__version__", *sorted(_MODULES)]
 
 if TYPE_CHECKING:
     from diffsketching_pipeline.guidance import ClassifierGuidanceCallback as ClassifierGuidanceCallback
-    from diffsketching_pipeline.guidance import ColourGuidanceCallback as ColourGuidanceCallback
+    from diffsketching_pipeline.guidance import ColorGuidanceCallback as ColorGuidanceCallback
     from diffsketching_pipeline.guidance import GuidanceCallback as GuidanceCallback
     from diffsketching_pipeline.guidance import SketchGuidanceCallback as SketchGuidanceCallback
     from diffsketching_pipeline.hub.export import export_pipeline as export_pipeline
@@ -78,6 +78,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name == "ColourGuidanceCallback":
+        return getattr(importlib.import_module(f"{__name__}.guidance"), name)  # which warns
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if _MODULES[name] not in _WITHOUT_DIFFUSERS:

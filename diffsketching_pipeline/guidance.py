@@ -36,7 +36,8 @@ from torchvision.transforms.functional import gaussian_blur
 from diffsketching_pipeline.autoencoding import AutoencoderCall, decode_latents, encode_photos
 from diffsketching_pipeline.conditioning import Conditioning
 from diffsketching_pipeline.denoising import NoisePrediction, predict_noise
-from diffsketching_pipeline.images.colours import parse_palette, preprocess_colour_strokes
+from diffsketching_pipeline.deprecation import renamed_arguments, renamed_attributes
+from diffsketching_pipeline.images.colors import parse_palette, preprocess_color_strokes
 from diffsketching_pipeline.images.edited_region import enclosed_area
 from diffsketching_pipeline.losses import (
     SketchFeatureMaps,
@@ -401,7 +402,7 @@ class SketchGuidanceCallback(GuidanceCallback):
 
     ε̂ = ε + w_p sqrt(1-ᾱ_t) ‖ε‖ ĝ, where ĝ is ∇_{x_t} L_p(P(clamp(x̂_0)), s) scaled to unit norm per image. With ε held
     fixed dx̂_0/dx_t is 1/sqrt(ᾱ_t), through the network it is not, so the raw sizes differ by orders of magnitude; after
-    the normalisation `scale` is a fraction of the noise prediction and one value serves both. The clamp passes gradients
+    the normalization `scale` is a fraction of the noise prediction and one value serves both. The clamp passes gradients
     straight through, so that saturated pixels (white backgrounds) can still be drawn on. With a `vae` x̂_0 is decoded, and
     the gradient goes through its decoder.
 
@@ -463,9 +464,9 @@ class SketchGuidanceCallback(GuidanceCallback):
         return predictor.cached(("sketch_features", id(sketch)), features)[1]
 
 
-class Colours(NamedTuple):
+class Colors(NamedTuple):
     """
-    Hold what colour guidance aims at.
+    Hold what color guidance aims at.
 
     Attributes:
         candidates: `[num_candidates, 3, height, width]` or `[num_candidates, 3, 1, 1]` in [-1, 1]; each pixel is drawn
@@ -477,26 +478,27 @@ class Colours(NamedTuple):
     mask: torch.Tensor
 
 
-class ColourGuidanceCallback(GuidanceCallback):
+class ColorGuidanceCallback(GuidanceCallback):
     """
-    Guidance by colour: the low frequencies of x̂_0 are drawn towards given colours, which leaves shape and texture.
+    Guidance by color: the low frequencies of x̂_0 are drawn towards given colors, which leaves shape and texture.
 
     x̂_0 becomes x̂_0 + w m B(m (c - x̂_0)) / B(m) with B a Gaussian blur, m the mask and c the nearest of the candidate
-    colours, which is ε̂ = ε - sqrt(ᾱ_t / (1-ᾱ_t)) times that change (compare ILVR, Choi et al., 2021).
+    colors, which is ε̂ = ε - sqrt(ᾱ_t / (1-ᾱ_t)) times that change (compare ILVR, Choi et al., 2021).
 
-    With a `vae` that is done to the decoded photo D(x̂_0), and x̂_0 changes by E(recoloured) - E(D(x̂_0)): what the way
+    With a `vae` that is done to the decoded photo D(x̂_0), and x̂_0 changes by E(recolored) - E(D(x̂_0)): what the way
     there and back loses cancels, and a scale of 1.0 means the same as in pixels. A gradient through the decoder would need
     several steps to get as far.
 
     Args:
-        colours ([`Colours`]): on the device that is sampled on.
+        colors ([`Colors`]): on the device that is sampled on.
         scale (`float`, defaults to 0.5): w; 1.0 replaces the low frequencies.
         guidance_start, guidance_end (`float`): fractions of the steps between which guidance is on.
     """
 
-    def __init__(self, colours: Colours, scale: float = 0.5, guidance_start: float = 0.0, guidance_end: float = 1.0):
+    @renamed_arguments(colours="colors")
+    def __init__(self, colors: Colors, scale: float = 0.5, guidance_start: float = 0.0, guidance_end: float = 1.0):
         super().__init__(scale=scale, guidance_start=guidance_start, guidance_end=guidance_end)
-        self.colours = colours
+        self.colors = colors
 
     def noise_delta(
         self, pipeline: DiffusionPipeline | None, timestep: Any, callback_kwargs: dict[str, Any]
@@ -509,61 +511,61 @@ class ColourGuidanceCallback(GuidanceCallback):
             return self.config.scale * factor * self._pixel_change(original)
         encode = predictor.encoder()
         photos = predictor.decoder()(original).clamp(-1, 1)
-        recoloured = (photos + self.config.scale * self._pixel_change(photos)).clamp(-1, 1)
-        return factor * (encode(recoloured) - encode(photos))
+        recolored = (photos + self.config.scale * self._pixel_change(photos)).clamp(-1, 1)
+        return factor * (encode(recolored) - encode(photos))
 
     def _pixel_change(self, original: torch.Tensor) -> torch.Tensor:
-        """Return what takes photos `[batch_size, 3, height, width]` all the way to the colours."""
-        candidates, mask = self.colours
-        # Of the candidates the nearest to the blurred colour, so that a fold or a print does not switch between them.
+        """Return what takes photos `[batch_size, 3, height, width]` all the way to the colors."""
+        candidates, mask = self.colors
+        # Of the candidates the nearest to the blurred color, so that a fold or a print does not switch between them.
         distances = (blur(original)[:, None] - candidates).square().sum(dim=2)
         nearest = distances.argmin(dim=1)[:, None, None].expand(-1, -1, 3, -1, -1)
         target = candidates.expand(len(original), -1, -1, *original.shape[2:]).gather(1, nearest)[:, 0]
         return mask * blur(mask * (target - original)) / blur(mask).clamp_min(1e-3)
 
 
-def read_colours(
-    colour_hint: Any,
+def read_colors(
+    color_hint: Any,
     groups: Sequence[torch.Tensor] | None,
     num_images: int,
     size: tuple[int, int],
     device: torch.device | str,
     box: tuple[float, float, float, float] | None = None,
     inside: torch.Tensor | None = None,
-) -> Colours | None:
+) -> Colors | None:
     """
-    Read what [`ColourGuidanceCallback`] aims at, from coarse strokes or a palette.
+    Read what [`ColorGuidanceCallback`] aims at, from coarse strokes or a palette.
 
     Args:
-        colour_hint: as for the call; `None` for none.
+        color_hint: as for the call; `None` for none.
         groups: the drawings of each result, `[K_i, 1, height, width]`, for a palette.
         num_images: how many images are made of each result.
         size: height and width of photos in pixels.
         device: of what is returned.
-        box: part of a page of strokes that is stretched to `size`; see [`~images.colours.preprocess_colour_strokes`].
-        inside: bool `[1, 1, height, width]`, where colours are guided; everywhere if left out.
+        box: part of a page of strokes that is stretched to `size`; see [`~images.colors.preprocess_color_strokes`].
+        inside: bool `[1, 1, height, width]`, where colors are guided; everywhere if left out.
 
     Raises:
         ValueError: for a hint that cannot be read or is empty, strokes with none inside, or a palette without a drawing.
     """
-    if colour_hint is None:
+    if color_hint is None:
         return None
-    palette = parse_palette(colour_hint)
+    palette = parse_palette(color_hint)
     if palette is None:
-        strokes = preprocess_colour_strokes(colour_hint, *size, box)
+        strokes = preprocess_color_strokes(color_hint, *size, box)
         candidates, cover = (layer[None].to(device) for layer in strokes)
         if inside is not None and not bool((cover > 0)[inside].any()):
             raise ValueError(
-                "`colour_hint` has no stroke inside of what may change: paint there, or enlarge `mask_image`."
+                "`color_hint` has no stroke inside of what may change: paint there, or enlarge `mask_image`."
             )
         mask = blur(cover)
     elif groups is None:
-        raise ValueError("`colour_hint` is a palette, which colours what a drawing encloses: give a `sketch`.")
+        raise ValueError("`color_hint` is a palette, which colors what a drawing encloses: give a `sketch`.")
     else:
         candidates = palette.to(device)
         mask = torch.stack([enclosed_area(group) for group in groups]).repeat_interleave(num_images, dim=0)
         mask = mask.to(device)
-    return Colours(candidates, mask if inside is None else mask * inside)
+    return Colors(candidates, mask if inside is None else mask * inside)
 
 
 def blur(images: torch.Tensor) -> torch.Tensor:
@@ -571,3 +573,8 @@ def blur(images: torch.Tensor) -> torch.Tensor:
     sigma = max(images.shape[-2:]) / 16
     size = 2 * math.ceil(2 * sigma) + 1
     return gaussian_blur(images, [size, size], [sigma, sigma])
+
+
+__getattr__ = renamed_attributes(
+    __name__, ColourGuidanceCallback="ColorGuidanceCallback", Colours="Colors", read_colours="read_colors"
+)

@@ -203,14 +203,14 @@ class ImageIdentityLoss(nn.Module):
     """
     Measure how much of a photo's identity is lost (eq. 6): L_i = 1 - cos(F_i(x̂_0), F_i(x_0)).
 
-    The paper prints the cosine and says that its distance is minimised; this is the distance, 0 for equal features and 2
+    The paper prints the cosine and says that its distance is minimized; this is the distance, 0 for equal features and 2
     for opposite ones.
 
     Args:
         image_encoder (`transformers.ResNetForImageClassification`): F_i, three input channels; its pooled features are
             compared. Used as it is, frozen or not.
         image_mean, image_std (`Sequence[float]`, *optional*): if given, photos are shifted from [-1, 1] to [0, 1] and then
-            normalised per channel, as a public ResNet-50 expects: 0.485, 0.456, 0.406 and 0.229, 0.224, 0.225.
+            normalized per channel, as a public ResNet-50 expects: 0.485, 0.456, 0.406 and 0.229, 0.224, 0.225.
         image_size (`int`, *optional*): if given, photos are resized to that side first.
     """
 
@@ -274,7 +274,7 @@ class DiffSketchingLosses(NamedTuple):
 
 class DiffSketchingLoss(nn.Module):
     """
-    Compute what fine-tuning minimises (eq. 7): L = λ L_i(x_0, x̂_0) + (1-λ) L_p(P(x̂_0), s_0).
+    Compute what fine-tuning minimizes (eq. 7): L = λ L_i(x_0, x̂_0) + (1-λ) L_p(P(x̂_0), s_0).
 
     Args:
         sketcher ([`PhotoSketcher`], *optional*): P; may be left out, with `perceptual_loss`, if λ is 1.

@@ -21,7 +21,7 @@ class FoldedPixels(ModelMixin, ConfigMixin):
         block_out_channels (`tuple[int]`, *optional*, defaults to `(3, 3, 3, 3)`): As an autoencoder says its f: each level
             but the first halves.
         scaling_factor (`float`, *optional*, defaults to 1.0):
-            What the pixels in [-1, 1] are multiplied by, see [`~autoencoding.encode_photos`]. Neighbouring pixels agree, so
+            What the pixels in [-1, 1] are multiplied by, see [`~autoencoding.encode_photos`]. Neighboring pixels agree, so
             that noise hides photos later than it hides latents of unit variance: a factor below 1 makes up for it
             (Chen, "On the Importance of Noise Scheduling for Diffusion Models", 2023).
         in_channels (`int`, *optional*, defaults to 3), out_channels (`int`, *optional*, defaults to 3): Those of photos.

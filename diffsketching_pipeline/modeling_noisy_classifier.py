@@ -23,7 +23,7 @@ class NoisyImageClassifierOutput(BaseOutput):
     The output of [`NoisyImageClassifier`].
 
     Args:
-        logits (`torch.Tensor` of shape `(batch_size, num_classes)`): Unnormalised log p(y | x_t, t).
+        logits (`torch.Tensor` of shape `(batch_size, num_classes)`): Unnormalized log p(y | x_t, t).
     """
 
     logits: torch.Tensor
@@ -90,8 +90,8 @@ class NoisyImageClassifier(ModelMixin, ConfigMixin):
         act_fn (`str`, *optional*, defaults to `"silu"`): Activation function of the residual blocks.
         attention_head_dim (`int`, *optional*, defaults to 64):
             Channels of one attention head; `None` for a single head everywhere.
-        norm_num_groups (`int`, *optional*, defaults to 32): Groups of the group normalisations.
-        norm_eps (`float`, *optional*, defaults to 1e-5): Epsilon of the group normalisations.
+        norm_num_groups (`int`, *optional*, defaults to 32): Groups of the group normalizations.
+        norm_eps (`float`, *optional*, defaults to 1e-5): Epsilon of the group normalizations.
         resnet_time_scale_shift (`str`, *optional*, defaults to `"scale_shift"`):
             How the timestep enters the residual blocks, `"default"` (added) or `"scale_shift"`.
     """
@@ -166,7 +166,7 @@ class NoisyImageClassifier(ModelMixin, ConfigMixin):
             resnet_time_scale_shift=resnet_time_scale_shift,
             attention_head_dim=attention_head_dim or channels,
             resnet_groups=norm_num_groups,
-            # Left at None, the block would drop this normalisation in "scale_shift" mode.
+            # Left at None, the block would drop this normalization in "scale_shift" mode.
             attn_groups=norm_num_groups,
         )
 
@@ -189,7 +189,7 @@ class NoisyImageClassifier(ModelMixin, ConfigMixin):
     ) -> "NoisyImageClassifier":
         """
         A classifier that starts as the downsampling half of a UNet and reads noisy images as the UNet does. New are the
-        pooling, the normalisation before it and, where the UNet has none, that of the attention in the middle block.
+        pooling, the normalization before it and, where the UNet has none, that of the attention in the middle block.
 
         Channels of `unet` beyond those of x_t (a sketch) are left out, which is the same as their being zero, "no sketch". Its
         class embedding is a constant added to the timestep's.
@@ -225,7 +225,7 @@ class NoisyImageClassifier(ModelMixin, ConfigMixin):
         )
 
         state = classifier.state_dict()
-        # Not the output's normalisation: the UNet's is that of its last, widest feature map.
+        # Not the output's normalization: the UNet's is that of its last, widest feature map.
         taken = {
             name: value.float().cpu()
             for name, value in unet.state_dict().items()

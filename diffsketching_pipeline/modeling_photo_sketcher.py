@@ -14,13 +14,13 @@ MIN_SIDE = 8
 
 class PhotoSketcherNorm(nn.BatchNorm2d):
     """
-    Batch normalisation whose result never depends on the other images of a batch nor on train/eval mode.
+    Batch normalization whose result never depends on the other images of a batch nor on train/eval mode.
 
     Args:
         num_features (`int`): Number of channels.
         statistics (`str`):
-            `"per_sample"`: mean and biased variance of each image alone, which is batch normalisation in train mode
-            on a batch of one. `"running"`: the stored mean and variance, which is batch normalisation in eval mode.
+            `"per_sample"`: mean and biased variance of each image alone, which is batch normalization in train mode
+            on a batch of one. `"running"`: the stored mean and variance, which is batch normalization in eval mode.
             The stored values are never updated here: they come from a converted checkpoint.
     """
 
@@ -41,7 +41,7 @@ class PhotoSketcherResnetBlock(nn.Module):
 
     def __init__(self, channels: int, dropout: float, statistics: str):
         super().__init__()
-        # The biases are left out because the normalisation that follows would subtract them.
+        # The biases are left out because the normalization that follows would subtract them.
         self.conv1 = nn.Conv2d(channels, channels, kernel_size=3, padding=1, padding_mode="reflect", bias=False)
         self.norm1 = PhotoSketcherNorm(channels, statistics)
         self.dropout = nn.Dropout(dropout)
@@ -57,7 +57,7 @@ class PhotoSketcherResnetBlock(nn.Module):
 class PhotoSketcher(ModelMixin, ConfigMixin):
     r"""
     Photo -> sketch: a 7x7 convolution, two halvings, `n_blocks` residual blocks, two doublings, a 7x7 convolution and
-    tanh, with batch normalisation and reflection padding. It is the ResNet generator of image translation GANs, as
+    tanh, with batch normalization and reflection padding. It is the ResNet generator of image translation GANs, as
     "Photo-Sketching: Inferring Contour Drawings from Images" (Li et al., WACV 2019) trains it.
 
     Parameters:
@@ -67,7 +67,7 @@ class PhotoSketcher(ModelMixin, ConfigMixin):
         n_blocks (`int`, *optional*, defaults to 9): Number of residual blocks.
         dropout (`float`, *optional*, defaults to 0.0): Dropout inside the residual blocks, active in train mode only.
         statistics (`str`, *optional*, defaults to `"per_sample"`):
-            What the normalisation layers use, in train and eval mode alike: `"per_sample"` the statistics of each
+            What the normalization layers use, in train and eval mode alike: `"per_sample"` the statistics of each
             image alone (how the published tool runs, and how this model is trained here), `"running"` the statistics
             stored in a converted checkpoint. One image's sketch never depends on the rest of its batch.
             `PhotoSketcher.from_pretrained(folder, statistics="running")` overrides what a folder says.

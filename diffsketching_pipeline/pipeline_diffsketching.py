@@ -8,8 +8,9 @@ from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 from diffsketching_pipeline.conditioning import as_list, join_conditions, read_sketch_masks
-from diffsketching_pipeline.guidance import read_colours
-from diffsketching_pipeline.images.colours import are_colour_strokes
+from diffsketching_pipeline.deprecation import renamed_arguments
+from diffsketching_pipeline.guidance import read_colors
+from diffsketching_pipeline.images.colors import are_color_strokes
 from diffsketching_pipeline.pipeline_base import DiffSketchingMixin, warn_if_sketch_is_unused
 from diffsketching_pipeline.pipeline_options import SamplingOptions, check_integer, check_strength, expand_generator
 from diffsketching_pipeline.schedulers import sampling_scheduler, scheduler_step_kwargs, timesteps_from
@@ -44,6 +45,7 @@ class DiffSketchingPipeline(DiffSketchingMixin, DiffusionPipeline):
         if sketch_masks is not None and sketch is None:
             raise ValueError("`sketch_masks` says where drawings rule: give a `sketch`, or leave it at None.")
 
+    @renamed_arguments(colour_hint="color_hint", colour_guidance_scale="color_guidance_scale")
     @torch.no_grad()
     def __call__(
         self,
@@ -68,8 +70,8 @@ class DiffSketchingPipeline(DiffSketchingMixin, DiffusionPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         negative_class_labels=None,
         sketch_masks=None,
-        colour_hint=None,
-        colour_guidance_scale: float = 0.5,
+        color_hint=None,
+        color_guidance_scale: float = 0.5,
         sketch_abstraction: float | None = None,
         image=None,
     ):
@@ -134,13 +136,13 @@ class DiffSketchingPipeline(DiffSketchingMixin, DiffusionPipeline):
                 Where each drawing of a result rules: one list per sketch with a mask for each of its drawings (path,
                 `PIL.Image.Image`, `np.ndarray` or `torch.Tensor`; white rules). Where masks overlap, or none is white, the
                 drawings are averaged. The drawings keep their place on the page.
-            colour_hint (path, `PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of colours, *optional*):
-                Colours that the photos take on, without a change of shape: coarse strokes on a page (what is transparent,
+            color_hint (path, `PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of colors, *optional*):
+                Colors that the photos take on, without a change of shape: coarse strokes on a page (what is transparent,
                 or else white, is left free), or a palette for what the drawing encloses, such as `["#803010", "navy"]`. With
                 strokes the drawings keep their place on the page, too.
-            colour_guidance_scale (`float`, defaults to 0.5):
+            color_guidance_scale (`float`, defaults to 0.5):
                 How strongly: 0.0 is off, 1.0 replaces the low frequencies, in the first 60% of the guided steps. See
-                [`ColourGuidanceCallback`].
+                [`ColorGuidanceCallback`].
             sketch_abstraction (`float`, *optional*):
                 How far the drawing may be off, in [0, 1]: 0.0 traces it, 1.0 draws what is meant. `None` is the
                 checkpoint's recommendation, or 0.0. A UNet without a plane for it ignores it, which a warning says.
@@ -184,8 +186,8 @@ class DiffSketchingPipeline(DiffSketchingMixin, DiffusionPipeline):
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             negative_class_labels=negative_class_labels,
-            colour_hint=colour_hint,
-            colour_guidance_scale=colour_guidance_scale,
+            color_hint=color_hint,
+            color_guidance_scale=color_guidance_scale,
             sketch_abstraction=sketch_abstraction,
             num_inference_steps=num_inference_steps,
         ).for_noise_of(latents)
@@ -196,11 +198,11 @@ class DiffSketchingPipeline(DiffSketchingMixin, DiffusionPipeline):
         timesteps = timesteps_from(scheduler, num_inference_steps, strength)
 
         # 1. Read the drawings, and where each of several rules
-        has_place = sketch_masks is not None or are_colour_strokes(colour_hint)
+        has_place = sketch_masks is not None or are_color_strokes(color_hint)
         groups = self.prepare_sketches(sketch, fit="page" if has_place else None)
         size = (self.height, self.width)
         masks = read_sketch_masks(sketch_masks, groups, size, self.vae_scale_factor)
-        colours = read_colours(colour_hint, groups, num_images_per_sketch, size, device)
+        colors = read_colors(color_hint, groups, num_images_per_sketch, size, device)
         num_rows = _count_rows(class_labels, groups, latents, num_images_per_sketch)
         batch_size = num_rows * num_images_per_sketch
 
@@ -216,7 +218,7 @@ class DiffSketchingPipeline(DiffSketchingMixin, DiffusionPipeline):
         )
 
         # 3. Put guidance together
-        callbacks = resolved.guidance_callbacks(colours)
+        callbacks = resolved.guidance_callbacks(colors)
         if groups is not None and strength == 1.0:
             warn_if_sketch_is_unused(self, "sketch", callbacks, ", or lower `strength`")
 

@@ -15,8 +15,9 @@ from scipy import ndimage
 from skimage.morphology import convex_hull_image
 
 from diffsketching_pipeline.conditioning import join_conditions
-from diffsketching_pipeline.guidance import read_colours
-from diffsketching_pipeline.images.colours import are_colour_strokes
+from diffsketching_pipeline.deprecation import renamed_arguments
+from diffsketching_pipeline.guidance import read_colors
+from diffsketching_pipeline.images.colors import are_color_strokes
 from diffsketching_pipeline.images.reading import is_number, preprocess_mask, preprocess_photos, read_photo
 from diffsketching_pipeline.images.sketch_processor import SketchProcessor
 from diffsketching_pipeline.pipeline_base import DiffSketchingMixin, warn_if_sketch_is_unused
@@ -174,8 +175,8 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
         side = round((1 + 2 * crop_margin) * max(right - left, bottom - top))
         max_page_scale = min(_MAX_PAGE_SCALE, _MAX_PAGE_SIDE / max(self.width, self.height))
         side = max(side, math.ceil(max(photo.size) / max_page_scale))
-        horizontal = _centred_interval(left, right, side, photo.width)
-        vertical = _centred_interval(top, bottom, side, photo.height)
+        horizontal = _centered_interval(left, right, side, photo.width)
+        vertical = _centered_interval(top, bottom, side, photo.height)
         box = (horizontal[0], vertical[0], horizontal[1], vertical[1])
         return EditedRegion(photo, box, np.asarray(mask) > 127)
 
@@ -226,23 +227,24 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
             raise ValueError("`sketch` has no line inside of what may change: draw there, or enlarge `mask_image`.")
         return strokes if contours is None else torch.where(inside, strokes, contours)
 
-    def prepare_part_colours(self, colour_hint, region: EditedRegion, inside: torch.Tensor, groups, num_images: int):
+    def prepare_part_colors(self, color_hint, region: EditedRegion, inside: torch.Tensor, groups, num_images: int):
         """
-        Read colours as [`~guidance.read_colours`] does, inside the mask; strokes of colour lie on the photo's page.
+        Read colors as [`~guidance.read_colors`] does, inside the mask; strokes of color lie on the photo's page.
 
         Raises:
             ValueError: for strokes on a page of another aspect ratio, or with none inside the mask.
         """
         box = None
-        if are_colour_strokes(colour_hint):
-            colour_hint = read_photo(colour_hint, "`colour_hint`")
-            _check_page("colour_hint", colour_hint.size, region.photo.size)
-            scale = [page / photo for page, photo in zip(colour_hint.size, region.photo.size, strict=True)]
+        if are_color_strokes(color_hint):
+            color_hint = read_photo(color_hint, "`color_hint`")
+            _check_page("color_hint", color_hint.size, region.photo.size)
+            scale = [page / photo for page, photo in zip(color_hint.size, region.photo.size, strict=True)]
             left, top, right, bottom = region.box
             box = (left * scale[0], top * scale[1], right * scale[0], bottom * scale[1])
         size = (self.height, self.width)
-        return read_colours(colour_hint, groups, num_images, size, inside.device, box, inside)
+        return read_colors(color_hint, groups, num_images, size, inside.device, box, inside)
 
+    @renamed_arguments(colour_hint="color_hint", colour_guidance_scale="color_guidance_scale")
     @torch.no_grad()
     def __call__(
         self,
@@ -272,8 +274,8 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
         callback_on_step_end: Callable[..., dict] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         negative_class_labels=None,
-        colour_hint=None,
-        colour_guidance_scale: float = 0.5,
+        color_hint=None,
+        color_guidance_scale: float = 0.5,
         sketch_abstraction: float | None = None,
     ):
         r"""
@@ -297,7 +299,7 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
                 Number of results.
             strength (`float`, defaults to 0.9):
                 How much may change, in (0, 1]: the share of the steps that is sampled again. Low values keep the photo's
-                colours and layout; 1.0 makes something new from noise.
+                colors and layout; 1.0 makes something new from noise.
             mask_padding (`float`, defaults to 0.05):
                 What a mask that is found from the strokes grows by, as a share of the photo's longer side.
             crop_margin (`float`, defaults to 0.5):
@@ -334,7 +336,7 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
 
         Raises:
             ValueError: for a photo, mask or drawing that cannot be read or is empty, a mask of another size than the photo,
-                a drawing or strokes of colour on a page of other proportions or with nothing inside of the mask, a scheduler
+                a drawing or strokes of color on a page of other proportions or with nothing inside of the mask, a scheduler
                 other than [`DDIMScheduler`], and as [`DiffSketchingPipeline.__call__`].
         """
         # 0. Check inputs
@@ -352,8 +354,8 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             negative_class_labels=negative_class_labels,
-            colour_hint=colour_hint,
-            colour_guidance_scale=colour_guidance_scale,
+            color_hint=color_hint,
+            color_guidance_scale=color_guidance_scale,
             sketch_abstraction=sketch_abstraction,
             num_inference_steps=num_inference_steps,
         )
@@ -390,8 +392,8 @@ class DiffSketchingEditPipeline(DiffSketchingMixin, DiffusionPipeline):
         abstraction = resolved.sketch_abstraction
         condition = self.prepare_conditions(groups, labels, negative_class_labels, None, abstraction)[0]
         conditioning = join_conditions([[(condition, 1.0)]] * num_images_per_sketch)
-        colours = self.prepare_part_colours(colour_hint, region, inside, groups, num_images_per_sketch)
-        callbacks = resolved.guidance_callbacks(colours)
+        colors = self.prepare_part_colors(color_hint, region, inside, groups, num_images_per_sketch)
+        callbacks = resolved.guidance_callbacks(colors)
         if sketch is not None:
             warn_if_sketch_is_unused(self, "sketch", callbacks)
 
@@ -461,14 +463,14 @@ def _blend(old: np.ndarray, new: np.ndarray, share: np.ndarray) -> np.ndarray:
     old = old.astype(np.float32)
     if old.shape[2] == 3:
         return np.rint(old + share * (new - old)).astype(np.uint8)
-    colours, opacity = old[..., :3], old[..., 3:] + share * (255 - old[..., 3:])
-    # What is transparent has no colour that could count.
+    colors, opacity = old[..., :3], old[..., 3:] + share * (255 - old[..., 3:])
+    # What is transparent has no color that could count.
     share = 255 * share / np.maximum(opacity, 1e-6)
-    return np.rint(np.concatenate([colours + share * (new - colours), opacity], axis=2)).astype(np.uint8)
+    return np.rint(np.concatenate([colors + share * (new - colors), opacity], axis=2)).astype(np.uint8)
 
 
 def _with_profile(image: Image.Image, photo: Image.Image) -> Image.Image:
-    """The image with the photo's ICC profile, unless that is one of other colours, such as CMYK, than those of the image."""
+    """The image with the photo's ICC profile, unless that is one of other colors, such as CMYK, than those of the image."""
     profile = photo.info.get("icc_profile")
     if profile and profile[16:20] == b"RGB ":
         image.info["icc_profile"] = profile
@@ -500,7 +502,7 @@ def _mask_of_box(size: tuple[int, int], box: Sequence[float]) -> Image.Image:
     return mask
 
 
-def _centred_interval(start: int, end: int, length: int, limit: int) -> tuple[int, int]:
+def _centered_interval(start: int, end: int, length: int, limit: int) -> tuple[int, int]:
     """An interval of a length around another, moved to lie within [0, limit], or all of that."""
     length = min(max(length, end - start), limit)
     first = min(max((start + end - length) // 2, 0), limit - length)

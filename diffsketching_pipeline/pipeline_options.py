@@ -18,8 +18,8 @@ from diffsketching_pipeline.denoising import NoisePrediction
 from diffsketching_pipeline.guidance import (
     GUIDANCE_TENSOR_INPUTS,
     ClassifierGuidanceCallback,
-    ColourGuidanceCallback,
-    Colours,
+    ColorGuidanceCallback,
+    Colors,
     SketchGuidanceCallback,
     check_guidance_interval,
 )
@@ -41,8 +41,8 @@ _COMPONENT_CLASSES = {
     "sketch_encoder": "ResNetForImageClassification",
 }
 _DEFAULT_NUM_INFERENCE_STEPS = 50
-# Colours are settled in the first part of the guided steps; guided to the end, fabric would be painted flat.
-_COLOURED_SHARE = 0.6
+# Colors are settled in the first part of the guided steps; guided to the end, fabric would be painted flat.
+_COLORED_SHARE = 0.6
 # Settings other than the number of steps and the scales for which a checkpoint may recommend a value in [0, 1].
 _RECOMMENDED_SHARES = ("eta", "sketch_abstraction", "class_mixture")
 _OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -89,8 +89,8 @@ class SamplingOptions:
     callback_on_step_end: Callable[..., dict] | None = None
     callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",)
     negative_class_labels: Any = None
-    colour_hint: Any = None
-    colour_guidance_scale: float = 0.0
+    color_hint: Any = None
+    color_guidance_scale: float = 0.0
     sketch_abstraction: float | None = None
     num_inference_steps: int | None = None
 
@@ -132,9 +132,9 @@ class SamplingOptions:
         self._check_negative_class(pipe, has_sketch)
         check_guidance_interval(self.guidance_start, self.guidance_end)
         self._check_guidance_callbacks(pipe, has_sketch)
-        scale = self.colour_guidance_scale
+        scale = self.color_guidance_scale
         if not is_number(scale) or not 0.0 <= scale <= 1.0:
-            raise ValueError(f"`colour_guidance_scale` has to be in [0, 1] but is {scale!r}.")
+            raise ValueError(f"`color_guidance_scale` has to be in [0, 1] but is {scale!r}.")
         if self.eta is not None and not 0.0 <= self.eta <= 1.0:
             raise ValueError(f"`eta` has to be in [0, 1] or None but is {self.eta}.")
         if self.clip_sample not in (None, True, False):
@@ -313,8 +313,8 @@ class ResolvedOptions:
         """Fractions of the steps between which guidance is on."""
         return self.given.guidance_start, self.given.guidance_end
 
-    def guidance_callbacks(self, colours: Colours | None = None) -> list[PipelineCallback]:
-        """Return the callbacks that the scales stand for, and those that were given; `colours` are what a hint asks for."""
+    def guidance_callbacks(self, colors: Colors | None = None) -> list[PipelineCallback]:
+        """Return the callbacks that the scales stand for, and those that were given; `colors` are what a hint asks for."""
         start, end = self.guidance_interval
         callbacks: list[PipelineCallback] = []
         if self.classifier_guidance_scale != 0.0:
@@ -322,9 +322,9 @@ class ResolvedOptions:
         if self.perceptual_guidance_scale != 0.0:
             scale = self.perceptual_guidance_scale
             callbacks.append(SketchGuidanceCallback(scale, guidance_start=start, guidance_end=end))
-        if colours is not None and self.given.colour_guidance_scale != 0.0:
-            coloured_end = start + _COLOURED_SHARE * (end - start)
-            callbacks.append(ColourGuidanceCallback(colours, self.given.colour_guidance_scale, start, coloured_end))
+        if colors is not None and self.given.color_guidance_scale != 0.0:
+            colored_end = start + _COLORED_SHARE * (end - start)
+            callbacks.append(ColorGuidanceCallback(colors, self.given.color_guidance_scale, start, colored_end))
         return callbacks + _flatten_callbacks(self.given.guidance_callbacks)
 
     def check_needs_no_class(self) -> None:

@@ -77,7 +77,7 @@ def interpolate_unets(first: UNet2DModel, second: UNet2DModel, ratio: float) -> 
     """
     Return a UNet between two of one architecture: (1 - ratio) of the first's weights and ratio of the second's.
 
-    Between a pretrained and a fine-tuned network this is a slider from one's behaviour to the other's, because
+    Between a pretrained and a fine-tuned network this is a slider from one's behavior to the other's, because
     fine-tuning stays in the same basin (Wortsman et al., "Robust fine-tuning of zero-shot models", 2022).
 
     Args:

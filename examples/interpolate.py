@@ -4,7 +4,7 @@
     python examples/interpolate.py DRAWING DRAWING [DRAWING ...] [--num_frames 16] [--class_label t-shirt]
 
 All frames start from the same noise, so that only what is drawn changes. Give `generator` one generator per drawing to
-change colours and background on the way, too.
+change colors and background on the way, too.
 """
 
 import argparse

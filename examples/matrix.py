@@ -23,7 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("drawing", type=Path)
     parser.add_argument("--class_label", action="append", default=None, help="a row; all classes when left out")
-    parser.add_argument("--palette", action="append", default=None, help="a colour that the garment may have")
+    parser.add_argument("--palette", action="append", default=None, help="a color that the garment may have")
     parser.add_argument("--num_seeds", type=int, default=3)
     parser.add_argument("--num_inference_steps", type=int, default=None, help="fewer are faster and rougher")
     parser.add_argument("--model", default=None, help="folder or hub id; the bundled model when left out")
@@ -40,7 +40,7 @@ def main() -> None:
             num_images_per_sketch=args.num_seeds,
             num_inference_steps=args.num_inference_steps,
             generator=[torch.Generator().manual_seed(seed) for seed in range(args.num_seeds)],
-            colour_hint=args.palette,
+            color_hint=args.palette,
         )
         ImageDraw.Draw(sheet).text(
             (4, y * TILE + TILE // 2), str(label) if isinstance(label, str) else "\n".join(label), fill="black"

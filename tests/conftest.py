@@ -179,7 +179,7 @@ def generators():
 
 @pytest.fixture(scope="session")
 def shapes_dir(tmp_path_factory):
-    """An imagefolder of coloured shapes on light paper: discs are red, squares are blue."""
+    """An imagefolder of colored shapes on light paper: discs are red, squares are blue."""
     root = tmp_path_factory.mktemp("shapes")
     rng = np.random.default_rng(0)
     for split, count in (("train", 16), ("validation", 8)):

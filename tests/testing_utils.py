@@ -75,7 +75,7 @@ def make_vae(factor=FACTOR, latent_channels=LATENT_CHANNELS, width=8):
         if isinstance(module, torch.nn.Conv2d):
             torch.nn.init.kaiming_normal_(module.weight)
     with torch.no_grad():
-        # A photo is 2 x - 1 of what this layer makes: grey, give or take.
+        # A photo is 2 x - 1 of what this layer makes: gray, give or take.
         vae.decoder.layers[-1].weight.mul_(0.05)
         vae.decoder.layers[-1].bias.fill_(0.5)
     return vae

@@ -157,7 +157,7 @@ class FinetuneValidation:
     The constraints on fixed validation photos and drawings, and a picture: drawings, photos before, photos after.
 
     `perceptual_loss_swapped` is reached when each photo's noise is given the drawing of another photo, and is held against
-    that: a network that ignores the drawing in favour of what the noise remembers cannot lower it.
+    that: a network that ignores the drawing in favor of what the noise remembers cannot lower it.
     """
 
     def __init__(

@@ -2,7 +2,7 @@
 """Makes a study for human judges: one HTML page that shows a drawing and two photos of it, and asks which is better.
 
     python training/make_user_study.py --images ours=DIR gan=DIR --sketches DRAWINGS --output study/study.html
-    python training/analyse_user_study.py --key study/study.key.json --answers answers/*.json
+    python training/analyze_user_study.py --key study/study.key.json --answers answers/*.json
 
 The page is blind: names of systems stand only in the key beside it, which stays with whoever runs the study. Each judge sees
 the comparisons in another order with left and right drawn anew, and between them attention checks, in which one photo is

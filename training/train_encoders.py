@@ -95,7 +95,7 @@ class EncoderArguments(TrainingArguments):
     label_smoothing: float = argument(0.1, "share of the target spread over all classes")
     mixup_alpha: float = argument(0.0, "Beta(alpha, alpha) of mixup (Zhang et al., 2018); 0 = off")
     random_erasing: float = argument(0.0, "probability of hiding a rectangle of a photo (Zhong et al., 2020)")
-    color_jitter: float = argument(0.3, "range of brightness, contrast and colour changes of photos")
+    color_jitter: float = argument(0.3, "range of brightness, contrast and color changes of photos")
     class_balance_power: float = argument(0.5, "0 = classes as frequent as they are, 1 = all equally often")
     free_hand_strength: float = argument(1.0, "largest strength of the free-hand distortion of drawings")
     doodle_share: float = argument(
@@ -138,7 +138,7 @@ class FreeHandDataset:
     """
     Drawings made from the photos of a `PhotoSketchDataset`, as an unskilled hand would make them.
 
-    Two of three are recentred and scaled to a margin as `SketchProcessor` does with users' drawings; the others keep
+    Two of three are recentered and scaled to a margin as `SketchProcessor` does with users' drawings; the others keep
     the photo's frame as the output of P does. A share `doodle_share` of the training drawings are not of the photo but
     doodles of its class; a share `other_share` are doodles of other things, whose label is `NO_CLASS`; a share
     `stroke_deletion_share` lacks up to `max_stroke_deletion` of the strokes. Everything is
@@ -203,7 +203,7 @@ class FreeHandDataset:
 
 
 def erase_randomly(probability: float) -> Callable[[dict[str, Any], torch.Generator], dict[str, Any]]:
-    """A transform that fills a rectangle of `pixel_values` (4 to 20% of the area) with one random colour."""
+    """A transform that fills a rectangle of `pixel_values` (4 to 20% of the area) with one random color."""
 
     def transform(sample: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
         draw = torch.rand(9, generator=generator)

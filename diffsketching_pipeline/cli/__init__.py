@@ -23,6 +23,7 @@ from diffsketching_pipeline.cli import (
 )
 from diffsketching_pipeline.cli.options import UserError
 from diffsketching_pipeline.cli.running import RESCUED
+from diffsketching_pipeline.deprecation import normalize_option
 from diffsketching_pipeline.messages import brief
 from diffsketching_pipeline.stopping import stoppable
 
@@ -33,6 +34,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"token_normalize_func": normalize_option},
 )
 
 

@@ -9,7 +9,7 @@ import typer
 from diffsketching_pipeline.cli.options import (
     BatchSize,
     ClassifierScale,
-    ColourHint,
+    ColorHint,
     Device,
     Dtype,
     DtypeName,
@@ -29,7 +29,7 @@ from diffsketching_pipeline.cli.options import (
     check_output,
     parse_label,
     parse_negative_label,
-    read_colour_hint,
+    read_color_hint,
     user_errors,
 )
 from diffsketching_pipeline.cli.running import (
@@ -83,7 +83,7 @@ def edit(
     sketch_abstraction: SketchAbstraction = None,
     eta: Eta = None,
     negative_class_label: NegativeClass = None,
-    colour_hint: ColourHint = None,
+    color_hint: ColorHint = None,
     batch_size: BatchSize = 8,
     device: Device = "auto",
     dtype: Dtype = DtypeName.float32,
@@ -110,7 +110,7 @@ def edit(
         opened = {name: read_photo(path, name) for name, path in (("photo", photo), ("drawing", sketch)) if path}
         if mask is not None:
             preprocess_mask(mask, "mask")
-    hint = read_colour_hint(colour_hint)
+    hint = read_color_hint(color_hint)
     pipe = load_pipeline(model, device, "DiffSketchingEditPipeline", dtype, threshold)
     check_labels(pipe, [label], negative)
     settings = {
@@ -126,7 +126,7 @@ def edit(
         "sketch_abstraction": sketch_abstraction,
         "eta": eta,
         "negative_class_labels": negative,
-        "colour_hint": hint,
+        "color_hint": hint,
     }
     inputs = {"image": photo, "mask_image": mask_image, "sketch": sketch}
     with user_errors():

@@ -10,7 +10,7 @@ from diffsketching_pipeline.cli.options import (
     BUNDLED_SIZE,
     BatchSize,
     ClassifierScale,
-    ColourHint,
+    ColorHint,
     Device,
     Dtype,
     DtypeName,
@@ -31,7 +31,7 @@ from diffsketching_pipeline.cli.options import (
     labels_for_each,
     numbered_names,
     parse_negative_label,
-    read_colour_hint,
+    read_color_hint,
     sketch_fit,
     unique_names,
     user_errors,
@@ -82,7 +82,7 @@ def generate(
     eta: Eta = None,
     strength: Annotated[float, typer.Option(help="1.0 starts from noise, less from the noised drawing.")] = 1.0,
     negative_class_label: NegativeClass = None,
-    colour_hint: ColourHint = None,
+    color_hint: ColorHint = None,
     invert: Invert = None,
     threshold: Threshold = None,
     batch_size: BatchSize = 8,
@@ -112,7 +112,7 @@ def generate(
     )
     metadata_path = output_dir / "metadata.json"
 
-    hint = read_colour_hint(colour_hint)
+    hint = read_color_hint(color_hint)
     pipe = load_pipeline(model, device, dtype=dtype, threshold=threshold)
     check_labels(pipe, labels, negative)
     options = {"invert": invert, "fit": sketch_fit(hint)}
@@ -134,7 +134,7 @@ def generate(
         "eta": eta,
         "strength": strength,
         "negative_class_labels": negative,
-        "colour_hint": hint,
+        "color_hint": hint,
     }
     weights = model_record(pipe, model)
     records: list[dict[str, Any]] = []

@@ -10,7 +10,7 @@ from diffsketching_pipeline.cli.options import (
     BUNDLED_SIZE,
     BatchSize,
     ClassifierScale,
-    ColourHint,
+    ColorHint,
     Device,
     Dtype,
     DtypeName,
@@ -30,7 +30,7 @@ from diffsketching_pipeline.cli.options import (
     check_output,
     parse_label,
     parse_negative_label,
-    read_colour_hint,
+    read_color_hint,
     sketch_fit,
     user_errors,
 )
@@ -75,7 +75,7 @@ def matrix(
     sketch_abstraction: SketchAbstraction = None,
     eta: Eta = None,
     negative_class_label: NegativeClass = None,
-    colour_hint: ColourHint = None,
+    color_hint: ColorHint = None,
     batch_size: BatchSize = 8,
     device: Device = "auto",
     dtype: Dtype = DtypeName.float32,
@@ -93,7 +93,7 @@ def matrix(
 
     with user_errors():
         SketchProcessor(BUNDLED_SIZE).preprocess(drawing, threshold=threshold)
-    hint = read_colour_hint(colour_hint)
+    hint = read_color_hint(color_hint)
     pipe = load_pipeline(model, device, dtype=dtype, threshold=threshold)
     labels = rows or list(pipe.id2label.values()) or list(range(pipe.num_classes))
     if not labels:
@@ -112,7 +112,7 @@ def matrix(
         "sketch_abstraction": sketch_abstraction,
         "eta": eta,
         "negative_class_labels": negative,
-        "colour_hint": hint,
+        "color_hint": hint,
     }
     weights, source = model_record(pipe, model), file_record("drawing", drawing) | {"threshold": threshold}
     records: list[dict[str, Any]] = []

@@ -54,9 +54,9 @@ Eta = Annotated[
     Optional[float], typer.Option("--eta", help="Fresh noise per step, 0 to 1; 0.0 = off. [default: the model's]")
 ]
 
-ColourHint = Annotated[
+ColorHint = Annotated[
     Optional[list[str]],
-    typer.Option("--colour-hint", help="A colour, several (a palette), or one picture with coarse strokes of colour."),
+    typer.Option("--color-hint", help="A color, several (a palette), or one picture with coarse strokes of color."),
 ]
 
 NegativeClass = Annotated[Optional[str], typer.Option("--negative-class-label", help="Class to move away from.")]
@@ -144,26 +144,26 @@ def labels_for_each(class_label: list[str] | None, count: int, what: str) -> lis
     return given
 
 
-def read_colour_hint(values: list[str] | None) -> Any:
-    """A picture's path, or a palette, of `--colour-hint`; refuses what is neither before a model is loaded."""
+def read_color_hint(values: list[str] | None) -> Any:
+    """A picture's path, or a palette, of `--color-hint`; refuses what is neither before a model is loaded."""
     if not values:
         return None
-    from diffsketching_pipeline.images.colours import are_colour_strokes, preprocess_colour_strokes
+    from diffsketching_pipeline.images.colors import are_color_strokes, preprocess_color_strokes
 
-    # Colours have no suffix: a name that has one and is no file is misspelt.
+    # Colors have no suffix: a name that has one and is no file is misspelt.
     is_picture = len(values) == 1 and (Path(values[0]).is_file() or Path(values[0]).suffix[1:].isalnum())
-    colour_hint = values[0] if is_picture else list(values)
+    color_hint = values[0] if is_picture else list(values)
     with user_errors():
-        if are_colour_strokes(colour_hint):
-            preprocess_colour_strokes(colour_hint, BUNDLED_SIZE, BUNDLED_SIZE)
-    return colour_hint
+        if are_color_strokes(color_hint):
+            preprocess_color_strokes(color_hint, BUNDLED_SIZE, BUNDLED_SIZE)
+    return color_hint
 
 
-def sketch_fit(colour_hint: Any) -> str | None:
-    """The `fit` of [`SketchProcessor`]: beside strokes of colour a drawing keeps its place, as the pipeline has it."""
-    from diffsketching_pipeline.images.colours import are_colour_strokes
+def sketch_fit(color_hint: Any) -> str | None:
+    """The `fit` of [`SketchProcessor`]: beside strokes of color a drawing keeps its place, as the pipeline has it."""
+    from diffsketching_pipeline.images.colors import are_color_strokes
 
-    return "page" if are_colour_strokes(colour_hint) else None
+    return "page" if are_color_strokes(color_hint) else None
 
 
 def check_labels(pipe: "DiffSketchingMixin", labels: Sequence[Any], negative: Any = None) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints of mtli/PhotoSketch (the ResNet generator with batch normalisation) -> a [`PhotoSketcher`] folder."""
+"""Checkpoints of mtli/PhotoSketch (the ResNet generator with batch normalization) -> a [`PhotoSketcher`] folder."""
 
 import os
 import re
@@ -30,7 +30,7 @@ def convert_photosketch(
         checkpoint: `latest_net_G.pth` or the like (read without executing pickled code), or `.safetensors`.
         output_dir: The folder to write; it must not exist or be empty.
         statistics:
-            What the normalisation layers will use. `"per_sample"` is how the published tool runs (in train mode, on
+            What the normalization layers will use. `"per_sample"` is how the published tool runs (in train mode, on
             one image at a time); `"running"` is what the stored averages of training give.
 
     Returns:
@@ -59,7 +59,7 @@ def convert_photosketch_checkpoint(
         statistics: `"per_sample"` or `"running"`, see [`PhotoSketcher`].
 
     Raises:
-        ValueError: if these are not the parameters of a ResNet generator with batch normalisation.
+        ValueError: if these are not the parameters of a ResNet generator with batch normalization.
     """
     _check_is_resnet_generator(state_dict)
     n_blocks = len({match[1] for name in state_dict if (match := re.match(r"model\.(\d+)\.conv_block\.", name))})
@@ -120,8 +120,8 @@ def _check_is_resnet_generator(state_dict: Mapping[str, torch.Tensor]) -> None:
         )
     if "model.1.bias" in state_dict:
         raise ValueError(
-            "`checkpoint` is a generator with instance normalisation (`--norm instance`), but only those with batch "
-            "normalisation (`--norm batch`), like the published one, can be converted."
+            "`checkpoint` is a generator with instance normalization (`--norm instance`), but only those with batch "
+            "normalization (`--norm batch`), like the published one, can be converted."
         )
 
 

@@ -20,7 +20,7 @@ from diffsketching_pipeline.evaluation.image_sets import squash
 
 
 CONTOUR_RESOLUTION = 128
-"""Side in pixels at which contours are compared; drawings are normalised to it as the pipeline does to its own size."""
+"""Side in pixels at which contours are compared; drawings are normalized to it as the pipeline does to its own size."""
 
 CANNY_SIGMA = 3.0
 """Blur in pixels at `CONTOUR_RESOLUTION`: of 2, 3, 4 and 6 the best at finding real photos by distorted contours."""
@@ -31,7 +31,7 @@ CHAMFER_CAP = 0.1
 MIN_GROUPS = 10
 """A bootstrap over fewer drawings (or photos) than this says nothing about the spread."""
 
-MANIFOLD_NEIGHBOURS = 3
+MANIFOLD_NEIGHBORS = 3
 """The k of improved precision and recall, as in the paper."""
 
 
@@ -164,7 +164,7 @@ def sample_like(labels: Sequence[str], wanted: Sequence[str], allowed: np.ndarra
 
 
 def pairwise_means(features: Tensor, groups: np.ndarray) -> dict[int, float]:
-    """Mean distance between the unit-normalised features of two images of a group, for each group of at least two."""
+    """Mean distance between the unit-normalized features of two images of a group, for each group of at least two."""
     unit = F.normalize(features.double(), dim=1)
     means = {}
     for group in np.unique(groups):
@@ -178,7 +178,7 @@ def random_pair_distance(
     features: Tensor, same: np.ndarray | None, num_samples: int, seed: int = 0
 ) -> tuple[float, np.ndarray]:
     """
-    Mean distance between unit-normalised features `[N, D]` over pairs of different images (only those that `same`
+    Mean distance between unit-normalized features `[N, D]` over pairs of different images (only those that `same`
     `[N, N]` marks, if given), and its bootstrap samples over images.
     """
     unit = F.normalize(features.double(), dim=1)
@@ -199,16 +199,16 @@ def nearest(queries: Tensor, keys: Tensor, count: int = 1) -> tuple[Tensor, Tens
     return torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])
 
 
-def manifold_membership(queries: Tensor, keys: Tensor, neighbours: int = MANIFOLD_NEIGHBOURS) -> Tensor:
+def manifold_membership(queries: Tensor, keys: Tensor, neighbors: int = MANIFOLD_NEIGHBORS) -> Tensor:
     """
     Which balls around `keys` each query is in, bool `[N, M]` for features `[N, D]` and `[M, D]`.
 
-    A ball reaches as far as the key's `neighbours`-th nearest other key; together they are what improved precision and
+    A ball reaches as far as the key's `neighbors`-th nearest other key; together they are what improved precision and
     recall take for the support of a distribution (Kynkäänniemi et al., 2019).
     """
     keys = keys.double()
     # The nearest of all keys is the key itself.
-    radii = nearest(keys, keys, neighbours + 1)[0][:, -1]
+    radii = nearest(keys, keys, neighbors + 1)[0][:, -1]
     return torch.cat([torch.cdist(chunk.double(), keys) <= radii for chunk in queries.split(256)])
 
 

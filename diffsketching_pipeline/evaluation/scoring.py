@@ -19,7 +19,7 @@ from diffsketching_pipeline.evaluation.metrics import (
     CANNY_SIGMA,
     CHAMFER_CAP,
     CONTOUR_RESOLUTION,
-    MANIFOLD_NEIGHBOURS,
+    MANIFOLD_NEIGHBORS,
     SET_DISTANCES,
     THUMBNAIL_SIDE,
     bootstrap_distances,
@@ -211,7 +211,7 @@ class Scorer:
         weights = self.mix_weights(photos)
         real = None if weights is None else self.agrees(photos)
         if real is None or not real.any():
-            reason = "no reference photo is recognised" if real is not None else "they lack a class of the drawings"
+            reason = "no reference photo is recognized" if real is not None else "they lack a class of the drawings"
             return self.measure(key, None, images, conditions, reason=reason)
         agrees, num_samples = self.agrees(images), self.num_bootstrap_samples
         samples = bootstrap_means(agrees, images.groups, num_samples)
@@ -306,7 +306,7 @@ class Scorer:
         conditions = {
             **self.evaluator.feature_conditions,
             "reference": f"{len(reference)} {reference.name}",
-            "neighbours": str(MANIFOLD_NEIGHBOURS),
+            "neighbours": str(MANIFOLD_NEIGHBORS),
         }
         if (reason := self.too_few(images, reference)) is not None:
             names = (f"precision{suffix}", f"recall{suffix}")
@@ -344,7 +344,7 @@ class Scorer:
         suffix = "_drawn_classes" if photos is self.drawn_reference else ""
         scores: Scores = {}
         for name, distance in {**SET_DISTANCES, "precision": precision, "recall": recall}.items():
-            more = {} if name in SET_DISTANCES else {"neighbours": str(MANIFOLD_NEIGHBOURS)}
+            more = {} if name in SET_DISTANCES else {"neighbours": str(MANIFOLD_NEIGHBORS)}
             scores |= self.half_distance(
                 name + suffix, distance, photos, photos.features, self.evaluator.feature_conditions, more
             )
@@ -427,7 +427,7 @@ class Scorer:
     # -- memorisation
 
     def training_distances(self, images: ImageSet) -> np.ndarray:
-        """Distance of unit-normalised features from the nearest training photo, mirrored or not, `[N]`."""
+        """Distance of unit-normalized features from the nearest training photo, mirrored or not, `[N]`."""
         keys = F.normalize(self.train.features, dim=1)
         both = [nearest(F.normalize(f, dim=1), keys)[0] for f in (images.features, images.mirrored_features)]
         return torch.minimum(*both)[:, 0].numpy()

@@ -12,15 +12,15 @@ from diffsketching_pipeline import __all__ as _PUBLIC
 
 
 _PACKAGE = __name__.split(".")[0]
-# It registers the installed package with diffusers, so a file that stands for the package has no use for it.
-_LEFT_OUT = ("registry",)
+# A file that stands for the package has no use for old names, nor for what registers the installed package with diffusers.
+_LEFT_OUT = ("deprecation", "registry")
 # What stays in the package alone, imported where it is needed: one file asks there for the package, to do this.
 _OPTIONAL = {
     "images.vector_sketch": "read drawings as vectors",
     "pipeline_loading": "load and save pipelines with checks",
 }
 _LINE_LENGTH = 119
-_LICENCE = """\
+_LICENSE = """\
 # Copyright 2026 The DiffSketching Pipeline Authors.
 # SPDX-License-Identifier: Apache-2.0
 # http://www.apache.org/licenses/LICENSE-2.0
@@ -32,7 +32,7 @@ class _Statement:
     """One at the top of a module, with its lines of it: the gap and the comments above are its own."""
 
     node: ast.stmt
-    lines: list[str]
+    lines: list[str | None]
     start: int  # of `lines`, counted from 1
 
 
@@ -72,7 +72,7 @@ def flatten_modules(names: Iterable[str], description: str) -> str:
     docstring = "\n".join(textwrap.wrap(description, _LINE_LENGTH))
     imports = {bound: origin for bound, origin in flattened.imports.items() if bound.split(".")[0] in used}
     body = "\n\n\n".join(filter(None, parts))
-    return f'{_LICENCE}"""{docstring}"""\n\n{_import_block(imports)}\n\n\n{body}\n'
+    return f'{_LICENSE}"""{docstring}"""\n\n{_import_block(imports)}\n\n\n{body}\n'
 
 
 def _read(name: str) -> str:
@@ -107,8 +107,10 @@ def _add_module(flattened: _Flattened, name: str) -> None:
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
             _add_imports(flattened, node, name)
         elif not (_is_docstring(node) or _is_for_types(node) or _calls(node, left_out)):
+            lines: list[str | None] = [*source.splitlines()[start - 1 : end]]
+            _drop_decorators(node, left_out, lines, start)
             if not _is_known(flattened, node, name):
-                kept.append(_Statement(node, source.splitlines()[start - 1 : end], start))
+                kept.append(_Statement(node, lines, start))
     for child in (child for statement in kept for child in ast.walk(statement.node)):
         if isinstance(child, ast.Name) and child.id in left_out:
             raise ValueError(f"`{name}` uses `{child.id}`, which one file cannot have.")
@@ -150,9 +152,19 @@ def _is_for_types(node: ast.stmt) -> bool:
 
 
 def _calls(node: ast.stmt, names: set[str]) -> bool:
-    if not isinstance(node, ast.Expr) or not isinstance(node.value, ast.Call):
+    if not isinstance(node, (ast.Expr, ast.Assign)) or not isinstance(node.value, ast.Call):
         return False
     return isinstance(node.value.func, ast.Name) and node.value.func.id in names
+
+
+def _drop_decorators(node: ast.stmt, names: set[str], lines: list[str | None], start: int) -> None:
+    """Remove decorators that are calls of `names`, which stand on lines of their own, from a statement and its `lines`."""
+    for child in ast.walk(node):
+        if isinstance(child, ast.FunctionDef):
+            for decorator in child.decorator_list[:]:
+                if _calls(ast.Expr(decorator), names):
+                    child.decorator_list.remove(decorator)
+                    lines[decorator.lineno - start] = None
 
 
 def _defined_names(node: ast.stmt) -> list[str]:
@@ -216,7 +228,7 @@ def _write_statement(statement: _Statement, documented: set[str]) -> list[str]:
             indent = child.col_offset * " "
             first, last = child.lineno - statement.start, (child.end_lineno or child.lineno) - statement.start
             # On one line: diffusers warns of packages that lines of a file begin to import from and that are not there.
-            lines[first] = f"{indent}try: {statement.lines[first].lstrip()}"
+            lines[first] = f"{indent}try: {str(statement.lines[first]).lstrip()}"
             lines[last] = (
                 f"{lines[last]}\n{indent}except ImportError as error:\n"
                 f'{indent}    raise ImportError("Install {_PACKAGE} to {_OPTIONAL[module]}.") from error'

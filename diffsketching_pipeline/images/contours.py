@@ -25,7 +25,7 @@ HED_CONTOUR_NAMES = ("hed_fine", "hed_medium", "hed_strong", "hed_object")
 """The drawings that `hed_contours.photo_to_hed_contours` returns, in order."""
 
 DEFAULT_LINE_GAIN = 1.8
-"""Ink per covered area: 1.0 draws thin lines in grey, 2.6 in black; 1.8 is the middle of what training draws."""
+"""Ink per covered area: 1.0 draws thin lines in gray, 2.6 in black; 1.8 is the middle of what training draws."""
 
 Box = tuple[float, float, float, float]
 """left, top, right, bottom as fractions of the width and of the height, each in [0, 1]."""
@@ -76,18 +76,18 @@ def without_small_parts(edges: np.ndarray, min_size: int = 0, min_share: float =
     return ((sizes >= max(min_size, 1)) & (sizes >= min_share * sizes.max()))[labels]
 
 
-def _canny_edges(grey: np.ndarray, sigma: float) -> np.ndarray:
+def _canny_edges(gray: np.ndarray, sigma: float) -> np.ndarray:
     """Canny edges whose thresholds fall until something is found: pale garments on pale sheets have weak edges."""
     for factor in (1.0, 0.5, 0.25):
-        edges = canny(grey, sigma=sigma, low_threshold=0.1 * factor, high_threshold=0.2 * factor)
+        edges = canny(gray, sigma=sigma, low_threshold=0.1 * factor, high_threshold=0.2 * factor)
         edges = without_small_parts(edges, min_size=40)
         if edges.sum() > 500:
             break
     return edges
 
 
-def _centre_prior(height: int, width: int) -> np.ndarray:
-    """Probability that a pixel shows the object before its colour is known: near 1 amid the photo, 0 at its rim."""
+def _center_prior(height: int, width: int) -> np.ndarray:
+    """Probability that a pixel shows the object before its color is known: near 1 amid the photo, 0 at its rim."""
     y = np.abs((np.arange(height) + 0.5) / height * 2 - 1)[:, None]
     x = np.abs((np.arange(width) + 0.5) / width * 2 - 1)[None, :]
     radius = 0.6 * np.hypot(x, y) + 0.4 * np.maximum(x, y)
@@ -98,8 +98,8 @@ def object_mask(image: Image.Image, num_colors: int = 32, num_iterations: int = 
     """
     Separates the object that fills the middle of a photo from its background, without any learned weights.
 
-    Colours are quantised with k-means in CIELAB; each colour's share of object and background is re-estimated from the
-    current soft mask, starting from a centre prior (the idea of GrabCut with histograms instead of Gaussian mixtures).
+    Colors are quantized with k-means in CIELAB; each color's share of object and background is re-estimated from the
+    current soft mask, starting from a center prior (the idea of GrabCut with histograms instead of Gaussian mixtures).
 
     Returns:
         `np.ndarray`: bool [h, w] at a short side of `side` pixels; empty or full where the photo has no clear object.
@@ -113,7 +113,7 @@ def object_mask(image: Image.Image, num_colors: int = 32, num_iterations: int = 
         return np.zeros((height, width), dtype=bool)
     _, codes = kmeans2(colors, min(num_colors, len(colors)), iter=8, minit="++", rng=np.random.default_rng(0))
 
-    prior = _centre_prior(height, width)
+    prior = _center_prior(height, width)
     prior_logit = np.log((prior + 0.02) / (1 - prior + 0.02))
     probability = prior
     for _ in range(num_iterations):
@@ -152,10 +152,10 @@ def keep_object_parts(edges: np.ndarray, mask: np.ndarray) -> np.ndarray:
 def contours_and_box(image: Image.Image) -> tuple[list[np.ndarray], Box]:
     image = image.convert("RGB")
     scaled = resized_to_short_side(image, CONTOUR_SIZE, MAX_CONTOUR_SIDE)
-    grey = np.asarray(scaled.convert("L"), dtype=np.float32) / 255
-    low, high = np.percentile(grey, [2, 98])
-    grey = np.clip((grey - low) / max(high - low, 0.1), 0, 1)
-    fine, medium, coarse = (_canny_edges(grey, sigma) for sigma in (2.5, 3.5, 5.0))
+    gray = np.asarray(scaled.convert("L"), dtype=np.float32) / 255
+    low, high = np.percentile(gray, [2, 98])
+    gray = np.clip((gray - low) / max(high - low, 0.1), 0, 1)
+    fine, medium, coarse = (_canny_edges(gray, sigma) for sigma in (2.5, 3.5, 5.0))
 
     mask = object_mask(image)
     silhouette = mask_outline(mask, scaled.size)

@@ -34,7 +34,7 @@ def _smooth_noise(rng: np.random.Generator, shape: tuple[int, int], cells: int) 
 
 
 def _page_grid(shape: tuple[int, int], box: Box = (0.0, 0.0, 1.0, 1.0)) -> torch.Tensor:
-    """Pixel centres of an output page [H, W, 2] as (x, y) in the [-1, 1] coordinates of the input page."""
+    """Pixel centers of an output page [H, W, 2] as (x, y) in the [-1, 1] coordinates of the input page."""
     left, top, right, bottom = box
     x = left + (right - left) * (torch.arange(shape[1], dtype=torch.float32) + 0.5) / shape[1]
     y = top + (bottom - top) * (torch.arange(shape[0], dtype=torch.float32) + 0.5) / shape[0]
@@ -225,7 +225,7 @@ def free_hand_distortion(sketch: np.ndarray, rng: np.random.Generator, strength:
     Args:
         sketch (`np.ndarray`): [H, W], non-zero = stroke, at a side of about 128 to 256 pixels.
         rng (`np.random.Generator`): the only source of randomness.
-        strength (`float`): 0 returns the drawing as it is, 1 is a poor hand; beyond 1.5 classes become unrecognisable.
+        strength (`float`): 0 returns the drawing as it is, 1 is a poor hand; beyond 1.5 classes become unrecognizable.
 
     Returns:
         `np.ndarray`: bool, the shape of `sketch`; never empty unless `sketch` is.
@@ -239,9 +239,9 @@ def free_hand_distortion(sketch: np.ndarray, rng: np.random.Generator, strength:
         return ink
     parts = _drop_parts(ink, rng, strength)
     left, top, right, bottom = bounding_box(parts)
-    centre = torch.tensor([left + right - 1, top + bottom - 1], dtype=torch.float32)
+    center = torch.tensor([left + right - 1, top + bottom - 1], dtype=torch.float32)
     matrix = torch.from_numpy(_random_affine(rng, strength).astype(np.float32))
-    grid = (_page_grid(ink.shape) - centre) @ matrix.T + centre
+    grid = (_page_grid(ink.shape) - center) @ matrix.T + center
     grid = grid + _elastic_field(ink.shape, rng, strength)
     drawn = _resample(parts, grid).numpy() > 0.4
     if rng.random() < 0.25 * strength:

@@ -13,7 +13,7 @@ PYRAMID_LEVELS = 3
 NUM_QUANTILES = 256
 
 COARSEST_SIDE = 16
-"""Side in pixels of the coarsest level: 7 pixels of 16 are what a garment's colour and outline need, whatever the photo's size."""
+"""Side in pixels of the coarsest level: 7 pixels of 16 are what a garment's color and outline need, whatever the photo's size."""
 
 
 def pyramid_levels(side: int) -> int:

@@ -29,7 +29,7 @@ from diffsketching_pipeline.images.strokes import (
     MIN_SOURCE_EXTENT,
     TRACE_SCALE,
     SketchOptions,
-    centre_lines,
+    center_lines,
     check_not_uniform,
     check_options,
     draw_lines,
@@ -47,7 +47,7 @@ Sketch = str | os.PathLike | Image.Image | np.ndarray | torch.Tensor | LineDrawi
 SketchInput = Sketch | Sequence[Sketch | Sequence[Sketch]]
 
 _VECTOR_SUFFIXES = (".svg", ".ndjson")
-# Area averaging leaves thin lines grey; this gives them a dark core.
+# Area averaging leaves thin lines gray; this gives them a dark core.
 _LINE_GAIN = 1.6
 
 
@@ -56,7 +56,7 @@ class SketchProcessor(ConfigMixin):
     Turns what a person draws with (file, PIL image, NumPy array, tensor) into the sketch that the models take: a
     float32 tensor `[B, 1, H, W]` with -1 = stroke and +1 = paper.
 
-    Strokes are separated from paper, traced to their centre lines and redrawn at one width, so that a photographed
+    Strokes are separated from paper, traced to their center lines and redrawn at one width, so that a photographed
     pencil drawing and a one-pixel line on a 4096-pixel canvas come out alike. A filled shape becomes its outline.
 
     Args:
@@ -70,7 +70,7 @@ class SketchProcessor(ConfigMixin):
             `True`: light strokes on dark; `False`: dark strokes on light. By default it is detected, and a sketch that
             is inverted is logged as a warning.
         fit (`"content"` or `"page"`, defaults to `"content"`):
-            `"content"` centres the drawing and scales it to `margin`; `"page"` keeps its place and size on the page.
+            `"content"` centers the drawing and scales it to `margin`; `"page"` keeps its place and size on the page.
         resize_mode (`"pad"` or `"stretch"`, defaults to `"pad"`):
             `"pad"` keeps the aspect ratio and fills up with paper; `"stretch"` takes on that of the output.
         margin (`float`, defaults to 0.03):
@@ -223,7 +223,7 @@ def _preprocess_item(item: GivenImage, options: SketchOptions, inverted: list[st
             mask, page, factor = trace(without_surround(255 - gray if invert else gray), options, item.name)
     width = max(MIN_LINE_WIDTH, (options.line_width or 0.0) * min(options.size))
     scale, _ = place_drawing(mask, page, factor, options)
-    lines = centre_lines(mask, gap=width / scale.max())
+    lines = center_lines(mask, gap=width / scale.max())
     placement = place_drawing(lines, page, factor, options)
     coverage = draw_lines(lines, options.size, placement, width)
     if options.line_width is None:

@@ -136,7 +136,7 @@ def check_not_uniform(gray: np.ndarray, name: str) -> None:
         return
     kind = "all dark" if high < 128 else "blank"
     raise ValueError(
-        f"{name} holds no drawing: it is {kind} (grey levels {low} to {high} of 255). Draw dark lines on light paper."
+        f"{name} holds no drawing: it is {kind} (gray levels {low} to {high} of 255). Draw dark lines on light paper."
     )
 
 
@@ -200,7 +200,7 @@ def _ink(
 
 
 def _noise_floor(darkness: np.ndarray, background: np.ndarray, own: np.ndarray | None = None) -> np.ndarray:
-    """What noise of a constant size in grey levels explains, which in a shadow is a larger share of the paper."""
+    """What noise of a constant size in gray levels explains, which in a shadow is a larger share of the paper."""
     level = np.median(darkness if own is None else darkness[own])
     deviation = np.abs(darkness - level) * background
     # A quartile of the deviations, 0.3186 sigma of a normal distribution, is that of the paper even on a crowded page.
@@ -245,7 +245,7 @@ def _is_regular(pattern: np.ndarray) -> bool:
 
 
 def _is_photo(gray: np.ndarray) -> bool:
-    """Whether no three neighbouring grey levels hold much of the page, as the paper of a digital drawing does."""
+    """Whether no three neighboring gray levels hold much of the page, as the paper of a digital drawing does."""
     share = np.array(Image.fromarray(gray).histogram()) / gray.size
     return bool(np.convolve(share, np.ones(3)).max() < _MIN_EVEN_PAPER)
 
@@ -295,7 +295,7 @@ def _background(gray: np.ndarray) -> np.ndarray:
 
 def _swallowed_edges(gray: np.ndarray, background: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """
-    Sharp edges of the large grey or coloured fills that were taken for background, where no stroke runs along them.
+    Sharp edges of the large gray or colored fills that were taken for background, where no stroke runs along them.
     """
     paper = background.max()
     fill = gray < 0.9 * paper
@@ -321,7 +321,7 @@ def _remove_specks(mask: np.ndarray) -> np.ndarray:
     return keep[labels]
 
 
-def centre_lines(mask: np.ndarray, gap: float) -> np.ndarray:
+def center_lines(mask: np.ndarray, gap: float) -> np.ndarray:
     """
     One-pixel lines: the skeleton of strokes, and the outline of filled shapes. Strokes closer than `gap` cells, which
     the output cannot tell apart, become one.
@@ -347,32 +347,32 @@ def centre_lines(mask: np.ndarray, gap: float) -> np.ndarray:
 def place_drawing(
     drawing: np.ndarray, page: np.ndarray, factor: float, options: SketchOptions
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Output pixels per cell, and the position in cells that comes to the output's centre; both as (y, x)."""
+    """Output pixels per cell, and the position in cells that comes to the output's center; both as (y, x)."""
     if options.fit == "page":
-        extent, centre, target = page, page / 2, np.array(options.size)
+        extent, center, target = page, page / 2, np.array(options.size)
     else:
         index = _occupied(drawing)
         extent = np.maximum([np.ptp(i) for i in index], MIN_SOURCE_EXTENT * factor)
-        centre = np.array([(i[0] + i[-1] + 1) / 2 for i in index])
+        center = np.array([(i[0] + i[-1] + 1) / 2 for i in index])
         target = (1 - 2 * options.margin) * np.array(options.size)
     scale = target / extent
-    return (np.full(2, scale.min()) if options.resize_mode == "pad" else scale), centre
+    return (np.full(2, scale.min()) if options.resize_mode == "pad" else scale), center
 
 
 def draw_lines(
     shape: np.ndarray, size: tuple[int, int], placement: tuple[np.ndarray, np.ndarray], width: float
 ) -> np.ndarray:
     """Area coverage in [0, 1] of what lies within `width / 2` output pixels of `shape`, or for 0 of `shape` itself."""
-    scale, centre = placement
+    scale, center = placement
     reach = np.ceil((width / 2 + 2) / scale).astype(int) + 1
     shape = np.pad(shape, [(r, r) for r in reach])
     distance = ndimage.distance_transform_edt(~shape, sampling=scale)
     if width == 0:
-        # Cells have an area: their edge is half a cell before the next one's centre.
+        # Cells have an area: their edge is half a cell before the next one's center.
         inside = ndimage.distance_transform_edt(shape, sampling=scale)
         distance = np.where(shape, scale.mean() / 2 - inside, distance - scale.mean() / 2)
     fine = [(np.arange(n * _DRAW_SCALE) + 0.5) / _DRAW_SCALE - n / 2 for n in size]
-    grid = [axis / s + c + r - 0.5 for axis, s, c, r in zip(fine, scale, centre, reach, strict=True)]
+    grid = [axis / s + c + r - 0.5 for axis, s, c, r in zip(fine, scale, center, reach, strict=True)]
     distance = ndimage.map_coordinates(
         distance, np.meshgrid(*grid, indexing="ij"), order=1, mode="constant", cval=width + 2
     )

@@ -356,7 +356,7 @@ class PhotoSketchDataset(Dataset):
         """
         A box whose sides differ by at most 4:3, between the whole photo and the object with a thin margin.
 
-        Users' drawings are recentred and scaled to a margin, so the object must be seen at that scale, too.
+        Users' drawings are recentered and scaled to a margin, so the object must be seen at that scale, too.
         """
         height, width = photo.image.shape[:2]
         short = min(height, width)
@@ -386,8 +386,8 @@ class PhotoSketchDataset(Dataset):
         pixels = pixels * (1 + contrast) + brightness
         if self.color_jitter > 0.2:
             saturation, *tint = rng.uniform(-1, 1, 4) * self.color_jitter
-            grey = pixels.mean(0, keepdim=True)
-            pixels = grey + (pixels - grey) * (1 + saturation) + torch.tensor(tint).float().view(3, 1, 1) / 2
+            gray = pixels.mean(0, keepdim=True)
+            pixels = gray + (pixels - gray) * (1 + saturation) + torch.tensor(tint).float().view(3, 1, 1) / 2
         return pixels.clamp(-1, 1).contiguous()
 
     def _sketch(

@@ -4,7 +4,7 @@
 A network that has seen garments alone calls a cat a pair of shoes. Its training is shown these, with the advice that every
 class is as likely as any other (outlier exposure; Hendrycks et al., "Deep Anomaly Detection with Outlier Exposure", 2019).
 Each is put together from parts in random proportions: animals, people, faces, plants, buildings, vehicles, vessels, tools,
-furniture, signs, scribbles. No human drawing was traced, and what is meant need not be recognised: it is enough that people
+furniture, signs, scribbles. No human drawing was traced, and what is meant need not be recognized: it is enough that people
 draw such lines and garments have others.
 """
 

@@ -123,7 +123,7 @@ class SqueezeNetFeatures(nn.Module):
 class TransformersFeatures(nn.Module):
     """
     The hidden states of an image model of transformers that returns feature maps (ResNet, RegNet, ConvNeXt, ...), on photos
-    normalised as ImageNet's are.
+    normalized as ImageNet's are.
     """
 
     mean: Tensor

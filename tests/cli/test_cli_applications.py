@@ -71,7 +71,7 @@ def records(files):
 
 def test_edit_writes_results_sheet_and_what_reproduces_them(run, files, checkpoint, capsys):
     arguments = ("--mask", files / "mask.png", "--sketch", files / "one.png", "--num-images", 2, "--seed", 3)
-    options = ("--class-label", "a=1,b=3", "--strength", 1.0, "--resample-steps", 2, "--colour-hint", "navy")
+    options = ("--class-label", "a=1,b=3", "--strength", 1.0, "--resample-steps", 2, "--color-hint", "navy")
     assert run("edit", files / "photo.png", *arguments, *options, "--batch-size", 1) == 0
     assert sorted(os.listdir(files / "out")) == ["metadata.json", "photo_3.png", "photo_4.png", "photo_sheet.png"]
     assert capsys.readouterr().out == f"{files / 'out' / 'photo_sheet.png'}\n"
@@ -85,7 +85,7 @@ def test_edit_writes_results_sheet_and_what_reproduces_them(run, files, checkpoi
         record["drawing"],
         record["class_label"],
         generator=[torch.Generator().manual_seed(record["seed"])],
-        colour_hint=record["colour_hint"],
+        color_hint=record["color_hint"],
         **{key: record[key] for key in keys},
         **{key: value for key, value in record.items() if key.endswith("_scale")},
     ).images[0]
@@ -131,15 +131,15 @@ def test_matrix_has_a_row_for_each_class(run, files):
     assert np.abs(cell - plain).max() <= 2
 
 
-def test_beside_strokes_of_colour_a_drawing_keeps_its_place(run, files, checkpoint):
+def test_beside_strokes_of_color_a_drawing_keeps_its_place(run, files, checkpoint):
     page = Image.new("RGBA", SIZE, "white")
     page.paste("red", (4, 4, 40, 36))
     page.save(files / "hint.png")
-    options = ("--class-label", "a", "--num-images", 1, "--colour-hint", files / "hint.png")
+    options = ("--class-label", "a", "--num-images", 1, "--color-hint", files / "hint.png")
     assert run("matrix", files / "two.png", *options) == 0 and run("generate", files / "two.png", *options) == 0
     pipe = DiffSketchingPipeline.from_pretrained(checkpoint)
     generator = [torch.Generator().manual_seed(0)]
-    expected = pipe(files / "two.png", "a", 1, generator=generator, colour_hint=files / "hint.png").images[0]
+    expected = pipe(files / "two.png", "a", 1, generator=generator, color_hint=files / "hint.png").images[0]
     for name in ("two_a_0.png", "two_0.png"):
         written = np.asarray(Image.open(files / "out" / name), int)
         assert np.abs(written - np.asarray(expected, int)).max() <= 2
@@ -176,7 +176,7 @@ def test_invert_writes_noise_from_which_the_photo_comes_back(run, files, checkpo
         (("interpolate", "one.png", "two.png", "--film", "avi"), "`--film` has to be gif or mp4"),
         (("interpolate", "one.png", "two.png", "--fps", "0"), "`--fps` has to be at least 1"),
         (("matrix", "one.png", "--class-label", "d"), "unknown class 'd'"),
-        (("matrix", "one.png", "--colour-hint", "reddest"), "`colour_hint` has 'reddest', which is no colour"),
+        (("matrix", "one.png", "--color-hint", "reddest"), "`color_hint` has 'reddest', which is no color"),
         (("matrix", "one.png", "--negative-class-label", "a=1"), "`--negative-class-label` has to be one class"),
         (("interpolate", "photo.png", "other.png", "--photos", "--seed", "3"), "`--seed` makes noise"),
         (("invert", "broken.png"), "broken.png') is damaged or truncated"),
@@ -189,6 +189,13 @@ def test_bad_input_is_one_line_and_writes_nothing(run, files, monkeypatch, capsy
     assert message in error
     assert len([line for line in error.splitlines() if line.startswith("diffsketching: error: ")]) == 1
     assert not (files / "out").exists()
+
+
+def test_an_option_in_its_old_spelling_warns(run, files, monkeypatch, capsys):
+    monkeypatch.chdir(files)
+    with pytest.warns(FutureWarning, match="`--colour-hint` is now `--color-hint`"):
+        assert run("matrix", "one.png", "--colour-hint", "reddest") == 2
+    assert "`color_hint` has 'reddest'" in capsys.readouterr().err
 
 
 def test_an_earlier_result_is_kept(run, files, capsys):
@@ -233,7 +240,7 @@ def test_a_threshold_leaves_faint_lines_out(run, files, command):
         ("edit", "photo.png", "--sketch", "ADDRESS"),
         ("edit", "photo.png", "--mask", "ADDRESS"),
         ("invert", "ADDRESS"),
-        ("matrix", "one.png", "--colour-hint", "ADDRESS"),
+        ("matrix", "one.png", "--color-hint", "ADDRESS"),
     ],
 )
 def test_an_address_is_to_be_downloaded_first_and_no_request_is_made(run, files, monkeypatch, capsys, words):

@@ -37,7 +37,7 @@ def save(image, path):
 
 
 def outlined_photos(drawings_dir, folder, color=(200, 60, 60), resolution=64):
-    """The shapes of the drawings, where and as large as the model sees them, filled with a colour."""
+    """The shapes of the drawings, where and as large as the model sees them, filled with a color."""
     for path in sorted(drawings_dir.glob("*/*.png")):
         strokes = SketchProcessor(resolution).preprocess(str(path))[0, 0].numpy() < 0
         photo = np.full((resolution, resolution, 3), 235, dtype=np.uint8)
@@ -486,7 +486,7 @@ def test_agreement_is_relative_to_photos_with_the_drawings_classes(photos_dir, e
 
 def test_sheet_places_rows_in_columns():
     colors = ["red", "green", "blue", "gold", "black"]
-    rows = [[Tile(Image.new("RGB", (8, 8), color)), Tile(Image.new("RGB", (8, 8), "grey"))] for color in colors]
+    rows = [[Tile(Image.new("RGB", (8, 8), color)), Tile(Image.new("RGB", (8, 8), "gray"))] for color in colors]
     sheet = evaluation_report.draw_sheet(rows, num_columns=2)
     width, height = sheet.width // 2, sheet.height // 3
     for i, color in enumerate(colors):

@@ -84,9 +84,9 @@ def test_unusable_evaluators_are_errors(tmp_path):
     with pytest.raises(ValueError, match="`evaluator` must be a folder with the weights"):
         Evaluator(str(tmp_path / "empty"))
     config = ResNetConfig(num_channels=1, embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic")
-    ResNetForImageClassification(config).save_pretrained(tmp_path / "grey")
+    ResNetForImageClassification(config).save_pretrained(tmp_path / "gray")
     with pytest.raises(ValueError, match=r"`evaluator` must take photos, but .* takes 1 channel"):
-        Evaluator(str(tmp_path / "grey"))
+        Evaluator(str(tmp_path / "gray"))
 
 
 def test_cached_training_photos_are_those_read_afresh(photos_dir, evaluator_dir, tmp_path):

@@ -95,8 +95,8 @@ def test_precision_and_recall_find_a_known_overlap(left, width, precision, recal
 
 def test_recall_interval_widens_with_images_that_come_together():
     rng = torch.Generator().manual_seed(0)
-    centres = torch.rand(40, 1, 2, generator=rng)
-    images = (centres + 0.02 * torch.randn(40, 5, 2, generator=rng)).flatten(0, 1)
+    centers = torch.rand(40, 1, 2, generator=rng)
+    images = (centers + 0.02 * torch.randn(40, 5, 2, generator=rng)).flatten(0, 1)
     covered = metrics.manifold_membership(torch.rand(300, 2, generator=rng), images)
     together = metrics.bootstrap_recall(covered, np.repeat(np.arange(40), 5), 200)
     alone = metrics.bootstrap_recall(covered, np.arange(200), 200)
@@ -135,7 +135,7 @@ def test_distance_interval_is_not_shifted_by_resampling():
     value = metrics.frechet_distance(features, reference)
     spread = metrics.bootstrap_distances(metrics.frechet_distance, features, np.arange(60), reference, 50)
     resampled = features[torch.from_numpy(np.random.default_rng(0).integers(60, size=60))]
-    assert metrics.frechet_distance(resampled, reference) > value  # why the samples are centred
+    assert metrics.frechet_distance(resampled, reference) > value  # why the samples are centered
     assert spread.mean() == pytest.approx(0, abs=1e-9)
     low, high = metrics.percentile_interval(value + spread, 60)
     assert low < value < high
@@ -161,7 +161,7 @@ def test_sample_like_matches_classes_and_takes_allowed_photos_only():
     assert allowed[chosen].all() and all(labels[i] != "c" for i in chosen)
 
 
-# -- diversity and nearest neighbours --
+# -- diversity and nearest neighbors --
 
 
 def test_pairwise_means_are_zero_for_identical_and_root_two_for_orthogonal_features():

@@ -8,11 +8,11 @@ import re
 import shutil
 import time
 
-import analyse_user_study
+import analyze_user_study
 import make_user_study
 import numpy as np
 import pytest
-from analyse_user_study import AnalysisArguments
+from analyze_user_study import AnalysisArguments
 from make_user_study import StudyArguments
 from PIL import Image
 
@@ -25,7 +25,7 @@ COLORS = {"ours": (10, 200, 10), "gan": (200, 10, 10), "floor": (10, 10, 200)}
 
 @pytest.fixture(scope="module")
 def folders(drawings_dir, tmp_path_factory):
-    """Three systems of one colour each but for a pixel, whose files tell where they come from."""
+    """Three systems of one color each but for a pixel, whose files tell where they come from."""
     root = tmp_path_factory.mktemp("systems")
     for name, color in COLORS.items():
         for drawing in read_drawings(drawings_dir):
@@ -79,7 +79,7 @@ def results_of(key, judges, tmp_path, **settings):
         (tmp_path / f"{i}.json").write_text(json.dumps(answers))
         paths.append(str(tmp_path / f"{i}.json"))
     (tmp_path / "key.json").write_text(json.dumps(key))
-    return analyse_user_study.main(AnalysisArguments(str(tmp_path / "key.json"), paths, str(tmp_path), **settings))
+    return analyze_user_study.main(AnalysisArguments(str(tmp_path / "key.json"), paths, str(tmp_path), **settings))
 
 
 # -- the page --
@@ -197,7 +197,7 @@ def test_judges_who_click_are_left_out(study, tmp_path):
 
 def _attention(answers, key):
     given = {str(a["comparison"]): a["choices"] for a in answers["answers"]}
-    return analyse_user_study.attention(given, key)
+    return analyze_user_study.attention(given, key)
 
 
 def test_a_hand_that_always_presses_left_says_nothing(study, tmp_path):
@@ -226,8 +226,8 @@ def test_few_judges_get_wilsons_interval(study, tmp_path):
 
 def test_bradley_terry_is_the_maximum_of_its_likelihood():
     wins = np.array([[0, 7, 9], [3, 0, 6], [1, 4, 0]], dtype=float)
-    strengths = analyse_user_study.bradley_terry(wins)
-    half = analyse_user_study.PSEUDO_WINS
+    strengths = analyze_user_study.bradley_terry(wins)
+    half = analyze_user_study.PSEUDO_WINS
 
     def log_likelihood(s):
         pairs = [(i, j) for i in range(3) for j in range(3) if i != j]
@@ -238,10 +238,10 @@ def test_bradley_terry_is_the_maximum_of_its_likelihood():
         moved = strengths + 0.01 * (direction - direction.mean())
         assert log_likelihood(moved) < log_likelihood(strengths)
     # Two systems: the log-odds of the share, with the pseudo-wins.
-    a, b = analyse_user_study.bradley_terry(np.array([[0.0, 10.0], [0.0, 0.0]]))
+    a, b = analyze_user_study.bradley_terry(np.array([[0.0, 10.0], [0.0, 0.0]]))
     assert a - b == pytest.approx(math.log(10.5 / 0.5))
     with pytest.raises(ValueError, match="do not connect all systems"):
-        analyse_user_study.bradley_terry(np.array([[0, 3, 0], [1, 0, 0], [0, 0, 0.0]]))
+        analyze_user_study.bradley_terry(np.array([[0, 3, 0], [1, 0, 0], [0, 0, 0.0]]))
 
 
 def test_files_of_other_studies_or_of_one_judge_twice_are_errors(study, tmp_path):
@@ -290,7 +290,7 @@ def press(browser, *keys):
 
 
 def answer_by_keyboard(browser, key, data):
-    """Goes through the page without a mouse: of every pair the stronger system, by the colour that is seen."""
+    """Goes through the page without a mouse: of every pair the stronger system, by the color that is seen."""
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
 
@@ -345,7 +345,7 @@ def test_a_judge_without_a_mouse_on_a_phone(folders, drawings_dir, browser, tmp_
         time.sleep(0.1)
     files = sorted(str(path) for path in downloads.glob("answers-*.json"))
     assert len(files) == 2
-    results = analyse_user_study.main(AnalysisArguments(str(key_path), files, str(tmp_path / "results")))
+    results = analyze_user_study.main(AnalysisArguments(str(key_path), files, str(tmp_path / "results")))
     assert results["judges"] == 2 and results["judges_left_out"] == 0
     for result in results["questions"].values():
         assert [entry["system"] for entry in result["ranking"]] == ["ours", "gan", "floor"]

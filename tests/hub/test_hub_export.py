@@ -244,7 +244,7 @@ def test_modules_that_do_not_fit_into_one_file_are_refused(tmp_path, monkeypatch
     monkeypatch.setattr(flatten, "_read", sources.__getitem__)
     assert (
         flatten_modules(["one", "same"], "Joined.")
-        == flatten._LICENCE + '"""Joined."""\n\nimport math\n\n\nSIZE = math.inf\n'
+        == flatten._LICENSE + '"""Joined."""\n\nimport math\n\n\nSIZE = math.inf\n'
     )
     assert flatten_modules(["calls"], "Joined.").endswith("\nDONE = True\n")
     for name, message in {

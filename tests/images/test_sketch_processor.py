@@ -89,7 +89,7 @@ def test_convention(processor, reference):
 )
 def test_lines_come_out_alike_whatever_their_width_and_the_page(processor, reference, size, width):
     sketch = processor.preprocess(draw(size, width))
-    # Where thick lines meet or end, their centre is uncertain by half their width.
+    # Where thick lines meet or end, their center is uncertain by half their width.
     assert farthest(sketch, reference) <= max(2, 1.2 + 64 * width / min(size) / 2)
     assert (1 - sketch).sum().item() == pytest.approx((1 - reference).sum().item(), rel=0.12)
 
@@ -110,7 +110,7 @@ def test_double_strokes_become_one(processor):
 
 
 @pytest.mark.parametrize("scale, shift", [(0.05, (0.9, 0.02)), (0.9, (0.05, 0.05))])
-def test_content_is_centred_and_scaled_to_the_margin(processor, reference, scale, shift):
+def test_content_is_centered_and_scaled_to_the_margin(processor, reference, scale, shift):
     sketch = processor.preprocess(draw((2000, 2000), 3, scale=scale, shift=shift))
     assert farthest(sketch, reference) <= 1.5
     left, top, right, bottom = dark_box(sketch)
@@ -119,7 +119,7 @@ def test_content_is_centred_and_scaled_to_the_margin(processor, reference, scale
 
 
 def test_page_keeps_its_place_and_is_padded(processor):
-    # A 128 x 64 page shrinks to half and is centred: x -> x / 2, y -> y / 2 + 16.
+    # A 128 x 64 page shrinks to half and is centered: x -> x / 2, y -> y / 2 + 16.
     page = draw((128, 64), 3, points=[(0.25, 0.5), (1.75, 0.5)])
     sketch = processor.preprocess(page, fit="page")
     assert dark_box(sketch) == pytest.approx([8, 31, 56, 33], abs=1)
@@ -177,7 +177,7 @@ def test_every_array_layout_gives_the_same(processor, reference):
         assert (processor.preprocess(value) - reference).abs().max() <= 0.02, (type(value), value.dtype, value.shape)
 
 
-def test_zero_is_mid_grey_in_floats_with_a_negative_value(processor):
+def test_zero_is_mid_gray_in_floats_with_a_negative_value(processor):
     page = np.asarray(draw()) / 127.5 - 1
     page[236:240, 60:200] = 0.0
     for value in (page, torch.from_numpy(page)):
@@ -234,7 +234,7 @@ def test_transparent_pages_with_white_strokes(processor, reference):
         assert (processor.preprocess(image) - reference).abs().max() <= 0.02
 
 
-def test_coloured_strokes_on_white(processor, reference):
+def test_colored_strokes_on_white(processor, reference):
     for ink in ("yellow", "red", "blue", "cyan"):
         assert farthest(processor.preprocess(draw(ink=ink, paper="white", mode="RGB")), reference) <= 1.5, ink
 
@@ -301,10 +301,10 @@ def test_filled_shapes_become_outlines_unless_widths_are_kept(processor):
         assert (sketch[0, 0, 24:40, 26:38] == 1).all(), ink
     kept = SketchProcessor(64, line_width=None).preprocess(filled)
     assert (kept[0, 0, 24:40, 26:38] == -1).all()
-    # A drawing coloured in keeps the lines inside.
-    coloured = np.where(np.asarray(outline) < 128, 0, np.where(np.asarray(filled) > 0, 150, 255)).astype(np.uint8)
-    coloured[150:350, 254:259] = 0
-    details = processor.preprocess(coloured)
+    # A drawing colored in keeps the lines inside.
+    colored = np.where(np.asarray(outline) < 128, 0, np.where(np.asarray(filled) > 0, 150, 255)).astype(np.uint8)
+    colored[150:350, 254:259] = 0
+    details = processor.preprocess(colored)
     assert (details[0, 0, 24:40, 30:34].amin(1) < 0).all()
     assert farthest(processor.preprocess(outline), details) > 5
 
@@ -718,9 +718,9 @@ def test_a_mode_that_does_not_convert_names_the_photo():
 
 
 @pytest.mark.parametrize("size", [(301, 207), (640, 512)])
-def test_a_picture_in_colours_is_made_smaller_before_it_is_made_grey(size, tmp_path):
+def test_a_picture_in_colors_is_made_smaller_before_it_is_made_gray(size, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    path = tmp_path / "colours.png"
+    path = tmp_path / "colors.png"
     Image.fromarray(pixels).save(path)
     small = reading.load_image(path, "sketch 0", max_pixels=size[0] * size[1] // 8)
     expected = Image.fromarray(pixels).reduce(3).convert("L", (1 / 3, 1 / 3, 1 / 3, 0))

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mixtures of classes, a negative class, drawings that rule regions, and colour hints."""
+"""Mixtures of classes, a negative class, drawings that rule regions, and color hints."""
+
+import importlib
 
 import numpy as np
 import pytest
@@ -7,11 +9,11 @@ import torch
 from PIL import Image
 from testing_utils import ID2LABEL, SIZE, cosine_alphas_cumprod, randn
 
-from diffsketching_pipeline import ColourGuidanceCallback, GuidanceCallback
+from diffsketching_pipeline import ColorGuidanceCallback, GuidanceCallback
 from diffsketching_pipeline.conditioning import Conditioning
 from diffsketching_pipeline.denoising import predict_noise
-from diffsketching_pipeline.guidance import Colours, blur
-from diffsketching_pipeline.images.colours import parse_palette, preprocess_colour_strokes
+from diffsketching_pipeline.guidance import Colors, blur
+from diffsketching_pipeline.images.colors import parse_palette, preprocess_color_strokes
 from diffsketching_pipeline.images.edited_region import enclosed_area
 
 
@@ -197,39 +199,39 @@ def test_masks_that_do_not_fit_are_refused(tiny_pipeline, sketches, masks, messa
         tiny_pipeline([[sketches[0], sketches[1]]], "a", num_inference_steps=1, sketch_masks=masks)
 
 
-def test_colour_guidance_replaces_the_low_frequencies_inside_its_mask(tiny_pipeline):
+def test_color_guidance_replaces_the_low_frequencies_inside_its_mask(tiny_pipeline):
     original = 0.5 * randn(2, 3, SIZE, SIZE) + 0.2
     target = torch.tensor([0.8, -0.6, 0.2]).reshape(1, 3, 1, 1)
     far = -target
     mask = torch.zeros(1, 1, SIZE, SIZE)
     mask[..., 3:13, 3:13] = 1.0
     alpha = cosine_alphas_cumprod()[300].float().reshape(1, 1, 1, 1)
-    callback = ColourGuidanceCallback(Colours(torch.cat([target, far]), mask), scale=1.0)
-    # Where x̂_0 is blue and where it is not: each goes to the colour that is nearer.
+    callback = ColorGuidanceCallback(Colors(torch.cat([target, far]), mask), scale=1.0)
+    # Where x̂_0 is blue and where it is not: each goes to the color that is nearer.
     original[0] += target[0]
     original[1] += far[0]
     kwargs = {"pred_original_sample": original, "alpha_prod": alpha, "predictor": tiny_pipeline.predictor}
     change = -callback.noise_delta(tiny_pipeline, torch.tensor(300), kwargs) / (alpha / (1 - alpha)).sqrt()
     assert change[..., :3, :].abs().max() == 0 and change[..., 13:].abs().max() == 0
-    for row, colour in enumerate((target, far)):
+    for row, color in enumerate((target, far)):
         # What is small stays: a blur of the change is nearly the change itself.
         small = (blur(change) - change)[row, :, 6:10, 6:10]
         assert small.norm() < 0.35 * change[row, :, 6:10, 6:10].norm()
         mean = (original + change)[row, :, 3:13, 3:13].mean(dim=(1, 2))
-        assert (mean - colour[0, :, 0, 0]).norm() < 0.05
-    half = ColourGuidanceCallback(callback.colours, scale=0.5).noise_delta(tiny_pipeline, torch.tensor(300), kwargs)
+        assert (mean - color[0, :, 0, 0]).norm() < 0.05
+    half = ColorGuidanceCallback(callback.colors, scale=0.5).noise_delta(tiny_pipeline, torch.tensor(300), kwargs)
     torch.testing.assert_close(-half / (alpha / (1 - alpha)).sqrt(), change / 2)
 
 
-def test_a_constant_colour_is_left_alone(tiny_pipeline):
-    colour = torch.tensor([0.3, 0.1, -0.9]).reshape(1, 3, 1, 1)
-    callback = ColourGuidanceCallback(Colours(colour, torch.ones(1, 1, SIZE, SIZE)), scale=1.0)
-    kwargs = {"pred_original_sample": colour.expand(1, 3, SIZE, SIZE), "alpha_prod": torch.full((1, 1, 1, 1), 0.5)}
+def test_a_constant_color_is_left_alone(tiny_pipeline):
+    color = torch.tensor([0.3, 0.1, -0.9]).reshape(1, 3, 1, 1)
+    callback = ColorGuidanceCallback(Colors(color, torch.ones(1, 1, SIZE, SIZE)), scale=1.0)
+    kwargs = {"pred_original_sample": color.expand(1, 3, SIZE, SIZE), "alpha_prod": torch.full((1, 1, 1, 1), 0.5)}
     kwargs["predictor"] = tiny_pipeline.predictor
     assert callback.noise_delta(tiny_pipeline, torch.tensor(300), kwargs).abs().max() < 1e-6
 
 
-def test_strokes_of_colour_reach_the_photo_where_they_are(tiny_pipeline, sketches):
+def test_strokes_of_color_reach_the_photo_where_they_are(tiny_pipeline, sketches):
     page = np.zeros((64, 64, 4), np.uint8)
     page[:, :32] = (255, 0, 0, 255)
 
@@ -237,8 +239,8 @@ def test_strokes_of_colour_reach_the_photo_where_they_are(tiny_pipeline, sketche
         return tiny_pipeline(
             *(sketches[2], "a", 1, 6),
             generator=seeded(),
-            colour_hint=hint,
-            colour_guidance_scale=scale,
+            color_hint=hint,
+            color_guidance_scale=scale,
             output_type="latent",
         ).images[0]
 
@@ -257,18 +259,18 @@ def test_strokes_of_colour_reach_the_photo_where_they_are(tiny_pipeline, sketche
     torch.testing.assert_close(run(opaque.convert("RGBA")), hinted)
 
 
-def test_beside_strokes_of_colour_a_drawing_keeps_its_place(tiny_pipeline):
+def test_beside_strokes_of_color_a_drawing_keeps_its_place(tiny_pipeline):
     spy, page = Spy(), Image.new("L", (64, 64), 255)
     page.paste(0, (4, 8, 24, 12))
     hint = Image.new("RGB", (64, 64), "white")
     hint.paste("red", (4, 8, 24, 12))
-    for colours, fit in ((hint, "page"), (["red"], "content")):
-        tiny_pipeline(page, "a", 1, guidance_callbacks=spy, colour_hint=colours, **PLAIN)
+    for colors, fit in ((hint, "page"), (["red"], "content")):
+        tiny_pipeline(page, "a", 1, guidance_callbacks=spy, color_hint=colors, **PLAIN)
         expected = tiny_pipeline.sketch_processor.preprocess(page, SIZE, SIZE, fit=fit)
         torch.testing.assert_close(spy.seen["sketch"], expected)
 
 
-def test_a_palette_colours_what_the_drawing_encloses(tiny_pipeline, sketches):
+def test_a_palette_colors_what_the_drawing_encloses(tiny_pipeline, sketches):
     area = enclosed_area(sketches[2:])
     assert area.shape == (1, SIZE, SIZE) and area[0, 3:13, 3:13].min() == 1 and area.sum() == 100
     # An open outline encloses its convex hull.
@@ -278,8 +280,8 @@ def test_a_palette_colours_what_the_drawing_encloses(tiny_pipeline, sketches):
     images = tiny_pipeline(
         *(sketches[2], "a", 2, 6),
         generator=seeded(),
-        colour_hint=["#0000ff", (0, 255, 0)],
-        colour_guidance_scale=1.0,
+        color_hint=["#0000ff", (0, 255, 0)],
+        color_guidance_scale=1.0,
         output_type="latent",
     ).images
     inside = images[:, :, 6:10, 6:10].mean(dim=(2, 3))
@@ -287,16 +289,16 @@ def test_a_palette_colours_what_the_drawing_encloses(tiny_pipeline, sketches):
     assert (torch.cdist(inside, palette).min(dim=1).values < 1.0).all()
 
 
-def test_colours_as_people_write_them(tmp_path):
-    colours = parse_palette(["navy", "#f00", (0, 255, 0)])
-    assert colours.shape == (3, 3, 1, 1)
+def test_colors_as_people_write_them(tmp_path):
+    colors = parse_palette(["navy", "#f00", (0, 255, 0)])
+    assert colors.shape == (3, 3, 1, 1)
     expected = torch.tensor([[0, 0, 128], [255, 0, 0], [0, 255, 0]]) / 127.5 - 1
-    torch.testing.assert_close(colours[..., 0, 0], expected)
+    torch.testing.assert_close(colors[..., 0, 0], expected)
     assert parse_palette("strokes.png") is None
     page = np.zeros((SIZE, 2 * SIZE, 4), np.uint8)
     page[:, :SIZE] = (10, 20, 30, 255)
     Image.fromarray(page).save(tmp_path / "strokes.png")
-    pixels, cover = preprocess_colour_strokes(tmp_path / "strokes.png", SIZE, SIZE)
+    pixels, cover = preprocess_color_strokes(tmp_path / "strokes.png", SIZE, SIZE)
     # Twice as wide as high, it is fitted into the middle half of the height.
     assert cover.sum() == SIZE / 2 * SIZE / 2 and cover[0, SIZE // 2, 0] == 1
     for column in (0, SIZE - 1):
@@ -306,20 +308,48 @@ def test_colours_as_people_write_them(tmp_path):
 @pytest.mark.parametrize(
     ("hint", "message"),
     [
-        ([], "`colour_hint`.*empty"),
-        (["crimsonish"], "`colour_hint`.*'crimsonish'"),
-        ([(0, 0, 300)], "`colour_hint`.*0, 0, 300"),
-        (Image.new("RGB", (8, 8), "white"), "`colour_hint` holds no colour"),
+        ([], "`color_hint`.*empty"),
+        (["crimsonish"], "`color_hint`.*'crimsonish'"),
+        ([(0, 0, 300)], "`color_hint`.*0, 0, 300"),
+        (Image.new("RGB", (8, 8), "white"), "`color_hint` holds no color"),
         ("nowhere.png", "nowhere.png.* does not exist"),
     ],
 )
 def test_hints_that_say_nothing_are_refused(tiny_pipeline, sketches, hint, message):
     with pytest.raises(ValueError, match=message):
-        tiny_pipeline(sketches[0], "a", num_inference_steps=1, colour_hint=hint)
+        tiny_pipeline(sketches[0], "a", num_inference_steps=1, color_hint=hint)
 
 
-def test_colour_arguments_are_checked(tiny_pipeline, sketches):
-    with pytest.raises(ValueError, match="`colour_hint`.*palette"):
-        tiny_pipeline(None, "a", num_inference_steps=1, colour_hint=["red"])
-    with pytest.raises(ValueError, match="`colour_guidance_scale`.* 2"):
-        tiny_pipeline(sketches[0], "a", num_inference_steps=1, colour_hint=["red"], colour_guidance_scale=2)
+def test_color_arguments_are_checked(tiny_pipeline, sketches):
+    with pytest.raises(ValueError, match="`color_hint`.*palette"):
+        tiny_pipeline(None, "a", num_inference_steps=1, color_hint=["red"])
+    with pytest.raises(ValueError, match="`color_guidance_scale`.* 2"):
+        tiny_pipeline(sketches[0], "a", num_inference_steps=1, color_hint=["red"], color_guidance_scale=2)
+
+
+def test_old_spellings_give_the_same_pixels_and_a_warning(tiny_pipeline, sketches):
+    def run(**hint):
+        return tiny_pipeline(sketches[0], "a", 1, 2, generator=seeded(), output_type="pt", **hint).images
+
+    wanted = run(color_hint=["red"], color_guidance_scale=1.0)
+    with pytest.warns(FutureWarning, match="`colour_guidance_scale` is now `color_guidance_scale`"):
+        assert torch.equal(run(color_hint=["red"], colour_guidance_scale=1.0), wanted)
+    with pytest.warns(FutureWarning, match="`colour_hint` is now `color_hint`") as warned:
+        assert torch.equal(run(colour_hint=["red"], color_guidance_scale=1.0), wanted)
+    assert warned[0].filename == __file__
+    assert not torch.equal(run(color_hint=["blue"], color_guidance_scale=1.0), wanted)
+    with pytest.raises(ValueError, match="`colour_hint`.*`color_hint`"), pytest.warns(FutureWarning):
+        run(colour_hint=["red"], color_hint=["red"])
+
+
+def test_old_names_are_the_new_ones_and_warn():
+    for module, old, new in (
+        ("", "ColourGuidanceCallback", ColorGuidanceCallback),
+        (".guidance", "Colours", Colors),
+        (".images.colours", "preprocess_colour_strokes", preprocess_color_strokes),
+    ):
+        with pytest.warns(FutureWarning, match=f"`{old}` is now `{new.__name__}`"):
+            assert getattr(importlib.import_module(f"diffsketching_pipeline{module}"), old) is new
+    colors = Colors(torch.zeros(1, 3, 1, 1), torch.ones(1, 1, SIZE, SIZE))
+    with pytest.warns(FutureWarning, match="`colours` is now `colors`"):
+        assert ColorGuidanceCallback(colours=colors).colors is colors

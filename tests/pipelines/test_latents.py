@@ -30,7 +30,7 @@ from testing_utils import (
 
 from diffsketching_pipeline import (
     ClassifierGuidanceCallback,
-    ColourGuidanceCallback,
+    ColorGuidanceCallback,
     DiffSketchingEditPipeline,
     DiffSketchingInterpolationPipeline,
     DiffSketchingPipeline,
@@ -41,7 +41,7 @@ from diffsketching_pipeline import (
 from diffsketching_pipeline.autoencoding import decode_latents, encode_photos
 from diffsketching_pipeline.conditioning import Conditioning, read_sketch_masks
 from diffsketching_pipeline.denoising import UNetInputs, get_unet_inputs, join_unet_inputs, predict_noise
-from diffsketching_pipeline.guidance import Colours, blur
+from diffsketching_pipeline.guidance import Colors, blur
 from diffsketching_pipeline.pipeline_diffsketching_interpolation import slerp
 
 
@@ -391,17 +391,17 @@ class Linear(torch.nn.Module):
         return type("Output", (), {"sample": photos})
 
 
-def test_colour_guidance_means_the_same_on_latents_as_on_pixels(latent_pipeline, tiny_pipeline):
+def test_color_guidance_means_the_same_on_latents_as_on_pixels(latent_pipeline, tiny_pipeline):
     vae = Linear(latent_pipeline)
     photos = 0.15 * randn(2, 3, PIXEL_SIZE, PIXEL_SIZE).clamp(-2, 2)
-    colours = Colours(torch.tensor([0.5, -0.3, 0.2]).reshape(1, 3, 1, 1), torch.ones(1, 1, PIXEL_SIZE, PIXEL_SIZE))
+    colors = Colors(torch.tensor([0.5, -0.3, 0.2]).reshape(1, 3, 1, 1), torch.ones(1, 1, PIXEL_SIZE, PIXEL_SIZE))
     alpha = cosine_alphas_cumprod()[TIMESTEP].float().reshape(1, 1, 1, 1)
     original = encode_photos(vae, photos)
     torch.testing.assert_close(decode_latents(vae, original), photos, rtol=0, atol=1e-5)
 
     def change(pipe, original, scale):
         kwargs = {"pred_original_sample": original, "alpha_prod": alpha, "predictor": pipe.predictor}
-        delta = ColourGuidanceCallback(colours, scale).noise_delta(pipe, torch.tensor(TIMESTEP), kwargs)
+        delta = ColorGuidanceCallback(colors, scale).noise_delta(pipe, torch.tensor(TIMESTEP), kwargs)
         return -delta / (alpha / (1 - alpha)).sqrt()
 
     latent_pipeline.vae = vae
@@ -409,22 +409,22 @@ def test_colour_guidance_means_the_same_on_latents_as_on_pixels(latent_pipeline,
         expected = change(tiny_pipeline, photos, scale)
         found = decode_latents(vae, original + change(latent_pipeline, original, scale)) - photos
         torch.testing.assert_close(found.detach(), expected, rtol=0, atol=1e-5)
-    assert (blur(photos + expected) - colours.candidates).abs().mean() < 0.1
+    assert (blur(photos + expected) - colors.candidates).abs().mean() < 0.1
 
 
-def test_colours_and_guidance_of_all_kinds_reach_the_photos(latent_pipeline, large_sketches, generators):
+def test_colors_and_guidance_of_all_kinds_reach_the_photos(latent_pipeline, large_sketches, generators):
     def run(**options):
         fast = {"num_images_per_sketch": 1, "num_inference_steps": STEPS, "output_type": "pt"}
         return latent_pipeline(large_sketches[0], "a", generator=generators(1), **fast, **options).images
 
     plain = run(sketch_guidance_scale=1.0)
-    assert torch.equal(run(sketch_guidance_scale=1.0, colour_hint=["red"], colour_guidance_scale=0.0), plain)
+    assert torch.equal(run(sketch_guidance_scale=1.0, color_hint=["red"], color_guidance_scale=0.0), plain)
     for options in (
         {"sketch_guidance_scale": 3.0},
         {"classifier_guidance_scale": 5.0},
         {"perceptual_guidance_scale": 0.2},
         {"guidance_callbacks": SketchGuidanceCallback(0.2, through_unet=True)},
-        {"colour_hint": ["red"], "colour_guidance_scale": 1.0},
+        {"color_hint": ["red"], "color_guidance_scale": 1.0},
     ):
         assert (run(**{"sketch_guidance_scale": 1.0, **options}) - plain).abs().max() > 1e-3
 
@@ -485,11 +485,11 @@ def test_the_surroundings_are_the_latents_of_the_photo(edit_pipe, photo, generat
 
 
 @pytest.mark.parametrize("strength", [0.6, 1.0])
-def test_edits_take_drawings_mixtures_colours_and_abstraction(strength, edit_pipe, photo, generators):
+def test_edits_take_drawings_mixtures_colors_and_abstraction(strength, edit_pipe, photo, generators):
     page = Image.new("L", (192, 160), 255)
     ImageDraw.Draw(page).line((80, 48, 80, 112), fill=0, width=6)
     spy = Spy()
-    options = {"sketch": page, "colour_hint": ["navy"], "sketch_abstraction": 0.5, "guidance_callbacks": spy}
+    options = {"sketch": page, "color_hint": ["navy"], "sketch_abstraction": 0.5, "guidance_callbacks": spy}
     options |= {**EDIT, "class_labels": {"a": 1, "c": 1}, "strength": strength, "num_resample_steps": 2}
     planes = []
     edit_pipe.unet.register_forward_pre_hook(lambda module, args: planes.append(float(args[0][:, -1].max())))

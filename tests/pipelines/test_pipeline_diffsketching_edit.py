@@ -219,7 +219,7 @@ def test_the_seam_is_blended_wherever_the_mask_ends(pipe):
     assert (at_border[:16] == 255).all() and at_border[19:15:-1].tolist() == ramp
 
 
-def test_what_is_transparent_has_no_colour_in_the_blend(pipe):
+def test_what_is_transparent_has_no_color_in_the_blend(pipe):
     photo = Image.new("RGBA", PHOTO_SIZE, (0, 0, 0, 0))
     region = pipe.prepare_region(photo, box_mask(), 0.5)
     row = np.asarray(pipe.paste(region, torch.ones(1, 3, SIZE, SIZE), 0.1, "pil")[0])[20, 12:28]
@@ -256,9 +256,9 @@ def test_nothing_outside_of_the_mask_is_touched_by_pasting(pipe, tmp_path, mode)
 
 def test_the_profile_of_an_rgb_photo_is_kept(pipe):
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    for mode, colours, kept in (("RGB", b"RGB ", profile), ("CMYK", b"CMYK", None)):
+    for mode, colors, kept in (("RGB", b"RGB ", profile), ("CMYK", b"CMYK", None)):
         photo = Image.new(mode, PHOTO_SIZE)
-        photo.info["icc_profile"] = profile[:16] + colours + profile[20:]
+        photo.info["icc_profile"] = profile[:16] + colors + profile[20:]
         region = pipe.prepare_region(photo, box_mask(), 0.5)
         image = pipe.paste(region, torch.ones(1, 3, SIZE, SIZE), 0.1, "pil")[0]
         assert image.info.get("icc_profile") == kept
@@ -345,46 +345,46 @@ def test_all_pipelines_come_from_one_checkpoint(pipe, tiny_pipeline, tmp_path):
             assert torch.equal(value, tiny_pipeline.unet.state_dict()[name])
 
 
-def test_the_colours_of_a_palette_reach_the_part_that_is_drawn(pipe, photo):
+def test_the_colors_of_a_palette_reach_the_part_that_is_drawn(pipe, photo):
     sketch = draw([(14, 12), (26, 12), (26, 28), (14, 28), (14, 12)])
     options = {**STEPS, "output_type": "latent", "eta": 0.0, "generator": None}
     plain = pipe(photo, BOX, sketch, **options).images
-    red = pipe(photo, BOX, sketch, colour_hint=["#ff0000"], colour_guidance_scale=1.0, **options).images
+    red = pipe(photo, BOX, sketch, color_hint=["#ff0000"], color_guidance_scale=1.0, **options).images
     inner = (slice(None), slice(None), slice(6, 10), slice(6, 10))
     target = torch.tensor([1.0, -1.0, -1.0]).reshape(1, 3, 1, 1)
     assert (red[inner].mean((2, 3), True) - target).norm() < 0.7 * (plain[inner].mean((2, 3), True) - target).norm()
 
 
-def test_strokes_of_colour_lie_on_the_photos_page(pipe, photo):
+def test_strokes_of_color_lie_on_the_photos_page(pipe, photo):
     hint = Image.new("RGB", PHOTO_SIZE, "white")
     hint.paste("red", (12, 10, 20, 30))
     region = pipe.prepare_region(photo, box_mask(), 0.5)
     _, inside = pipe.prepare_photo(region)
-    colours = pipe.prepare_part_colours(hint, region, inside, None, 1)
+    colors = pipe.prepare_part_colors(hint, region, inside, None, 1)
     # The part is (0, 0, 40, 40), so that a model's pixel is 2.5 of the photo.
-    mask = colours.mask[0, 0]
+    mask = colors.mask[0, 0]
     assert mask[5:11, 5:7].min() > 0.6 and mask[:, 11:].max() < 0.05 and mask[~inside[0, 0]].max() == 0
-    assert colours.candidates[0, :, 6, 6].tolist() == [1.0, -1.0, -1.0]
+    assert colors.candidates[0, :, 6, 6].tolist() == [1.0, -1.0, -1.0]
     hint.paste("red", (0, 0, 40, 40))
-    assert pipe.prepare_part_colours(hint, region, inside, None, 1).mask[~inside].max() == 0
+    assert pipe.prepare_part_colors(hint, region, inside, None, 1).mask[~inside].max() == 0
 
 
-def test_strokes_of_colour_have_to_lie_where_something_changes(pipe, photo):
+def test_strokes_of_color_have_to_lie_where_something_changes(pipe, photo):
     region = pipe.prepare_region(photo, box_mask(), 0.5)
     _, inside = pipe.prepare_photo(region)
     for place in ((0, 0, 8, 8), (44, 0, 48, 40)):
         hint = Image.new("RGB", PHOTO_SIZE, "white")
         hint.paste("red", place)
-        with pytest.raises(ValueError, match="`colour_hint`.*no stroke"):
-            pipe.prepare_part_colours(hint, region, inside, None, 1)
-    with pytest.raises(ValueError, match="`colour_hint`.*photo's page"):
-        pipe.prepare_part_colours(Image.new("RGB", (48, 48), "red"), region, inside, None, 1)
+        with pytest.raises(ValueError, match="`color_hint`.*no stroke"):
+            pipe.prepare_part_colors(hint, region, inside, None, 1)
+    with pytest.raises(ValueError, match="`color_hint`.*photo's page"):
+        pipe.prepare_part_colors(Image.new("RGB", (48, 48), "red"), region, inside, None, 1)
     # One pixel of a page that is much larger than the model is still seen.
     hint = Image.new("RGB", (480, 400), "white")
     hint.putpixel((203, 207), (0, 0, 255))
-    colours = pipe.prepare_part_colours(hint, region, inside, None, 1)
-    assert colours.mask.max() > 0
-    torch.testing.assert_close(colours.candidates[0, :, 8, 8], torch.tensor([-1.0, -1.0, 1.0]))
+    colors = pipe.prepare_part_colors(hint, region, inside, None, 1)
+    assert colors.mask.max() > 0
+    torch.testing.assert_close(colors.candidates[0, :, 8, 8], torch.tensor([-1.0, -1.0, 1.0]))
 
 
 def test_a_small_change_of_a_huge_photo_still_reads_its_drawing(pipe):
@@ -425,7 +425,7 @@ def test_a_drawing_that_is_not_used_is_warned_of(tiny_pipeline_factory, photo, c
 def test_an_edit_in_bfloat16_under_inference_mode_and_interrupted(pipe, photo):
     pipe.to(torch.bfloat16)
     sketch = draw([(14, 12), (26, 12), (26, 28), (14, 28), (14, 12)])
-    guided = {"classifier_guidance_scale": 1.0, "perceptual_guidance_scale": 0.1, "colour_hint": ["red"]}
+    guided = {"classifier_guidance_scale": 1.0, "perceptual_guidance_scale": 0.1, "color_hint": ["red"]}
     with torch.inference_mode():
         image = pipe(photo, BOX, sketch, generator=seeded(), **guided, **STEPS).images[0]
     assert torch.equal(inside_box(image, False), inside_box(photo, False))

@@ -89,9 +89,9 @@ def test_networks_are_chosen_by_name(tmp_path):
         loss = load_perceptual_network(name)
         assert len(loss.features(photos())) == count
         assert not any(parameter.requires_grad for parameter in loss.parameters())
-    # ImageNet's normalisation: a mid-grey of 0.485, 0.456, 0.406 is 0 to the network.
-    grey = torch.tensor([0.485, 0.456, 0.406]).reshape(1, 3, 1, 1).expand(1, 3, 32, 32) * 2 - 1
-    seen = loss.feature_maps(grey)[0]
+    # ImageNet's normalization: a mid-gray of 0.485, 0.456, 0.406 is 0 to the network.
+    gray = torch.tensor([0.485, 0.456, 0.406]).reshape(1, 3, 1, 1).expand(1, 3, 32, 32) * 2 - 1
+    seen = loss.feature_maps(gray)[0]
     torch.testing.assert_close(seen, loss.feature_maps.model.embedder(torch.zeros(1, 3, 32, 32)), atol=1e-5, rtol=1e-5)
 
     small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}

@@ -281,7 +281,7 @@ def test_samples_of_shards_are_those_of_the_folder_layout(shards, tiny_pipeline_
     assert sample["pixel_values"].shape == (3, 16, 16) and sample["sketch"].shape == (1, 16, 16)
     # The red square, and the outline that was drawn of it at the same place.
     red = sample["pixel_values"][0] - sample["pixel_values"][1] > 1
-    ink = sample["sketch"][0] < 0.5  # a thin line is grey at this size
+    ink = sample["sketch"][0] < 0.5  # a thin line is gray at this size
     rows, columns = (torch.where(red.any(dim=d))[0] for d in (1, 0))
     drawn_rows, drawn_columns = (torch.where(ink.any(dim=d))[0] for d in (1, 0))
     for found, expected in ((drawn_rows, rows), (drawn_columns, columns)):

@@ -214,7 +214,7 @@ def test_half_size_keeps_every_stroke():
     np.testing.assert_array_equal(half_size(ink), expected)
 
 
-def test_fit_to_page_centres_with_a_margin():
+def test_fit_to_page_centers_with_a_margin():
     ink = np.zeros((50, 90), bool)
     ink[5:25, 30:70] = True
     page = fit_to_page(ink, margin=0.1)

@@ -125,7 +125,7 @@ def test_other_checkpoints_are_refused(tmp_path):
     batch = ResnetGeneratorReference().state_dict()
     missing = {name: tensor for name, tensor in batch.items() if name != "model.11.conv_block.2.running_var"}
     state_dicts = {
-        "instance": (ResnetGeneratorReference(norm=nn.InstanceNorm2d).state_dict(), "instance normalisation"),
+        "instance": (ResnetGeneratorReference(norm=nn.InstanceNorm2d).state_dict(), "instance normalization"),
         "unet": ({"model.model.0.weight": torch.zeros(4, 3, 4, 4)}, "not a Photo-Sketching generator of the kind"),
         "missing": (missing, "has no `model.11.conv_block.2.running_var`"),
         "additional": (batch | {"model.30.weight": torch.zeros(1)}, "also has `model.30.weight`"),

@@ -21,7 +21,7 @@ def smooth_sketches(n, seed):
 
 
 def eq_5(encoder, first, second, weights=None):
-    """Eq. 5 with LPIPS' normalisation, one feature vector at a time."""
+    """Eq. 5 with LPIPS' normalization, one feature vector at a time."""
     with torch.no_grad():
         maps = [
             (encoder.resnet.embedder.embedder(x), *encoder(x, output_hidden_states=True).hidden_states)

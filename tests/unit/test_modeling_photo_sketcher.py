@@ -63,7 +63,7 @@ def test_any_size(height, width):
 
 @torch.no_grad()
 def test_odd_sizes_stay_aligned_with_the_photo():
-    # Without residual blocks and with stored statistics a pixel's sketch depends on its neighbourhood alone.
+    # Without residual blocks and with stored statistics a pixel's sketch depends on its neighborhood alone.
     sketcher, photos = make_sketcher(n_blocks=0, statistics="running"), make_photos(1, 72, 72)
     whole = sketcher(photos)
     for size in (65, 66, 67):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the judges of a study said: preference rates with intervals, and a Bradley-Terry ranking of the systems.
 
-    python training/analyse_user_study.py --key study/study.key.json --answers answers/*.json --output_dir study
+    python training/analyze_user_study.py --key study/study.key.json --answers answers/*.json --output_dir study
 
 Judges who fail the attention checks are left out and counted. All answers of a judge hang together, so intervals resample
 judges; below ten of them they are Wilson's, which take answers for independent, and say so.
@@ -29,7 +29,7 @@ PSEUDO_WINS = 0.5
 
 @dataclass
 class AnalysisArguments:
-    """Whose answers are analysed."""
+    """Whose answers are analyzed."""
 
     key: str = required("the key that make_user_study.py wrote beside the page")
     answers: list[str] = required("the files that the judges saved")
@@ -222,7 +222,7 @@ def ranking(wins: np.ndarray, systems: Sequence[str], num_samples: int) -> list[
     return results
 
 
-def analyse(
+def analyze(
     key: dict[str, Any], judges: Sequence[dict[str, Any]], min_attention: float, num_samples: int
 ) -> dict[str, Any]:
     """
@@ -286,7 +286,7 @@ def main(args: AnalysisArguments) -> dict[str, Any]:
     key = read_json(args.key, "key")
     if not isinstance(key, dict) or not {"study", "comparisons"} <= set(key):
         raise ValueError(f"`key` must be what make_user_study.py wrote, but {args.key!r} is not.")
-    results = analyse(key, read_answers(args.answers, key), args.min_attention, args.num_bootstrap_samples)
+    results = analyze(key, read_answers(args.answers, key), args.min_attention, args.num_bootstrap_samples)
     write_text(json.dumps(results, indent=2) + "\n", Path(args.output_dir) / "results.json")
     write_text(make_report(results), Path(args.output_dir) / "results.md")
     return results
