@@ -75,6 +75,7 @@ setup(
     python_requires=">=3.10",
     install_requires=[
         "accelerate>=1.1",
+        "cssselect2>=0.8",
         "diffusers>=0.39",
         "filelock>=3.13",
         "fonttools>=4.50",
@@ -86,6 +87,7 @@ setup(
         "safetensors>=0.8",
         "scikit-image>=0.22",
         "scipy>=1.11.2",
+        "tinycss2>=1.4",
         "torch>=2.6",
         "torchvision>=0.21",
         "transformers>=4.56",

@@ -39,13 +39,14 @@ from diffsketching_pipeline.demo.service import (
     remember,
 )
 from diffsketching_pipeline.files import write_file
-from diffsketching_pipeline.images.reading import MAX_SKETCH_PIXELS
 from diffsketching_pipeline.results import png
 
 
 # Requests that may wait; whoever comes then is told that the queue is full.
 MAX_WAITING = 16
 MAX_UPLOAD_BYTES = 16 * 2**20
+# Of an uploaded picture: a phone's photos have no more. Others wait while it is decoded.
+MAX_PICTURE_PIXELS = 25_000_000
 # Pictures that were shown are deleted after an hour; every ten minutes it is looked for them.
 _DELETE_CACHE = (600, 3600)
 # Whatever samples takes turns; looking at a drawing does not wait for it.
@@ -653,7 +654,7 @@ def launch(
     """
     # Gradio decodes pictures before we see them: it, too, is to refuse what unpacks to more than this. Pillow warns at
     # its limit and raises at twice that.
-    Image.MAX_IMAGE_PIXELS = MAX_SKETCH_PIXELS // 2
+    Image.MAX_IMAGE_PIXELS = MAX_PICTURE_PIXELS // 2
     page = build_page(studio)
     server_name = host or os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1")
     hosts = served_hosts(server_name, allowed_hosts)

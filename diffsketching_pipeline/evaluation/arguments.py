@@ -8,6 +8,7 @@ from typing import Literal
 from diffsketching_pipeline.command_line import argument, required
 from diffsketching_pipeline.files import check_writable
 from diffsketching_pipeline.images.free_hand import check_free_hand
+from diffsketching_pipeline.images.sketch_processor import SketchProcessor
 
 
 @dataclass
@@ -49,6 +50,9 @@ class EvaluationArguments:
         0.0,
         "generate from copies of the drawings, redrawn as a hand of this unskill would: gaps, wobble, wrong proportions; 0 = "
         "as they are, 1 = a poor hand. Faithfulness is still that to the drawings as they are",
+    )
+    threshold: float | None = argument(
+        None, "what is ink in `sketches` is darker than this share of its paper, in (0, 1); by default it is found"
     )
     num_inference_steps: int | None = argument(None, "overrides the checkpoint's recommendation")
     eta: float | None = argument(None, "overrides the checkpoint's recommendation")
@@ -106,6 +110,7 @@ def check_evaluation_arguments(args: EvaluationArguments) -> None:
         if getattr(args, name) < minimum:
             raise ValueError(f"`{name}` must be at least {minimum}, but got {getattr(args, name)}.")
     check_free_hand(strength=args.free_hand_strength)
+    sketch_reader(args, resolution=8)
     if args.extractor not in ("evaluator", "inception") and not Path(args.extractor).is_dir():
         raise ValueError(f"`extractor` must be `evaluator`, `inception` or a folder, but got {args.extractor!r}.")
     if args.resolution is not None and args.resolution < 8:
@@ -114,6 +119,11 @@ def check_evaluation_arguments(args: EvaluationArguments) -> None:
     for name, folder in [*named, *(("evaluator", folder) for folder in args.evaluator or [])]:
         if folder is not None and not Path(folder).is_dir():
             raise ValueError(f"`{name}` must be a folder, but {folder!r} is none.")
+
+
+def sketch_reader(args: EvaluationArguments, resolution: int) -> SketchProcessor:
+    """What reads `sketches`, at a side of `resolution` pixels; `ValueError` for an impossible `threshold`."""
+    return SketchProcessor(resolution, threshold="otsu" if args.threshold is None else args.threshold)
 
 
 def parse_images(images: list[str] | None) -> dict[str, Path]:

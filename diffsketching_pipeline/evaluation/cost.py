@@ -106,11 +106,19 @@ def _resident(field: str) -> int:
 
 
 def _peak_memory(
-    model: str, dtype: torch.dtype, system: System, jobs: list[Job], class_labels: list[str] | None, threads: int
+    model: str,
+    dtype: torch.dtype,
+    system: System,
+    jobs: list[Job],
+    class_labels: list[str] | None,
+    threshold: float | None,
+    threads: int,
 ) -> int:
     """What one batch needs beyond the loaded model, in bytes; run in a process of its own."""
     torch.set_num_threads(threads)
     pipeline = system.build(DiffSketchingPipeline.from_pretrained(model, torch_dtype=dtype))
+    if threshold is not None:
+        pipeline.sketch_processor.register_to_config(threshold=threshold)
     # The high-water mark of loading is forgotten, so that only that of sampling is seen.
     Path("/proc/self/clear_refs").write_text("5")
     before = _resident("VmRSS")
@@ -126,7 +134,13 @@ def _peak_memory(
 
 
 def measure_memory(
-    model: str, dtype: torch.dtype, system: System, jobs: list[Job], class_labels: list[str] | None, folder: Path
+    model: str,
+    dtype: torch.dtype,
+    system: System,
+    jobs: list[Job],
+    class_labels: list[str] | None,
+    folder: Path,
+    threshold: float | None = None,
 ) -> dict[str, Any]:
     """
     Peak resident memory of one batch on the CPU in a fresh process, minus its level after loading; kept in
@@ -138,7 +152,7 @@ def measure_memory(
     memory: dict[str, Any] = {"batch_size": len(jobs), "peak_memory": None}
     try:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            arguments = (model, dtype, system, jobs, class_labels, torch.get_num_threads())
+            arguments = (model, dtype, system, jobs, class_labels, threshold, torch.get_num_threads())
             memory["peak_memory"] = pool.submit(_peak_memory, *arguments).result()
     except OSError as error:
         memory["reason"] = f"the system does not tell ({error})"

@@ -50,10 +50,15 @@ def check_perceptual_components(pipeline: DiffSketchingPipeline) -> None:
 
 @torch.no_grad()
 def perceptual_sketch_distances(
-    pipeline: DiffSketchingPipeline, images: ImageSet, drawings: list[Drawing], batch_size: int
+    pipeline: DiffSketchingPipeline,
+    images: ImageSet,
+    drawings: list[Drawing],
+    batch_size: int,
+    reader: SketchProcessor,
 ) -> np.ndarray:
     """
-    L_p(P(x), s) of eq. 5 for each image and its drawing, `[N]`, by the pipeline's sketcher and sketch encoder.
+    L_p(P(x), s) of eq. 5 for each image and its drawing, `[N]`, by the pipeline's sketcher and sketch encoder. `reader` reads
+    the drawings at the pipeline's longer side.
     """
     # In float32 whatever was sampled with.
     sketcher, sketch_encoder = (copy.deepcopy(net).float() for net in (pipeline.sketcher, pipeline.sketch_encoder))
@@ -64,6 +69,6 @@ def perceptual_sketch_distances(
         indices = range(first, min(first + batch_size, len(images)))
         photos = np.stack([np.asarray(squash(images.image(i), side)) for i in indices])
         pixels = torch.from_numpy(photos).permute(0, 3, 1, 2).to(device, torch.float32) / 127.5 - 1
-        sketch = SketchProcessor(side).preprocess([str(drawings[images.groups[i]].path) for i in indices]).to(device)
+        sketch = reader.preprocess([str(drawings[images.groups[i]].path) for i in indices]).to(device)
         distances.append(loss(sketcher(pixels), sketch).float().cpu())
     return torch.cat(distances).numpy()

@@ -23,13 +23,14 @@ REDRAWN_MARGIN = 1 / 6
 """Paper, as a share of the side, that is put around a drawing before it is redrawn, so that nothing leaves the page."""
 
 
-def redraw(drawings: list[Drawing], strength: float, folder: Path) -> None:
+def redraw(drawings: list[Drawing], strength: float, folder: Path, reader: SketchProcessor) -> None:
     """
     Writes a copy of each drawing, `folder/<class>/<sketch>.png`, as an unskilled hand would have made it. How depends on the
-    drawing's class and name alone, so that every system and every half is given the same copies.
+    drawing's class and name alone, so that every system and every half is given the same copies. `reader` reads them at
+    `CONTOUR_RESOLUTION`.
     """
     for drawing in tqdm(drawings, desc="Redrawing", unit="drawing", leave=False):
-        page = SketchProcessor(CONTOUR_RESOLUTION).preprocess(str(drawing.path))[0, 0].numpy()
+        page = reader.preprocess(str(drawing.path))[0, 0].numpy()
         ink = np.pad(page < 0, round(REDRAWN_MARGIN * CONTOUR_RESOLUTION))
         key = hashlib.sha256(f"{drawing.label}/{drawing.name}".encode()).digest()
         redrawn = free_hand_distortion(ink, np.random.default_rng(list(key[:8])), strength)
@@ -76,6 +77,8 @@ def make_plans(
     for system in [with_defaults(system, defaults) for system in systems]:
         plan = Plan(system, system.build(pipeline), plan_jobs(args, system, drawings, selected))
         system.check(plan.pipeline)
+        if args.threshold is not None:
+            plan.pipeline.sketch_processor.register_to_config(threshold=args.threshold)
         plans.append(plan)
     if len(plans[0].jobs) < 2:
         raise ValueError("`num_images_per_sketch` must be at least 2 for a single drawing.")
@@ -98,6 +101,7 @@ def generation_settings(
         "sketches": file_digest(drawing.path for drawing in drawings),
         "free_hand_strength": args.free_hand_strength or None,
         "dtype": None if args.dtype == "float32" else args.dtype,
+        "threshold": args.threshold,
         **{name: getattr(args, name) for name in ("class_labels", "seed")},
         **{name: getattr(system, name) for name in SAMPLING_NAMES},
         **{n: None if getattr(system, n) == getattr(plain, n) else getattr(system, n) for n in more},

@@ -32,12 +32,18 @@ import torchmetrics
 import torchvision
 import transformers
 from accelerate import Accelerator
+from filelock import FileLock
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from diffsketching_pipeline import DiffSketchingPipeline, SketchProcessor
 from diffsketching_pipeline.command_line import parse_arguments, user_errors
-from diffsketching_pipeline.evaluation.arguments import EvaluationArguments, check_evaluation_arguments, parse_images
+from diffsketching_pipeline.evaluation.arguments import (
+    EvaluationArguments,
+    check_evaluation_arguments,
+    parse_images,
+    sketch_reader,
+)
 from diffsketching_pipeline.evaluation.cost import measure_memory
 from diffsketching_pipeline.evaluation.extractors import Evaluator, read_training_photos
 from diffsketching_pipeline.evaluation.free_hand_gap import free_hand_gap, read_contour_metrics
@@ -67,6 +73,7 @@ from diffsketching_pipeline.evaluation.report import (
 )
 from diffsketching_pipeline.evaluation.scoring import Scorer, make_noise
 from diffsketching_pipeline.evaluation.systems import System
+from diffsketching_pipeline.files import lock_folder
 from diffsketching_pipeline.manifest import weights_sha256
 from diffsketching_pipeline.registry import find_checkpoint
 from diffsketching_pipeline.splits import in_first_half
@@ -132,7 +139,7 @@ def check_names(plans: list[Plan], folders: Iterable[str]) -> None:
 class Inputs:
     """
     Everything that the user gave, checked; `train` and `weights`, the pipeline's, on the main process only. Images are at
-    the side of the first of the judges.
+    the side of the first of the judges. `lock` keeps other runs out of `output_dir` as long as this one lives.
     """
 
     evaluators: list[Evaluator]
@@ -141,10 +148,12 @@ class Inputs:
     sketches: Tensor
     systems: dict[str, ImageSet]
     reference: ImageSet
+    reader: SketchProcessor
     on_contours: dict[str, dict[str, Any]] = field(default_factory=dict)
     train: ImageSet | None = None
     pipeline: DiffSketchingPipeline | None = None
     weights: dict[str, str] = field(default_factory=dict)
+    lock: FileLock | None = None
     plans: list[Plan] = field(default_factory=list)
 
     @property
@@ -158,12 +167,15 @@ class Inputs:
             job.drawing.position: job.sketch for plan in self.plans if plan.system.name == name for job in plan.jobs
         }
         paths = [str(given.get(drawing.position, drawing.path)) for drawing in self.drawings]
-        return SketchProcessor(CONTOUR_RESOLUTION).preprocess(paths)
+        return self.reader.preprocess(paths)
 
 
 def prepare(args: EvaluationArguments, accelerator: Accelerator) -> Inputs:
     """Reads and checks all input; what is wrong with it is a `ValueError` before any long work."""
     check_evaluation_arguments(args)
+    # A refused evaluation makes no folder; one that another evaluation works in is there.
+    output_dir = Path(args.output_dir)
+    lock = lock_folder(output_dir) if accelerator.is_main_process and output_dir.is_dir() else None
     folders = parse_images(args.images)
     drawings = read_drawings(Path(args.sketches))
     selected = select_drawings(drawings, args.split)
@@ -182,16 +194,18 @@ def prepare(args: EvaluationArguments, accelerator: Accelerator) -> Inputs:
                 check_labels(labels, judge.labels, name)
     if len(reference_files) < 2:
         raise ValueError("`reference` must hold at least 2 photos, but holds 1.")
-    sketches = SketchProcessor(CONTOUR_RESOLUTION).preprocess([str(drawing.path) for drawing in drawings])
+    reader = sketch_reader(args, CONTOUR_RESOLUTION)
+    sketches = reader.preprocess([str(drawing.path) for drawing in drawings])
     systems = {name: read_system(name, images, evaluator.resolution) for name, images in matched.items()}
     reference = read_photos(reference_files, f"{Path(args.reference).name} photos", evaluator.resolution)
-    inputs = Inputs(evaluators, drawings, selected, sketches, systems, reference, on_contours)
+    inputs = Inputs(evaluators, drawings, selected, sketches, systems, reference, reader, on_contours)
     if args.model is not None:
         inputs.pipeline = load_model(args, evaluators, selected)
         inputs.plans = make_plans(args, inputs.pipeline, drawings, selected)
     check_names(inputs.plans, folders)
     if accelerator.is_main_process:
         inputs.train = read_training_photos(train_files, evaluator, args.eval_batch_size, args.cache_dir)
+        inputs.lock = lock or lock_folder(output_dir)
         if inputs.pipeline is not None:
             networks = inputs.pipeline.components.items()
             inputs.weights = {name: weights_sha256(net) for name, net in networks if isinstance(net, nn.Module)}
@@ -231,6 +245,8 @@ def describe_sampling(args: EvaluationArguments, plan: Plan) -> str:
     parts = [scheduler, *(f"{name}={value}" for name, value in settings.items())]
     if args.dtype != "float32":
         parts.append(f"dtype={args.dtype}")
+    if args.threshold is not None:
+        parts.append(f"threshold={args.threshold:g}")
     if withhold:
         parts.append(f"the UNet is not told the {' and the '.join(reversed(withhold))}")
     if plan.system.uses_class(plan.pipeline):
@@ -267,7 +283,8 @@ def score_by(evaluator: Evaluator, args: EvaluationArguments, inputs: Inputs, tr
         evaluator.look_at(images, batch_size)
         scores[images.name] = scorer.score_system(images) if is_first else scorer.judge_system(images)
         if is_first and args.perceptual_sketch_distance and inputs.pipeline is not None:
-            distances = perceptual_sketch_distances(inputs.pipeline, images, inputs.drawings, batch_size)
+            reader = sketch_reader(args, max(inputs.pipeline.height, inputs.pipeline.width))
+            distances = perceptual_sketch_distances(inputs.pipeline, images, inputs.drawings, batch_size, reader)
             scores[images.name] |= scorer.perceptual_sketch_distance(images, distances)
 
     # The evaluation network of `train_encoders.py` knows the first half by heart: its features lie farther away.
@@ -300,7 +317,7 @@ def describe_run(args: EvaluationArguments, inputs: Inputs) -> dict[str, Any]:
 def evaluate(args: EvaluationArguments, inputs: Inputs, accelerator: Accelerator) -> dict[str, Scores]:
     """Generates what is missing, scores everything and writes the results; returns them on the main process."""
     if inputs.plans and args.free_hand_strength and accelerator.is_main_process:
-        redraw(inputs.selected, args.free_hand_strength, redrawn_dir(args))
+        redraw(inputs.selected, args.free_hand_strength, redrawn_dir(args), inputs.reader)
     for plan in inputs.plans:
         generate(plan, args.class_labels, args.eval_batch_size, accelerator)
     if inputs.train is None:
@@ -309,7 +326,8 @@ def evaluate(args: EvaluationArguments, inputs: Inputs, accelerator: Accelerator
         batch = plan.jobs[: args.eval_batch_size]
         labels = labels_to_give(batch, args.class_labels)
         dtype = getattr(torch, args.dtype)
-        measure_memory(find_checkpoint(args.model), dtype, plan.system, batch, labels, images_dir(args, plan.system))
+        folder = images_dir(args, plan.system)
+        measure_memory(find_checkpoint(args.model), dtype, plan.system, batch, labels, folder, args.threshold)
     generated = {plan.system.name: read_generated(args, inputs, plan) for plan in inputs.plans}
     inputs.systems = {**generated, **inputs.systems}
     scores = score_all(args, inputs, inputs.train)

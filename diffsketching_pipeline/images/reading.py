@@ -27,10 +27,15 @@ MAX_SKETCH_SIDE = 16_384
 _FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM")
 # A drawing of more pixels is made smaller before it is traced: each step after it takes several times the memory.
 _MAX_TRACED_PIXELS = 4096 * 4096
+# Rows of the smaller picture that are made at a time.
+_STRIP = 16
 # Scans of a progressive JPEG, and pixels that an animation has in all its frames.
 _MAX_SCANS = 100
 _MAX_ANIMATION = 200_000_000
 _ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")
+# Decoders of these hold a picture several times over: they get this part of the pixels. So do scans of a JPEG.
+_PARTS = {"WEBP": 4, "AVIF": 4}
+_PARTS_OF_SCANS = 2
 # Grey levels between the darkest and the lightest strokes from which on they are of several colours.
 _SEVERAL_COLORS = 96
 # What is not the path of a file. A drive of Windows has one letter; `pathlib` drops one of two slashes.
@@ -230,25 +235,33 @@ def _is_signed(value: np.ndarray | torch.Tensor) -> bool | None:
 def check_given_image(item: GivenImage) -> None:
     if isinstance(item.value, (str, os.PathLike)):
         with _open_image(item.value, item.name) as image:
-            _check_dimensions(image.size, item.name)
+            _check_dimensions(image.size, item.name, _max_pixels(image))
     elif isinstance(item.value, Image.Image):
         _check_dimensions(item.value.size, item.name)
     elif is_array(item.value):
         _check_array(item)
 
 
-def _check_dimensions(size: tuple[int, int], name: str) -> None:
+def _max_pixels(image: Image.Image | None = None) -> int:
+    """How many pixels a file may have. Pillow's own limit holds, too, where it is the lower one."""
+    parts = 1
+    if image is not None:
+        parts = _PARTS.get(image.format or "", _PARTS_OF_SCANS if image.info.get("progressive") else 1)
+    return min(MAX_SKETCH_PIXELS // parts, 2 * (Image.MAX_IMAGE_PIXELS or MAX_SKETCH_PIXELS))
+
+
+def _check_dimensions(size: tuple[int, int], name: str, max_pixels: int = MAX_SKETCH_PIXELS) -> None:
     width, height = size
     if width < 1 or height < 1:
         raise ValueError(f"{name} has a side of 0 pixels: {width} x {height}.")
-    if width * height > MAX_SKETCH_PIXELS or max(size) > MAX_SKETCH_SIDE:
-        raise ValueError(_too_large(name, f"{width} x {height} pixels"))
+    if width * height > max_pixels or max(size) > MAX_SKETCH_SIDE:
+        raise ValueError(_too_large(name, f"{width} x {height} pixels", max_pixels))
 
 
-def _too_large(name: str, what: str) -> str:
+def _too_large(name: str, what: str, max_pixels: int) -> str:
     return (
-        f"{name} is too large: {what}. The limit is {MAX_SKETCH_PIXELS // 10**6} megapixels and {MAX_SKETCH_SIDE}"
-        " pixels a side; make it smaller."
+        f"{name} is too large: {what}. The limit is {max_pixels // 10**6} megapixels in a file of its kind and"
+        f" {MAX_SKETCH_SIDE} pixels a side; make it smaller."
     )
 
 
@@ -308,7 +321,7 @@ def _open_image(path: str | os.PathLike, name: str) -> Image.Image:
     except FileNotFoundError as error:
         raise ValueError(f"{name} does not exist.") from error
     except Image.DecompressionBombError as error:
-        raise ValueError(_too_large(name, "it may be a decompression bomb")) from error
+        raise ValueError(_too_large(name, "it may be a decompression bomb", _max_pixels())) from error
     except Exception as error:
         raise ValueError(f"{name} cannot be read as an image; save it as PNG or JPEG. ({error})") from error
 
@@ -317,7 +330,7 @@ def load_image(source: str | os.PathLike | Image.Image, name: str, max_pixels: i
     """Decoded and upright, of an animation the frame that shows most; one of more than `max_pixels` is made smaller."""
     image = source if isinstance(source, Image.Image) else _open_image(source, name)
     try:
-        _check_dimensions(image.size, name)
+        _check_dimensions(image.size, name, MAX_SKETCH_PIXELS if image is source else _max_pixels(image))
         if image is source:
             return _decode(image, name)
         _check_passes(image, source, name)
@@ -385,24 +398,25 @@ def _reduction(image: Image.Image, max_pixels: int) -> int:
 
 def _reduce(image: Image.Image, max_pixels: int, name: str) -> Image.Image:
     """Made smaller by averages before anything else is done with it, where it has more than so many pixels."""
-    factor = _reduction(image, max_pixels)
-    if factor <= 1:
+    if _reduction(image, max_pixels) <= 1:
         return image
     with _decoding(name):
         image.load()
+        # Colour and alpha take four times the memory of brightness alone, beside the whole picture.
+        factor = _reduction(image, max_pixels // 2 if image.has_transparency_data else max_pixels)
         exif = image.getexif()
         if image.mode in ("1", "P", "PA", "LA", "RGB", "RGBA") or image.mode.startswith("I;"):
             levels = "RGBA" if image.has_transparency_data else "I" if image.mode.startswith("I;") else "RGB"
             levels = "L" if image.mode == "1" else levels
             # In strips, which bounds what the pixels take in another mode, or multiplied with their alpha.
-            rows = 64 * factor
+            rows = _STRIP * factor
             boxes = [(0, top, image.width, min(image.height, top + rows)) for top in range(0, image.height, rows)]
             small = Image.new(
                 "L" if levels == "RGB" else levels, (-(-image.width // factor), -(-image.height // factor))
             )
             for number, box in enumerate(boxes):
                 strip = image.crop(box).convert(levels).reduce(factor)
-                small.paste(strip.convert("L", _MEAN_OF_CHANNELS) if levels == "RGB" else strip, (0, 64 * number))
+                small.paste(strip.convert("L", _MEAN_OF_CHANNELS) if levels == "RGB" else strip, (0, _STRIP * number))
         else:
             small = image.reduce(factor)
     small.getexif().update(exif)

@@ -302,6 +302,12 @@ def _swallowed_edges(gray: np.ndarray, background: np.ndarray, mask: np.ndarray)
     edge = fill & ~ndimage.binary_erosion(fill, border_value=1) & (background < 0.95 * paper)
     if not edge.any():
         return edge
+    # A fill is wide: a rule or a dark edge of the page that lies on the border is narrow.
+    width = max(3, round(_MIN_FILL * max(fill.shape)))
+    labels, count = ndimage.label(fill)
+    is_wide = np.zeros(count + 1, dtype=bool)
+    is_wide[labels[ndimage.minimum_filter(fill, width, mode="constant")]] = True
+    edge &= is_wide[labels]
     sharp = ndimage.maximum_filter(gray, 5) - ndimage.minimum_filter(gray, 5) > 0.1 * paper
     return edge & sharp & ~ndimage.maximum_filter(mask, 5)
 

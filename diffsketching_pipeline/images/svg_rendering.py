@@ -4,6 +4,7 @@
 import functools
 import importlib.util
 import io
+import math
 import os
 import re
 import subprocess
@@ -177,6 +178,9 @@ def _on_paper(picture: Image.Image) -> np.ndarray:
 
 def _sanitize(document: SvgDocument) -> tuple[ElementTree.Element, list[str]]:
     """A copy of SVG's own elements and attributes, without what leads out of the file, and the names of what that was."""
+    # Here, so that plain strokes are read without the libraries of CSS.
+    from diffsketching_pipeline.images.svg_styles import apply_styles
+
     left_out: list[str] = []
     root = ElementTree.Element("svg", {"xmlns": SVG_NAMESPACE})
     pending = [(document.root, root)]
@@ -198,7 +202,7 @@ def _sanitize(document: SvgDocument) -> tuple[ElementTree.Element, list[str]]:
                 copy[-1].tail = (copy[-1].tail or "") + child.tail
             elif child.tail:
                 copy.text = (copy.text or "") + child.tail
-    return root, left_out
+    return root, [*left_out, *apply_styles(root)]
 
 
 def _stays(element: ElementTree.Element, name: str, left_out: list[str]) -> bool:
@@ -223,6 +227,7 @@ def _href_of(element: ElementTree.Element) -> str:
 def _copy_attributes(source: ElementTree.Element, copy: ElementTree.Element) -> None:
     for name, value in source.attrib.items():
         if "}" not in name and ":" not in name and name != "href":
+            value = "currentColor" if value.strip().lower() == "currentcolor" else value
             copy.set(name, _plain_css(value) if name == "style" else value)
     if source.get(_XML_SPACE):
         copy.set("xml:space", source.attrib[_XML_SPACE])
@@ -242,9 +247,19 @@ def _plain_css(text: str) -> str:
         value = re.sub(r"\btranslateY\(", "translate(0,", value)
         value = re.sub(r"\bscaleX\(([^()]*)\)", r"scale(\1,1)", value)
         value = re.sub(r"\bscaleY\(", "scale(1,", value)
+        value = re.sub(r"\bskew\(([^(),]*),([^(),]*)\)", _skew, value)
         return match.group(1) + value
 
     return re.sub(r"(\btransform\s?:)([^;}]{1,1000})", plain, text)
+
+
+def _skew(match: re.Match[str]) -> str:
+    """The skew of CSS by two angles, which is not one after the other."""
+    try:
+        x, y = (math.tan(math.radians(float(angle))) for angle in match.groups())
+    except ValueError:
+        return match.group(0)
+    return f"matrix(1,{y!r},{x!r},1,0,0)"
 
 
 def _in_degrees(match: re.Match[str], factor: float) -> str:

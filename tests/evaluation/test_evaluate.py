@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from PIL import Image
+from accelerate import Accelerator
+from PIL import Image, ImageDraw
 from scipy import ndimage
 from testing_utils import TRAINING
 from transformers import RegNetForImageClassification, ResNetConfig, ResNetForImageClassification
 
 from diffsketching_pipeline import DiffSketchingPipeline, SketchProcessor
+from diffsketching_pipeline import files as diffsketching_files
 from diffsketching_pipeline.evaluation import image_sets, metrics, perceptual, scoring
 from diffsketching_pipeline.evaluation import report as evaluation_report
 from diffsketching_pipeline.evaluation import run as evaluate
@@ -51,6 +53,47 @@ def load(path):
 
 
 # -- files --
+
+
+def test_a_threshold_holds_for_the_model_and_for_the_judge(arguments, model_dir, drawings_dir, tmp_path):
+    for path in drawings_dir.glob("*/*.png"):
+        for name, level in (("pale", 170), ("dark", 0)):
+            page = Image.open(path).convert("L")
+            ImageDraw.Draw(page).line((50, 50, 70, 70), fill=level, width=3)
+            save(page, tmp_path / name / path.parent.name / path.name)
+    found, given, expected = (
+        evaluate.prepare(
+            arguments(
+                sketches=str(tmp_path / name), output_dir=str(tmp_path / f"{name}{threshold}"), threshold=threshold,
+                model=str(model_dir), num_images_per_sketch=1,
+            ),
+            Accelerator(),
+        )
+        for name, threshold in (("pale", None), ("pale", 0.8), ("dark", None))
+    )  # fmt: skip
+    missed = [float(((expected.sketches < 0) & (i.sketches > 0)).float().mean()) for i in (found, given)]
+    assert missed[1] < 0.1 * missed[0], missed
+    path = str(given.drawings[0].path)
+    seen = given.plans[0].pipeline.prepare_sketches(path)[0]
+    assert torch.equal(seen, SketchProcessor(16, threshold=0.8).preprocess(path))
+    assert not torch.equal(seen, SketchProcessor(16).preprocess(path))
+    settings = [load(tmp_path / name / "images" / "generation.json") for name in ("pale0.8", "darkNone")]
+    assert [content["threshold"] for content in settings] == [0.8, None]
+    with pytest.raises(ValueError, match="`threshold`.* 1.5"):
+        evaluate.prepare(arguments(threshold=1.5, model=str(model_dir)), Accelerator())
+
+
+def test_a_second_evaluation_in_one_folder_is_told_so(arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr(diffsketching_files, "_LOCK_SECONDS", 0.1)
+    code = "import sys; from pathlib import Path; from diffsketching_pipeline.files import lock_folder\n"
+    code += "lock = lock_folder(Path(sys.argv[1])); print(flush=True); input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "out")], **pipes) as other:
+        other.stdout.readline()
+        with pytest.raises(ValueError, match="`output_dir` .*out is in use by another run"):
+            main(arguments(images=[str(tmp_path)]))
+        assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
+        other.stdin.close()
 
 
 def test_squash_crops_the_middle_to_four_by_three():

@@ -6,12 +6,14 @@ import os
 import runpy
 import shutil
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, features
 from scipy import ndimage
 from testing_utils import ROOT
 
@@ -478,6 +480,55 @@ def test_a_very_large_picture_is_made_smaller_first(processor, reference, tmp_pa
     if mode == "L":
         page.save(tmp_path / "large.jpg")
         assert farthest(processor.preprocess(tmp_path / "large.jpg"), reference) <= 1.5
+
+
+@pytest.mark.parametrize(
+    "suffix, options, parts",
+    [("webp", {}, 4), ("avif", {}, 4), ("jpg", {"progressive": True}, 2), ("jpg", {}, 1), ("png", {}, 1)],
+)
+def test_what_decoders_hold_several_times_has_a_lower_limit(processor, tmp_path, monkeypatch, suffix, options, parts):
+    if suffix == "avif" and not features.check("avif"):
+        pytest.skip("Pillow reads no AVIF here")
+    draw((200, 200), 6).save(tmp_path / f"page.{suffix}", **options)
+    monkeypatch.setattr(reading, "MAX_SKETCH_PIXELS", 200 * 200 * parts)
+    processor.preprocess(tmp_path / f"page.{suffix}")
+    monkeypatch.setattr(reading, "MAX_SKETCH_PIXELS", 200 * 200 * parts - 1)
+    with pytest.raises(ValueError, match=rf"page.{suffix}'.*too large: 200 x 200"):
+        processor.preprocess(tmp_path / f"page.{suffix}")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is measured on Linux")
+@pytest.mark.parametrize("name, mode", [("large.png", "RGBA"), ("large.tif", "RGBA"), ("large.jpg", "CMYK")])
+def test_64_megapixels_are_read_in_300_megabytes(tmp_path, name, mode):
+    options = {"compression": "tiff_lzw"} if name == "large.tif" else {}
+    draw((8000, 8000), 80).convert(mode).save(tmp_path / name, **options)
+    code = """
+import re, sys
+from diffsketching_pipeline import SketchProcessor
+
+def megabytes(name):
+    return int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
+
+processor = SketchProcessor(64)
+processor.preprocess(sys.argv[1])
+open("/proc/self/clear_refs", "w").write("5")
+before = megabytes("VmRSS")
+strokes = int((processor.preprocess(sys.argv[2]) < 0).sum())
+print(strokes, megabytes("VmHWM") - before)
+"""
+    words = [sys.executable, "-c", code, str(DRAWINGS / "hat.png"), str(tmp_path / name)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    strokes, megabytes = map(float, done.stdout.split())
+    expected = int((SketchProcessor(64).preprocess(draw((800, 800), 8)) < 0).sum())
+    assert abs(strokes - expected) <= 0.02 * expected and megabytes < 300
+
+
+@pytest.mark.parametrize("threshold", ["otsu", 0.5])
+def test_a_pale_rule_on_the_border_is_no_stroke(processor, reference, threshold):
+    page = np.asarray(draw()).copy()
+    page[np.arange(256) % 24 < 3] = np.minimum(page[np.arange(256) % 24 < 3], 170)
+    assert farthest(processor.preprocess(page, threshold=threshold), reference) <= 1.5
 
 
 def test_config_round_trip(tmp_path):

@@ -340,3 +340,70 @@ def test_a_pipe_or_a_device_is_no_file(tmp_path):
     for name in ("pipe.svg", "zero.ndjson"):
         with pytest.raises(ValueError, match="it is not a file"):
             SketchProcessor(16).preprocess(tmp_path / name)
+
+
+SHIRT = "M70 40 20 80 45 115 65 100V240H185V100L205 115 230 80 180 40Q125 80 70 40Z"
+SHEETS = {
+    "is": ":is(path, g).i { stroke: #000 }",
+    "where": ":where(.i) { stroke: #000 }",
+    "not": "path:not(.gone) { stroke: #000 }",
+    "nth": "path:nth-child(1) { stroke: #000 }",
+    "has": "g:has(> path) { stroke: #000 }",
+    "prefix": "path[class^=i] { stroke: #000 }",
+    "important": ".i { stroke: #000 !important } #k { stroke: none }",
+    "specificity": "#k { stroke: #000 } .i { stroke: none }",
+    "variable": ":root { --s: var(--t); --t: #000 } path { stroke: var(--s) }",
+    "fallback": "path { stroke: var(--zz, rgb(0, 0, 0)) }",
+    "light-dark": "path { stroke: light-dark(rgb(0, 0, 0), white) }",
+    "screen": "@media screen { path { stroke: #000 } }",
+    "not print": "@media not print { path { stroke: #000 } }",
+    "print": "path { stroke: #000 } @media print { path { stroke: none } }",
+    "dark": "path { stroke: #000 } @media (prefers-color-scheme: dark) { path { stroke: none } }",
+    "layer": "@layer a { path { stroke: #000 } }",
+    "supports": "@supports (fill: none) { path { stroke: #000 } }",
+    "unknown rules": "path:frob(1) { stroke: none } @frob { path { stroke: none } } path { stroke: #000 }",
+    "unset": "g { stroke: #000 } path { stroke: red } .i { stroke: unset }",
+}
+
+
+@pytest.mark.parametrize("name", SHEETS)
+def test_style_sheets_are_what_a_browser_makes_of_them(tmp_path, name):
+    style = f"<style>{SHEETS[name].replace('>', '&gt;')} .gone {{ display: none }}</style>"
+    shapes = f'<g><path id="k" class="i" d="{SHIRT}" fill="none" stroke-width="3"/></g>'
+    gone = '<circle class="gone" cx="125" cy="140" r="120" stroke="#000"/>'
+    page = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 250 280">{}</svg>'
+    plain = page.format(f'<path d="{SHIRT}" fill="none" stroke="black" stroke-width="3"/>')
+    paths = [write(tmp_path / "styled.svg", page.format(style + shapes + gone)), write(tmp_path / "plain.svg", plain)]
+    styled, expected = (SvgPicture(parse_svg(path.read_bytes())).draw()[0] for path in paths)
+    assert np.array_equal(styled, expected)
+
+
+@pytest.mark.parametrize(
+    ("shape", "plain"),
+    [
+        ('<rect style="x:30px;y:20px;width:50px;height:70px"/>', '<rect x="30" y="20" width="50" height="70"/>'),
+        ("<path d='M0 0' style=\"d:path('M10 10H90V50Z')\"/>", '<path d="M10 10H90V50Z"/>'),
+        ('<path style="translate:20px 10px;scale:.5" d="M10 10H90V50Z"/>', '<path transform="translate(20 10) scale(.5)" d="M10 10H90V50Z"/>'),
+        ('<path style="transform:skew(10deg,5deg)" d="M10 10H90V50Z"/>', '<path transform="matrix(1 .0874887 .176327 1 0 0)" d="M10 10H90V50Z"/>'),
+        ('<path style="--a:M;stroke:var(--none)" d="M10 10H90V50Z"/>', '<path d="M10 10H90V50Z"/>'),
+    ],
+)  # fmt: skip
+def test_geometry_in_a_style_is_read(shape, plain):
+    drawn = []
+    for text in (shape, plain):
+        body = f'<g fill="none" stroke="CurrentColor" stroke-width="2">{text}<text/></g>'
+        drawn.append(SvgPicture(parse_svg(SVG.format(body))).draw()[0].astype(int))
+    assert drawn[0].min() < 50 and np.abs(drawn[0] - drawn[1]).max() <= 3
+
+
+def test_style_sheets_are_bounded():
+    rules = "".join(f".a{n} {{ stroke: red }}" for n in range(2000))
+    variables = ":root { --v0: black;" + "".join(f"--v{n}: {9 * f'var(--v{n - 1}) '};" for n in range(1, 30)) + "}"
+    for sheet in (20 * rules, variables + " path { stroke: var(--v29) }", "@media screen {" * 3000, "a" + 5000 * "("):
+        body = f"<style>{sheet}</style>" + 2000 * '<path d="M10 10H90V50Z" stroke="black"/>'
+        began = time.process_time()
+        try:
+            SvgPicture(parse_svg(SVG.format(body))).draw()
+        except ValueError as error:
+            assert len(str(error)) < 300
+        assert time.process_time() - began < 2
