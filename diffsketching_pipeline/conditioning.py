@@ -10,11 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers.utils import logging
 from PIL import Image, ImageOps
 
 from diffsketching_pipeline.images.reading import is_number, preprocess_mask
 from diffsketching_pipeline.messages import CONTROL_CHARACTERS, brief
 from diffsketching_pipeline.splits import normalize_name
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -288,6 +292,7 @@ def find_class_shares(
     predict: Sequence[Callable[[], torch.Tensor]] | None = None,
     ratio: float | None = None,
     needs_class: bool = False,
+    max_entropy: float | None = None,
 ) -> tuple[list[dict[int, float] | None], torch.Tensor | None]:
     """
     Return the shares of the classes of each result, `None` for no class, and their probabilities `[num_rows, num_classes]`;
@@ -298,6 +303,7 @@ def find_class_shares(
         predict: of each result, what returns p(y | s) `[num_classes]` where no class is named.
         ratio: see [`guess_class`].
         needs_class: whether the network has no "no class".
+        max_entropy: [`class_entropy`] above which a warning says that the drawing may be of none of the classes.
 
     Raises:
         ValueError: for an unknown class, a wrong number of labels, or no label where the network needs one.
@@ -310,6 +316,12 @@ def find_class_shares(
         if mixture is None and predict is not None:
             probabilities[row] = predict[row]()
             shares[row] = guess_class(probabilities[row], ratio)
+            if max_entropy is not None and float(class_entropy(probabilities[row])) > max_entropy:
+                best = f"{classes.names_of({int(probabilities[row].argmax()): 1.0})!r} ({float(probabilities[row].max()):.0%})"
+                logger.warning(
+                    f"Sketch {row} may be none of the {classes.num_classes} classes; the nearest is {best}. If it is one,"
+                    " say which."
+                )
         elif mixture is not None:
             probabilities[row, list(mixture)] = torch.tensor(list(mixture.values()))
         elif needs_class:
@@ -318,6 +330,14 @@ def find_class_shares(
                 " `sketch_encoder` the class cannot be predicted."
             )
     return shares, probabilities
+
+
+def class_entropy(probabilities: torch.Tensor) -> torch.Tensor:
+    """
+    Return the entropy of p(y | s) `[..., num_classes]` as a share of the largest possible one, `[...]` in [0, 1]: 0 where one
+    class is certain, 1 where all are equally probable.
+    """
+    return torch.special.entr(probabilities).sum(dim=-1) / math.log(max(2, probabilities.shape[-1]))
 
 
 def guess_class(probabilities: torch.Tensor, ratio: float | None) -> dict[int, float]:

@@ -80,7 +80,8 @@ class DiffSketchingMixin(_Base):
             This checkpoint's values of `num_inference_steps`, `eta`, `sketch_guidance_scale`, `classifier_guidance_scale`,
             `perceptual_guidance_scale` and `sketch_abstraction` for calls that leave them at `None`; and `class_mixture`:
             where a class is guessed and the second best has at least this share of the best one's probability, both are
-            mixed in proportion.
+            mixed in proportion; and `max_class_entropy`: above this entropy of the guess, as a share of the largest possible
+            one, a warning says that the drawing may be of none of the classes.
         vae ([`AutoencoderKL`] or [`AutoencoderTiny`], *optional*):
             Photos to the latents that `unet` denoises, and back. Without it x_t is in pixels.
     """
@@ -333,8 +334,8 @@ class DiffSketchingMixin(_Base):
         if groups is not None and self.sketch_encoder is not None:
             predict = [partial(self.predict_class_probabilities, group) for group in groups]
         needs_class = self.unet.config.num_class_embeds is not None and self.null_class is None
-        ratio = self.recommended.get("class_mixture")
-        return find_class_shares(self.classes, class_labels, num_rows, predict, ratio, needs_class)
+        ratio, max_entropy = (self.recommended.get(name) for name in ("class_mixture", "max_class_entropy"))
+        return find_class_shares(self.classes, class_labels, num_rows, predict, ratio, needs_class, max_entropy)
 
     @torch.no_grad()
     def predict_class_probabilities(self, sketch: torch.Tensor) -> torch.Tensor:

@@ -44,7 +44,7 @@ _DEFAULT_NUM_INFERENCE_STEPS = 50
 # Colors are settled in the first part of the guided steps; guided to the end, fabric would be painted flat.
 _COLORED_SHARE = 0.6
 # Settings other than the number of steps and the scales for which a checkpoint may recommend a value in [0, 1].
-_RECOMMENDED_SHARES = ("eta", "sketch_abstraction", "class_mixture")
+_RECOMMENDED_SHARES = ("eta", "sketch_abstraction", "class_mixture", "max_class_entropy")
 _OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 

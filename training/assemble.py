@@ -53,6 +53,13 @@ class AssembleArguments:
             "help": "mix the two classes guessed where the second is at least this share as probable as the first"
         },
     )
+    max_class_entropy: float | None = field(
+        default=None,
+        metadata={
+            "help": "say that a drawing may be of none of the classes where the entropy of the guess, as a share of the"
+            " largest possible one, is above this; see benchmarks/class_entropy.py"
+        },
+    )
     save_dtype: str = field(default="float16", metadata={"help": "float16, bfloat16 or float32"})
     max_shard_size: str = field(default="10GB", metadata={"help": "largest weight file, e.g. 15MB"})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "replace an existing folder"})
@@ -96,7 +103,7 @@ def assemble(args: AssembleArguments) -> DiffSketchingPipeline:
         "classifier_guidance_scale": args.classifier_guidance_scale,
         "perceptual_guidance_scale": args.perceptual_guidance_scale,
     }
-    for name in ("sketch_abstraction", "class_mixture"):
+    for name in ("sketch_abstraction", "class_mixture", "max_class_entropy"):
         if getattr(args, name) is not None:
             recommended[name] = getattr(args, name)
     vae = base.vae if args.vae is None else load_decoder(args.vae, base.vae)
