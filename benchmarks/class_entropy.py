@@ -23,6 +23,11 @@ from diffsketching_pipeline.registry import find_checkpoint
 from diffsketching_pipeline.splits import in_first_half
 
 
+def choose_limit(entropies: np.ndarray, warned: float) -> float:
+    """Return the least of the `entropies` above which the share `warned` of them lies at most."""
+    return float(np.quantile(entropies, 1 - warned, method="higher"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("drawings", type=Path)
@@ -56,7 +61,7 @@ def main() -> None:
         np.array([in_first_half(word) for word in words]),
     )
 
-    limit = float(np.quantile(drawn[tune], 1 - args.warned, method="higher"))
+    limit = choose_limit(drawn[tune], args.warned)
     print(f"max_class_entropy {limit:.3f}, above which is {np.mean(drawn[tune] > limit):.3f} of the tune half")
     print("| | warned about, tune half | report half |\n| --- | --- | --- |")
     for name, values, half in (("drawings", drawn, tune), ("other things", others, first)):

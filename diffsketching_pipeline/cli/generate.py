@@ -46,6 +46,7 @@ from diffsketching_pipeline.cli.running import (
     write_metadata,
     write_photos,
 )
+from diffsketching_pipeline.messages import brief
 from diffsketching_pipeline.results import (
     caption,
     class_record,
@@ -138,6 +139,7 @@ def generate(
     }
     weights = model_record(pipe, model)
     records: list[dict[str, Any]] = []
+    captions = []
     with progress(len(names) * num_images) as advance:
         for (drawing, index, sketch), name, label in zip(sketches, names, labels, strict=True):
             tiles = [(sketch_image(sketch), "drawing")]
@@ -154,6 +156,9 @@ def generate(
                 records += write_photos(out.images, files[name], batch, record)
                 write_metadata(metadata_path, records, weights)
                 tiles += seed_tiles(out.images, batch)
-            write_atomically(sheets[name], png(contact_sheet(tiles, caption(drawing.name, record))))
+            captions.append(caption(drawing.name, record))
+            write_atomically(sheets[name], png(contact_sheet(tiles, captions[-1])))
+    for line in captions:
+        typer.echo(brief(line), err=True)
     for sheet_path in sheets.values():
         print(where_written(sheet_path))

@@ -6,6 +6,8 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 import time
 
 import analyze_user_study
@@ -15,6 +17,7 @@ import pytest
 from analyze_user_study import AnalysisArguments
 from make_user_study import StudyArguments
 from PIL import Image
+from testing_utils import ROOT
 
 from diffsketching_pipeline.evaluation.image_sets import read_drawings, save_png
 
@@ -222,6 +225,12 @@ def test_few_judges_get_wilsons_interval(study, tmp_path):
         entry["interval_kind"].startswith("Wilson")
         and results["questions"]["realism"]["ranking"][0]["interval"] is None
     )
+
+
+def test_the_script_is_found_by_its_former_name(script_env):
+    command = [sys.executable, str(ROOT / "training" / "analyse_user_study.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, env=script_env, check=True)
+    assert "--min_attention" in done.stdout and "is now `analyze_user_study.py`" in done.stderr
 
 
 def test_bradley_terry_is_the_maximum_of_its_likelihood():

@@ -39,7 +39,7 @@ from diffsketching_pipeline import (
     cli,
 )
 from diffsketching_pipeline.autoencoding import decode_latents, encode_photos
-from diffsketching_pipeline.conditioning import Conditioning, read_sketch_masks
+from diffsketching_pipeline.conditioning import Conditioning, class_entropy, read_sketch_masks
 from diffsketching_pipeline.denoising import UNetInputs, get_unet_inputs, join_unet_inputs, predict_noise
 from diffsketching_pipeline.guidance import Colors, blur
 from diffsketching_pipeline.pipeline_diffsketching_interpolation import slerp
@@ -272,6 +272,21 @@ def test_near_classes_are_mixed_where_the_checkpoint_says_so(tiny_pipeline_facto
         assert out.class_labels == [pytest.approx(expected) if isinstance(expected, dict) else expected]
         assert torch.equal(out.class_probabilities, guess[None])
         assert pipe(sketches[0], "b", 1, 1).class_labels == ["b"]
+
+
+@pytest.mark.parametrize(("limit", "warned"), [(None, []), (0.9, [0]), (0.5, [0, 1]), (1.0, [])])
+def test_a_drawing_of_none_of_the_classes_is_told(limit, warned, tiny_pipeline_factory, sketches, monkeypatch, caplog):
+    # Entropies of 0.943 and 0.732 of ln 3; what is named is not guessed.
+    guesses = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.15, 0.75], [0.0, 0.0, 1.0]])
+    torch.testing.assert_close(class_entropy(guesses), torch.tensor([0.9464, 0.6651, 0.0]), rtol=0, atol=5e-4)
+    recommended = None if limit is None else {"max_class_entropy": limit}
+    pipe = tiny_pipeline_factory(("sketch_encoder",), recommended=recommended)
+    rows = iter(guesses)
+    monkeypatch.setattr(pipe, "predict_class_probabilities", lambda sketch: next(rows))
+    pipe(sketches[:2], None, 1, 1)
+    messages = [record.getMessage() for record in caplog.records if "none of the 3 classes" in record.getMessage()]
+    assert [int(message.split()[1]) for message in messages] == warned
+    assert all(name in message for name, message in zip(("'a' (50%)", "'c' (75%)"), messages, strict=False))
 
 
 def test_image_is_another_name_of_sketch(tiny_pipeline, sketches):

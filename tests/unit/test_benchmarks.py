@@ -169,6 +169,34 @@ def test_applications_measure_seams_and_retrieval(model_dir, tmp_path, monkeypat
         assert (tmp_path / "out" / f"{part}.png").is_file()
 
 
+def test_class_entropy_chooses_a_limit_on_half_of_the_drawings(model_dir, tmp_path, monkeypatch, capsys):
+    benchmark = load("class_entropy")
+    for number in range(12):
+        page = Image.new("L", (64, 64), 255)
+        ImageDraw.Draw(page).rectangle((8, 8, 20 + 3 * number, 50), outline=0, width=2)
+        path = tmp_path / "sketches" / "abc"[number % 3] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        page.save(path)
+    lines = [{"word": word, "drawing": [[[0, 90, k * 20], [0, k * 10, 90]]]} for word in "cdefgh" for k in (1, 2)]
+    others = tmp_path / "others.ndjson"
+    others.write_text("\n".join(map(json.dumps, lines)))
+    arguments = [str(tmp_path / "sketches"), str(others), "--model", model_dir, "--warned", "0.5"]
+    monkeypatch.setattr(sys, "argv", ["class_entropy.py", *arguments])
+    benchmark.main()
+    shown = capsys.readouterr().out
+    limit, above = re.search(r"max_class_entropy (0\.\d+), above which is (0\.\d+)", shown).groups()
+    rows = {
+        name: re.findall(rf"\| {name} \| (\S+) \(N=(\d+)\) \| (\S+) \(N=(\d+)\) \|", shown)[0]
+        for name in ("drawings", "other things")
+    }
+    assert rows["drawings"][0] == above and 0 < float(above) <= 0.5 and 0 < float(limit) < 1
+    assert [int(row[1]) + int(row[3]) for row in rows.values()] == [12, 12]
+    entropies = np.array([0.4, 0.1, 0.3, 0.2])
+    for warned, expected in ((0.0, 0.4), (0.25, 0.4), (0.5, 0.3), (1.0, 0.1)):
+        assert benchmark.choose_limit(entropies, warned) == expected
+        assert np.mean(entropies > expected) <= warned
+
+
 @pytest.mark.parametrize("what", ["load", "wait"])
 def test_demo_prints_what_clients_got_and_how_long_they_waited(what, model_dir, monkeypatch, capsys):
     pytest.importorskip("gradio", reason="Gradio is not installed: pip install .[demo]")
