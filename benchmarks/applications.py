@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What editing, interpolation and fine control are worth, on real photos and drawings by people.
+"""Measure what editing, interpolation and fine control are worth, on real photos and drawings by people.
 
     python benchmarks/applications.py edit | retrieve | interpolate | matrix --photos DIR --sketches DIR [--model DIR]
         [--output_dir applications] [--dtype bfloat16] [--num_inference_steps 25] [--num_drawings N]
@@ -242,7 +242,7 @@ def measure_interpolations(pipe: DiffSketchingInterpolationPipeline, args: argpa
 
 
 def plain_result(pipe: DiffSketchingPipeline, keys: dict[str, Any], key: int) -> Image.Image:
-    """What the plain pipeline makes of one key."""
+    """Return what the plain pipeline makes of one key."""
     if "images" in keys:
         noise = pipe.invert(keys["images"][key])
         return pipe(None, None, 1, latents=noise, clip_sample=False).images[0]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an autoencoder keeps of photos, beside keeping all and beside keeping a small copy; and what decoding costs.
+"""Measure what an autoencoder keeps of photos, compared with keeping all or a small copy; and what decoding costs.
 
     python benchmarks/autoencoder.py VAE PHOTO_DIR [--resolution 256] [--unet PIPELINE]
 

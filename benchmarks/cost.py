@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What fine-tuning through the chain costs, computed from the architectures alone: no weights, no GPU.
+"""Compute what fine-tuning through the chain costs from the architectures alone: no weights, no GPU.
 
     python benchmarks/cost.py --preset 256 [--tflops 312 --utilization 0.35] [--num_samples 50000]
     python benchmarks/cost.py --model DIR
@@ -36,7 +36,7 @@ ADAM_BYTES, WEIGHT_BYTES, AUTOCAST_BYTES = 8, 4, 2
 
 @dataclass
 class NetworkCost:
-    """Of one network, per sample: operations of a forward pass, bytes kept for its backward pass, and parameters."""
+    """The cost of one network, per sample: operations of a forward pass, bytes kept for its backward pass, and parameters."""
 
     name: str
     flops: float

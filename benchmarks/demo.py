@@ -68,7 +68,7 @@ def ask_until(deadline: float, address: str, number: int, outcomes: Counter, exp
 
 
 def run_clients(address: str, clients: int, seconds: float, expected: dict[int, np.ndarray]) -> Counter:
-    """What all clients got, counted."""
+    """Count what all clients got."""
     outcomes: Counter = Counter()
     deadline = time.monotonic() + seconds
     arguments = [(deadline, address, number, outcomes, expected) for number in range(clients)]

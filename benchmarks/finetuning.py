@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one step of fine-tuning through the chain costs: memory over the length of the chain, time beyond the networks.
+"""Measure one step of fine-tuning through the chain: memory over the length of the chain, time beyond the networks.
 
     python benchmarks/finetuning.py [--model DIR] [--steps 10 40] [--train_batch_size 1]
 

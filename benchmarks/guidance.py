@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What guidance costs beyond the networks that it runs, as ratios measured in one run.
+Measure what guidance costs beyond the networks that it runs, as ratios inside one run.
 
     python benchmarks/guidance.py [--model FOLDER] [--num_images 4] [--num_inference_steps 10] [--runs 5]
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-How far converted networks are from the reference implementations, on one folder of reference values.
+Measure how far converted networks are from the reference implementations, on one folder of reference values.
 
 A folder holds checkpoints, the flags that build them (`flags.json`) and what the reference computed with them
 (`expected.safetensors`); `tests/fixtures` has two, each with a description. Checkpoints may be `.pt`, `.pth` or

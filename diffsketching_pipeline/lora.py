@@ -42,7 +42,7 @@ def _lora_layers(unet: UNet2DModel) -> dict[str, Any]:
 
 
 def has_lora(unet: Any) -> bool:
-    """Whether a UNet carries an adapter."""
+    """Return whether a UNet carries an adapter."""
     return any(hasattr(module, "lora_A") for module in unet.modules())
 
 

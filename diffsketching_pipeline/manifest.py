@@ -38,7 +38,7 @@ def sha256_of(path: str | os.PathLike) -> str:
 
 
 def _is_listed(path: Path, expected: str) -> bool:
-    """Whether a file has this sha256 sum; a text also has it where git for Windows has given it other line ends."""
+    """Return whether a file has this sha256 sum; a text also has it where git for Windows has given it other line ends."""
     if sha256_of(path) == expected:
         return True
     if path.suffix not in _TEXT_SUFFIXES or path.stat().st_size > _MAX_TEXT_SIZE:

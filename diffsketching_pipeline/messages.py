@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a message may repeat of a file or an argument: one line, not too long, and nothing that a terminal acts upon."""
+"""The form of what a message repeats of a file or an argument: one short line, and nothing that a terminal acts upon."""
 
 import re
 from collections.abc import Iterator

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a pipeline has instead of an autoencoder where a UNet is to denoise the pixels of large photos themselves."""
+"""The module that replaces an autoencoder where a UNet is to denoise the pixels of large photos themselves."""
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +51,7 @@ class FoldedPixels(ModelMixin, ConfigMixin):
 
     @property
     def encoder(self) -> torch.nn.Module:
-        """What latents depend on: nothing that is learned."""
+        """The module that latents depend on: nothing that is learned."""
         return torch.nn.Identity()
 
     def encode(self, x: torch.Tensor) -> AutoencoderTinyOutput:

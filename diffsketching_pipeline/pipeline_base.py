@@ -192,8 +192,8 @@ class DiffSketchingMixin(_Base):
     @property
     def components(self) -> dict[str, Any]:
         """
-        What `Pipeline(**pipe.components)` needs to be the same pipeline, or another with the same parts: the modules, and the
-        names of classes and the recommended settings where there are any.
+        All that `Pipeline(**pipe.components)` needs to be the same pipeline, or another with the same parts: the modules, and
+        the names of classes and the recommended settings where there are any.
         """
         settings = {"id2label": self.id2label, "recommended": self.recommended}
         return {**super().components, **{name: value for name, value in settings.items() if value}}
@@ -230,12 +230,12 @@ class DiffSketchingMixin(_Base):
 
     @property
     def takes_sketch(self) -> bool:
-        """Whether the UNet is shown the drawing."""
+        """Return whether the UNet is shown the drawing."""
         return self._unet_inputs.sketch > 0
 
     @property
     def takes_abstraction(self) -> bool:
-        """Whether the UNet is told `sketch_abstraction`."""
+        """Return whether the UNet is told `sketch_abstraction`."""
         return self._unet_inputs.abstraction > 0
 
     @property

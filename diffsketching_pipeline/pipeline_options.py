@@ -51,7 +51,7 @@ _OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 if TYPE_CHECKING:
 
     class CalledPipeline(Protocol):
-        """What is asked of the pipeline that is called; see [`~pipeline_base.DiffSketchingMixin`], which imports this module."""
+        """The members used of the called pipeline; see [`~pipeline_base.DiffSketchingMixin`], which imports this module."""
 
         unet: UNet2DModel
         scheduler: SchedulerMixin
@@ -305,7 +305,7 @@ class ResolvedOptions:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What the pipeline tells of its last call, without what was given to it: that may be large."""
+        """Return what the pipeline tells of its last call, without what was given to it: that may be large."""
         return {"guidance_scales": self.scales, "eta": self.eta, "sketch_abstraction": self.sketch_abstraction}
 
     @property

@@ -44,7 +44,7 @@ def sampling_record(pipe: "DiffSketchingMixin", settings: dict[str, Any]) -> dic
 
 
 def class_record(label: Any, out: Any) -> dict[str, Any]:
-    """Which class the (first) result was made with, and whether it was guessed."""
+    """Return the class that the (first) result was made with, and whether it was guessed."""
     used = out.class_labels[0]
     probability = None if out.class_probabilities is None else float(out.class_probabilities[0].max())
     return {
@@ -60,7 +60,7 @@ def metadata(model: dict[str, Any], records: list[dict[str, Any]]) -> bytes:
 
 
 def model_record(pipe: "DiffSketchingMixin", model: str | None) -> dict[str, Any]:
-    """Which weights results were made with."""
+    """Name the weights that results were made with."""
     return {"name": model or "garments-64", "unet_sha256": weights_sha256(pipe.unet)}
 
 
@@ -79,7 +79,7 @@ def png(image: "Image.Image") -> bytes:
 
 
 def caption(name: str, record: dict[str, Any]) -> str:
-    """What a sheet is headed with: the input, and the class it was made with."""
+    """Return the heading of a sheet: the input, and the class it was made with."""
     used, probability = record["class_label"], record["class_probability"]
     if used is None:
         return name

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who trains, who is chosen by and who is reported on: photos and drawings, told apart by the hash of their names."""
+"""Splits of photos and drawings for training, choosing and reporting, by the hash of their names."""
 
 import hashlib
 import unicodedata
@@ -24,12 +24,12 @@ def in_first_half(name: str) -> bool:
 
 
 def in_validation(stem: str) -> bool:
-    """Whether a photo validates: 8 of 100, by the SHA-256 of its name."""
+    """Return whether a photo is used for validation: 8 of 100 are, by the SHA-256 of its name."""
     return int(_digest(stem), 16) % 100 < VALIDATION_PERCENT
 
 
 def validation_names(names: Sequence[str]) -> set[str]:
-    """Which of these photos validate; at least one does, and one does not, where there are two or more."""
+    """Return which of these photos validate; at least one does, and one does not, if there are two or more."""
     chosen = {name for name in names if in_validation(name)}
     if not chosen or len(chosen) == len(set(names)):
         chosen = {min(names, key=_digest)}

@@ -64,10 +64,10 @@ def _end_with_launcher() -> None:
 
 class TermRequest:
     """
-    Whether a SIGTERM has come within a `with` block, where it ends nothing but what [`TermRequest.run`] calls.
+    A record of a SIGTERM within a `with` block, where it ends nothing but what [`TermRequest.run`] calls.
 
     Attributes:
-        is_set (`bool`): it has.
+        is_set (`bool`): one has come.
     """
 
     def __init__(self) -> None:

@@ -107,8 +107,8 @@ def tiny_pipeline_factory():
 @pytest.fixture(scope="session")
 def latent_pipeline_factory():
     """
-    As `tiny_pipeline_factory`, of 32x32 pixels in 8x8 latents of 4 channels, with trailing spacing; its UNet takes
-    drawings and their abstraction.
+    Make pipelines as `tiny_pipeline_factory` does, of 32x32 pixels in 8x8 latents of 4 channels, with trailing spacing; their
+    UNet takes drawings and their abstraction.
     """
 
     def make(components=tuple(LATENT_COMPONENTS), scheduler=None, id2label=ID2LABEL, recommended=None, **unet_options):

@@ -51,7 +51,7 @@ sys.addaudithook(_watch)
 
 
 class Payload:
-    """What a pickle may do when it is read."""
+    """An object whose pickle makes a folder when it is read."""
 
     def __init__(self, marker):
         self.marker = marker
@@ -62,7 +62,7 @@ class Payload:
 
 @dataclass
 class Outcome:
-    """What became of a case: `read`, `refused`, or what is wrong with how it ended."""
+    """The outcome of a case: `read`, `refused`, or what is wrong with how it ended."""
 
     case: str
     what: str
@@ -117,7 +117,7 @@ def run_case(case, mutate, load, seed, base, folder):
 
 
 def odd_value(rng, old=None):
-    """What a setting should not be; some are near what it was."""
+    """Draw a value that a setting should not have; some are near what it was."""
     deep = []
     for _ in range(rng.choice([20, 900])):
         deep = [deep]
@@ -500,7 +500,7 @@ def convert_generator(folder, out, rng):
 
 
 def make_bases(root):
-    """What is mutated, under `root`: two pipeline folders, and the checkpoints of two projects."""
+    """Write what is mutated, under `root`: two pipeline folders, and the checkpoints of two projects."""
     common = {
         "scheduler": make_scheduler(),
         "id2label": ID2LABEL,

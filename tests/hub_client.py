@@ -83,7 +83,7 @@ def weights_sha256(modules):
 
 
 def pixels_sha256(pipe):
-    """Of the float pixels of two images of one drawing, two steps, with whatever guidance the components allow."""
+    """The SHA-256 of the float pixels of two images of one drawing, two steps, with whatever guidance the components allow."""
     import torch
 
     size = pipe.height

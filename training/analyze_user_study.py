@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the judges of a study said: preference rates with intervals, and a Bradley-Terry ranking of the systems.
+"""Analyze the answers of a study: preference rates with intervals, and a Bradley-Terry ranking of the systems.
 
     python training/analyze_user_study.py --key study/study.key.json --answers answers/*.json --output_dir study
 
@@ -29,7 +29,7 @@ PSEUDO_WINS = 0.5
 
 @dataclass
 class AnalysisArguments:
-    """Whose answers are analyzed."""
+    """Arguments for the answers that are analyzed."""
 
     key: str = required("the key that make_user_study.py wrote beside the page")
     answers: list[str] = required("the files that the judges saved")
@@ -54,7 +54,7 @@ class Interval(NamedTuple):
 
 @dataclass
 class Preference:
-    """How often the first of two systems was preferred to the second."""
+    """The rate at which the first of two systems was preferred to the second."""
 
     systems: tuple[str, str]
     rate: float
@@ -133,7 +133,7 @@ def collect_votes(judges: Sequence[dict[str, dict[str, int]]], key: dict[str, An
 
 
 def count_wins(votes: Sequence[Vote], systems: Sequence[str], num_judges: int) -> np.ndarray:
-    """How often each judge preferred system i to system j, `[num_judges, S, S]`."""
+    """Count how often each judge preferred system i to system j, `[num_judges, S, S]`."""
     index = {system: i for i, system in enumerate(systems)}
     wins = np.zeros((num_judges, len(systems), len(systems)))
     for vote in votes:

@@ -41,7 +41,7 @@ SETTINGS_NAME = "contours.json"
 
 @dataclass
 class ContourArguments:
-    """Which photos are drawn, and how."""
+    """Arguments for the photos that are drawn, and how."""
 
     reference: str = required("photos, `<class>/<photo>.jpg`; the validation photos")
     like: str = required("drawings, `<class>/<sketch>.png`, of whose classes as many contours are made")
@@ -71,7 +71,7 @@ def choose_photos(photos: list[tuple[str, Path]], drawings: list[Drawing]) -> di
 
 
 def contour_settings(args: ContourArguments, counts: Counter, photos: list[tuple[str, Path]]) -> dict[str, Any]:
-    """What the contours depend on."""
+    """Return what the contours depend on."""
     digest = hashlib.sha256()
     for label, path in photos:
         digest.update(f"{label}/{path.name}:{path.stat().st_size}\n".encode())

@@ -44,7 +44,7 @@ PAGE_PATH = Path(__file__).with_name("user_study_page.html")
 
 @dataclass
 class StudyArguments:
-    """Which systems are compared, on which drawings, and how often."""
+    """Arguments for the systems that are compared, on which drawings, and how often."""
 
     images: list[str] = required("two or more folders of images `<sketch>_<n>.png`, each as DIR or NAME=DIR")
     sketches: str = required("drawings, `<class>/<sketch>.png`")
@@ -120,7 +120,7 @@ def data_url(image: Image.Image) -> str:
 
 def make_study(comparisons: list[Comparison], seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """
-    What the page shows, and the key to it.
+    Make what the page shows, and the key to it.
 
     Returns:
         `tuple[dict, dict]`: the page's data, in which comparisons and photos have numbers in random order; the key, which

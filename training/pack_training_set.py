@@ -68,7 +68,7 @@ def encode_contours(contours: np.ndarray) -> bytes:
 
 
 def decode_contours(content: bytes) -> np.ndarray:
-    """What [`encode_contours`] was given."""
+    """Return the contours that [`encode_contours`] was given."""
     with Image.open(io.BytesIO(content)) as picture:
         codes = np.asarray(picture.convert("RGB"))[..., 0]
     return np.stack([ndimage.binary_dilation((codes & bit) > 0, disk(1)) for bit in _BITS])

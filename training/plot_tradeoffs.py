@@ -36,7 +36,7 @@ GUIDANCE_SETTINGS = (
 
 @dataclass
 class PlotArguments:
-    """What is plotted."""
+    """Arguments for what is plotted."""
 
     metrics: list[str] = required("one or more `metrics.json` of evaluate.py")
     output_dir: str = argument("plots", "where `faithfulness_realism.png` and `quality_steps.png` are written")

@@ -37,7 +37,7 @@ from diffsketching_pipeline.training.trainer import Trainer
 
 @dataclass
 class AutoencoderArguments(TrainingArguments):
-    """What this script adds to [`TrainingArguments`]."""
+    """The arguments that this script adds to [`TrainingArguments`]."""
 
     output_dir: str = argument("diffsketching-autoencoder", "where checkpoints, samples, logs and `vae` are written")
     resolution: int = argument(128, "side of the training crops in pixels")

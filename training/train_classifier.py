@@ -45,7 +45,7 @@ NUM_QUARTERS = 4
 
 @dataclass
 class ClassifierTrainingArguments(TrainingArguments):
-    """What this script adds to [`TrainingArguments`]."""
+    """The arguments that this script adds to [`TrainingArguments`]."""
 
     output_dir: str = argument("noisy-classifier", "where checkpoints, samples, logs and `classifier` are written")
 

@@ -62,8 +62,8 @@ def check_render_arguments(args: GanBaselineArguments) -> None:
 
 def photo_metrics(result: Tensor, targets: Tensor) -> dict[str, float]:
     """
-    How near photos [N, 3, H, W] are to the real ones [N, 1, 3, H, W]. The mean of all photos that might be has a low L1
-    distance too; its differences between neighboring pixels are smaller than real photos'.
+    Measure how near photos [N, 3, H, W] are to the real ones [N, 1, 3, H, W]. The mean of all photos that might be has a low
+    L1 distance too; its differences between neighboring pixels are smaller than real photos'.
     """
 
     def detail(photos: Tensor) -> float:

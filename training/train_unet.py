@@ -55,7 +55,7 @@ from diffsketching_pipeline.training.trainer import Trainer
 
 @dataclass
 class UNetTrainingArguments(TrainingArguments):
-    """What this script adds to [`TrainingArguments`]."""
+    """The arguments that this script adds to [`TrainingArguments`]."""
 
     output_dir: str = argument("diffsketching-unet", "where checkpoints, samples, logs and `pipeline` are written")
 
@@ -232,7 +232,7 @@ def drop_conditions(
 @dataclass
 class ModelGuidance:
     """
-    What model guidance adds to the target (Tang et al., "Diffusion Models without Classifier-free Guidance", 2025):
+    Model guidance adds to the target (Tang et al., "Diffusion Models without Classifier-free Guidance", 2025):
     w (ε(x_t, s, y) - ε(x_t, ∅)) without gradients, for samples that have a class or a drawing. The network then predicts in
     one pass what classifier-free guidance with w + 1 makes of two.
 

@@ -89,7 +89,7 @@ class UserError(Exception):
 
 @contextmanager
 def user_errors(kinds: tuple[type[Exception], ...] = (ValueError,)) -> Iterator[None]:
-    """What the library refuses is the user's to mend; anything else stays a traceback."""
+    """Raise what the library refuses as a `UserError`, for the user to mend; anything else stays a traceback."""
     try:
         yield
     except kinds as error:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What commands share at work: models, batches, progress, and files that are written whole or not."""
+"""The parts that commands share at work: models, batches, progress, and files that are written whole or not."""
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence

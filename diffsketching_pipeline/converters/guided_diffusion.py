@@ -197,7 +197,7 @@ def convert_classifier_checkpoint(
 
 
 def _most_parameters(state_dict: Mapping[str, torch.Tensor]) -> int:
-    """How many parameters a network may have to be told precisely in what it differs from a file."""
+    """The most parameters a network may have for its differences from a file to be listed."""
     return 6 * len(state_dict) + 500
 
 

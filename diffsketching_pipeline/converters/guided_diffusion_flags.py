@@ -256,7 +256,7 @@ def _numbers(name: str, value: Any) -> tuple[float, ...]:
 
 
 def read_architecture(flags: Mapping[str, Any], owner: str) -> Architecture:
-    """What completed flags build. `owner` is "UNet" or "classifier", which has no upsampling half."""
+    """Return the architecture that completed flags build. `owner` is "UNet" or "classifier", which has no upsampling half."""
     image_size = flags["image_size"]
     channel_mult = _numbers("channel_mult", flags["channel_mult"]) or CHANNEL_MULTS.get(image_size)
     if channel_mult is None:

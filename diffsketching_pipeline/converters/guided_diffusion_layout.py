@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where each parameter of openai/guided-diffusion's networks stands in our models."""
+"""The place of each parameter of openai/guided-diffusion's networks in our models."""
 
 import re
 from collections.abc import Mapping

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands before the page's server: which requests are let in, how much they may bring, and what browsers are told."""
+"""Guards of the page's server: the requests that are let in, their largest size, and the headers that browsers are sent."""
 
 import ipaddress
 import os

@@ -76,7 +76,7 @@ button[aria-label="Color"] { display: none; }
 
 @contextmanager
 def _told_to_user() -> Iterator[None]:
-    """What the library refuses is shown on the page; the log is for what nobody expected."""
+    """Show on the page what the library refuses; the log is for what nobody expected."""
     try:
         yield
     except ValueError as error:
@@ -84,7 +84,7 @@ def _told_to_user() -> Iterator[None]:
 
 
 class _Handlers:
-    """What happens on an event of the page: from the values of its inputs to those of its outputs."""
+    """Handlers of the page's events, each from the values of its inputs to those of its outputs."""
 
     def __init__(self, studio: Studio):
         self.studio = studio
@@ -252,7 +252,7 @@ def _label(choice: str) -> str | None:
 
 
 def _drawing(canvas: dict[str, Any] | None) -> Image.Image:
-    """What a canvas shows; a program may leave the composite to us."""
+    """Return the picture that a canvas shows; a program may leave the composite to us."""
     canvas = canvas or {}
     layers = canvas.get("layers") or []
     shown = canvas.get("composite") or (None if layers else canvas.get("background"))
@@ -326,7 +326,7 @@ _CLIP = {"the scheduler's": None, "yes": True, "no": False}
 
 
 def _number(name: str, text: str | None) -> float | None:
-    """What was written into a field of the drawer."""
+    """Return the number written into a field of the drawer, `None` if it is empty."""
     if text is None or not text.strip():
         return None
     try:
@@ -377,7 +377,7 @@ def _canvas(name: str, label: str, **options: Any) -> gr.ImageEditor:
 
 def _relay_of(canvas: gr.ImageEditor, **options: Any) -> gr.ImageEditor:
     """
-    What hands the canvas over: its value is copied here in the browser, and this is the input of the events.
+    Return the input of the events, which hands the canvas over: the browser copies the canvas's value to it.
 
     Gradio 6.21 to 6.31 reads a component that was an event's input anew, and uploads it, with each message about any event
     thereafter; that of a canvas costs a tenth of a second without a graphics card.
@@ -401,7 +401,7 @@ def _class(handlers: _Handlers) -> gr.Dropdown:
 
 @dataclass
 class _Results:
-    """Where the images of a tab are shown."""
+    """The components that show the images of a tab."""
 
     gallery: gr.Gallery
     status: gr.HTML
@@ -438,7 +438,7 @@ class _Results:
         }
 
     def end(self, handlers: _Handlers, events: list[Any]) -> None:
-        """What follows `events` whose images are shown here, and what stops them."""
+        """Connect what follows `events` whose images are shown here, and what stops them."""
         stopped = self.stop.click(handlers.stop, None, self.status, cancels=events, queue=False, **_PRIVATE)
         # Said twice, because the step that was on its way may arrive after the first time.
         stopped.then(lambda: "Stopped.", None, self.status, queue=False, show_progress="hidden", **_PRIVATE)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the drawing page does, without its looks: one model that reads drawings and makes photos for everybody who asks."""
+"""The service of the drawing page, without looks: one model that reads drawings and makes photos for everybody who asks."""
 
 import base64
 import io
@@ -84,7 +84,7 @@ class Variation:
 @dataclass(frozen=True)
 class PhotoRequest:
     """
-    What somebody asks for: photo k of `drawing` uses seed + k. With `variations`, each of the one before, all share
+    A request for photos: photo k of `drawing` uses seed + k. With `variations`, each of the one before, all share
     `seed` and photo k uses the last variation's seed + k.
 
     `realism` is the slider's position in [0, 1]; `settings` are arguments of the pipeline's call that overrule it.
@@ -252,7 +252,7 @@ class Studio:
         owner: str,
     ) -> Iterator[Progress | Photos]:
         """
-        As `make_photos`, but photos that have changed where `strokes`, on the photo's page, have been drawn.
+        Yield the same as `make_photos`, but with photos changed where `strokes`, on the photo's page, have been drawn.
 
         Raises:
             ValueError: as [`DiffSketchingEditPipeline`] does, or for a request that is out of bounds.
@@ -281,7 +281,7 @@ class Studio:
         self, drawings: list[Image.Image], class_label: str | None, num_frames: int, seed: int, owner: str
     ) -> Iterator[Progress | Photos]:
         """
-        As `make_photos`, but the frames from the first drawing to the last, all with the same noise.
+        Yield the same as `make_photos`, but with the frames from the first drawing to the last, all with the same noise.
 
         Raises:
             ValueError: as [`DiffSketchingInterpolationPipeline`] does, or for a request that is out of bounds.
@@ -406,7 +406,7 @@ def example_drawings() -> list[Path]:
 
 
 def _check_request(request: PhotoRequest, settings: dict[str, Any]) -> None:
-    """What the pipeline leaves open because it has its caller's machine to itself."""
+    """Check what the pipeline leaves open because it has its caller's machine to itself."""
     _check_counts(request.num_images, request.seed)
     steps = settings.get("num_inference_steps")
     if steps is not None and not 1 <= steps <= MAX_STEPS:
@@ -427,7 +427,7 @@ def _check_counts(num_images: int, seed: int) -> None:
 
 def more_like_this(photos: Photos, index: int, seed: int, num_images: int = 4) -> PhotoRequest:
     """
-    What to ask for to get photos like the one at `index`: like that of a variation, closer to it than it was.
+    Return a request for photos like the one at `index`, closer to it than it was to its own where it is a variation.
 
     Raises:
         ValueError: if there is no such photo.

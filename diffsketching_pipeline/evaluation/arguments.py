@@ -13,7 +13,7 @@ from diffsketching_pipeline.images.sketch_processor import SketchProcessor
 
 @dataclass
 class EvaluationArguments:
-    """What is scored, against what, and by which network."""
+    """Arguments for what is scored, against what, and by which network."""
 
     sketches: str = required("drawings, `<class>/<sketch>.png`")
     reference: str = required("real photos to compare with, `<class>/<photo>.jpg`; the validation photos")
@@ -122,7 +122,7 @@ def check_evaluation_arguments(args: EvaluationArguments) -> None:
 
 
 def sketch_reader(args: EvaluationArguments, resolution: int) -> SketchProcessor:
-    """What reads `sketches`, at a side of `resolution` pixels; `ValueError` for an impossible `threshold`."""
+    """Return the reader of `sketches` at a side of `resolution` pixels; `ValueError` for an impossible `threshold`."""
     return SketchProcessor(resolution, threshold="otsu" if args.threshold is None else args.threshold)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an image costs: time, network evaluations and memory."""
+"""The cost of an image: time, network evaluations and memory."""
 
 import json
 import multiprocessing
@@ -54,7 +54,7 @@ def count_evaluations(networks: dict[str, nn.Module]) -> Iterator[Counter]:
 
 
 def describe_machine(device: torch.device) -> str:
-    """What a time depends on, in words."""
+    """Describe the machine that a time depends on, in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type}, {torch.get_num_threads()} thread(s)"
@@ -114,7 +114,7 @@ def _peak_memory(
     threshold: float | None,
     threads: int,
 ) -> int:
-    """What one batch needs beyond the loaded model, in bytes; run in a process of its own."""
+    """Measure the memory that one batch needs beyond the loaded model, in bytes; run in a process of its own."""
     torch.set_num_threads(threads)
     pipeline = system.build(DiffSketchingPipeline.from_pretrained(model, torch_dtype=dtype))
     if threshold is not None:

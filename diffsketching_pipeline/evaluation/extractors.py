@@ -53,7 +53,7 @@ class Preprocessor:
 
     @classmethod
     def read(cls, folder: str, device: torch.device | str) -> "Preprocessor":
-        """That of a folder; without such a file, any size and [-1, 1]."""
+        """Read the preprocessor of a folder; without such a file, any size and [-1, 1]."""
         path = Path(folder) / "preprocessor_config.json"
         settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         size = settings.get("crop_size") or settings.get("size")
@@ -80,7 +80,7 @@ class Preprocessor:
 
 class FeatureExtractor(Protocol):
     """
-    What describes photos by a vector each.
+    A network that describes each photo by a vector.
 
     Attributes:
         fingerprint: SHA-256 of its weights.
@@ -190,7 +190,7 @@ class TransformersExtractor:
 
 
 def load_extractor(name: str, device: torch.device | str = "cpu") -> FeatureExtractor | None:
-    """What `extractor` names; None for the evaluation network's own features."""
+    """Load the extractor of this name; None for the evaluation network's own features."""
     if name == "evaluator":
         return None
     return InceptionExtractor(device) if name == "inception" else TransformersExtractor(name, device)
@@ -249,7 +249,7 @@ class PhotoClassifier:
 
 class Evaluator:
     """
-    What judges photos: a classifier that names classes, and its features or those of another network.
+    A judge of photos: a classifier that names classes, and its features or those of another network.
 
     Args:
         folder (`str`, *optional*): that of a [`PhotoClassifier`]; without it nothing is said of classes.
@@ -296,7 +296,7 @@ class Evaluator:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What tells one judge from another."""
+        """The settings that tell one judge from another."""
         settings: dict[str, Any] = dict(self.conditions)
         if self.classifier is not None:
             settings = {"fingerprint": self.classifier.fingerprint, **settings}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `evaluate.py` scores: drawings, sets of images and the files they come from."""
+"""The material that `evaluate.py` scores: drawings, sets of images and the files they come from."""
 
 import hashlib
 import json

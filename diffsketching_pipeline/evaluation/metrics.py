@@ -201,7 +201,7 @@ def nearest(queries: Tensor, keys: Tensor, count: int = 1) -> tuple[Tensor, Tens
 
 def manifold_membership(queries: Tensor, keys: Tensor, neighbors: int = MANIFOLD_NEIGHBORS) -> Tensor:
     """
-    Which balls around `keys` each query is in, bool `[N, M]` for features `[N, D]` and `[M, D]`.
+    Return which balls around `keys` each query is in, bool `[N, M]` for features `[N, D]` and `[M, D]`.
 
     A ball reaches as far as the key's `neighbors`-th nearest other key; together they are what improved precision and
     recall take for the support of a distribution (Kynkäänniemi et al., 2019).
@@ -291,7 +291,7 @@ def contour_distances(edges: np.ndarray, strokes: np.ndarray) -> np.ndarray:
 
 def retrieval_ranks(distances: np.ndarray, own: np.ndarray) -> np.ndarray:
     """
-    How many other drawings are at most as far from an image as its own, `[N]`; 0 is a hit at 1.
+    Count the other drawings that are at most as far from an image as its own, `[N]`; 0 is a hit at 1.
 
     Ties count against the image, so an image without edges, equally far from all drawings, ranks last.
     """

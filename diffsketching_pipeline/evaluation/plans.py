@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is to be generated for an evaluation: which drawings, by which systems, with which seeds."""
+"""Plans of what an evaluation generates: which drawings, by which systems, with which seeds."""
 
 import hashlib
 import itertools
@@ -47,7 +47,7 @@ def redrawn_dir(args: EvaluationArguments) -> Path:
 
 
 def images_dir(args: EvaluationArguments, system: System) -> Path:
-    """Where a system's images lie: those of several have a folder each."""
+    """Return the folder of a system's images: each of several systems has its own."""
     folder = Path(args.output_dir) / "images"
     return folder if args.systems is None else folder / system.name
 
@@ -70,7 +70,7 @@ def plan_jobs(
 def make_plans(
     args: EvaluationArguments, pipeline: DiffSketchingPipeline, drawings: list[Drawing], selected: list[Drawing]
 ) -> list[Plan]:
-    """What each system is to generate, checked; arguments of the script hold for what a system leaves open."""
+    """Plan what each system is to generate, and check it; arguments of the script hold for what a system leaves open."""
     systems = [System()] if args.systems is None else read_systems(args.systems)
     defaults = {name: getattr(args, name) for name in SAMPLING_NAMES}
     plans = []
@@ -88,7 +88,7 @@ def make_plans(
 def generation_settings(
     args: EvaluationArguments, plan: Plan, weights: dict[str, str], drawings: list[Drawing]
 ) -> dict[str, Any]:
-    """What the images depend on beside the drawing's name and the image's number; `weights` are the model's."""
+    """Return what the images depend on in addition to the drawing's name and the image's number; `weights` are the model's."""
     scheduler = plan.pipeline.scheduler
     config = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
     plain, system = System(), plan.system

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `evaluate.py` writes to be read and looked at: tables, JSON and sheets of pictures."""
+"""The reports that `evaluate.py` writes: tables, JSON and sheets of pictures."""
 
 import math
 from collections.abc import Sequence

@@ -236,7 +236,7 @@ def read_generated(args: EvaluationArguments, inputs: Inputs, plan: Plan) -> Ima
 
 
 def describe_sampling(args: EvaluationArguments, plan: Plan) -> str:
-    """How a system generates, in one line; what is as in a plain call is left out."""
+    """Describe in one line how a system generates; what is as in a plain call is left out."""
     settings = plan.system.resolve(plan.pipeline)
     scheduler, withhold = settings.pop("scheduler"), settings.pop("withhold")
     for name in ("strength", "guidance_start", "guidance_end"):

@@ -123,7 +123,7 @@ class Scorer:
         }
 
     def score_reference(self, photos: ImageSet) -> Scores:
-        """What the reference photos themselves reach: their distance is that of one half from the other."""
+        """Score the reference photos themselves: their distance is that of one half from the other."""
         return {
             **self.class_agreement(photos),
             **self.reweighted_agreement(photos),
@@ -133,7 +133,7 @@ class Scorer:
         }
 
     def score_training_photos(self, photos: ImageSet) -> Scores:
-        """What perfect images of the same classes would reach at the same number."""
+        """Score training photos: what perfect images of the same classes would reach at the same number."""
         return {**self.class_agreement(photos), **self.relative_agreement(photos), **self.realism(photos)}
 
     # -- building blocks
@@ -223,7 +223,7 @@ class Scorer:
 
     def conditioning_class(self, images: ImageSet) -> Scores:
         """
-        How often the class that an image was generated with is the drawing's, and how often the evaluation network sees
+        Score how often the class that an image was generated with is the drawing's, and how often the evaluation network sees
         that class in it: what the class predictor costs, and what the generator does. Left out where it is not known.
         """
         if not images.given_labels or None in images.given_labels:
@@ -237,7 +237,7 @@ class Scorer:
         return self.measure_mean(key, seen, images, self.evaluator.conditions) | scores
 
     def retrieval(self, images: ImageSet) -> Scores:
-        """Which of all drawings is the contour of each image closest to?"""
+        """Score how often an image's own drawing is among the 1 or 5 of all drawings that are nearest to its contour."""
         edges = [edge_map(images.image(i)) for i in tqdm(range(len(images)), desc="Contours", leave=False)]
         distances = contour_distances(np.stack(edges), self.strokes)
         ranks = retrieval_ranks(distances, images.groups)
@@ -283,11 +283,11 @@ class Scorer:
         return patch_projections(images.pixels, num_levels=pyramid_levels(side))
 
     def patch_key(self, side: int) -> str:
-        """That of the distance at the evaluation network's side, or at another, which it names."""
+        """Return the key of the distance at the evaluation network's side, or at another, which it names."""
         return "patch_distance" if side == self.evaluator.resolution else f"patch_distance ({side} px)"
 
     def patch_conditions(self, side: int) -> dict[str, str]:
-        """What a distance of patches at `side` pixels depends on."""
+        """Return what a distance of patches at `side` pixels depends on."""
         levels = f"each of {pyramid_levels(side)} levels"
         return {
             "side": f"{side} px",
@@ -458,7 +458,7 @@ class Scorer:
         return self.measure_mean("perceptual_sketch_distance", distances, images, conditions)
 
     def cost(self, images: ImageSet) -> Scores:
-        """What an image took to make; left out where the files do not say."""
+        """Measure what an image took to make; left out where the files do not say."""
         costs = [cost for cost in images.costs if cost is not None]
         if not costs or len(costs) < len(images):
             return {}

@@ -52,7 +52,7 @@ class Job(NamedTuple):
 @dataclass(frozen=True)
 class System:
     """
-    What a system does differently from a plain call of the pipeline; `None` leaves it to the checkpoint.
+    The differences of a system from a plain call of the pipeline; `None` leaves it to the checkpoint.
 
     Attributes:
         name: the column of the table, and the folder of the images.
@@ -113,7 +113,7 @@ class System:
         return {name: getattr(self, name) for name in names}
 
     def resolve(self, pipeline: DiffSketchingPipeline) -> dict[str, Any]:
-        """What a call comes to, with the checkpoint's recommendations filled in; `pipeline` is the system's own."""
+        """Return the settings of a call, with the checkpoint's recommendations filled in; `pipeline` is the system's own."""
         resolved = self._options.resolve(pipeline, has_sketch=True, has_class=pipeline.num_classes > 0)
         return {
             "scheduler": type(pipeline.scheduler).__name__,
@@ -130,12 +130,12 @@ class System:
         }
 
     def uses_class(self, pipeline: DiffSketchingPipeline) -> bool:
-        """Whether a class has any influence on the images."""
+        """Return whether a class has any influence on the images."""
         told = pipeline.unet.config.num_class_embeds is not None and "class" not in self.withhold
         return told or self.resolve(pipeline)["classifier_guidance_scale"] != 0
 
     def uses_drawing(self, pipeline: DiffSketchingPipeline) -> bool:
-        """Whether the drawing has any influence on the images."""
+        """Return whether the drawing has any influence on the images."""
         guided = self.resolve(pipeline)["perceptual_guidance_scale"] != 0
         told = pipeline.takes_sketch
         return told or guided or self.strength < 1 or self.uses_class(pipeline)

@@ -147,7 +147,7 @@ def _is_docstring(node: ast.stmt) -> bool:
 
 
 def _is_for_types(node: ast.stmt) -> bool:
-    """Whether it is there for a type checker alone."""
+    """Return whether a statement is there for a type checker alone."""
     return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING" and not node.orelse
 
 
@@ -175,7 +175,7 @@ def _defined_names(node: ast.stmt) -> list[str]:
 
 
 def _is_known(flattened: _Flattened, node: ast.stmt, where: str) -> bool:
-    """Whether a module before had the same statement, such as the one that makes the logger."""
+    """Return whether a module before had the same statement, such as the one that makes the logger."""
     known = False
     for name in _defined_names(node):
         if name in flattened.imports:

@@ -21,7 +21,7 @@ REQUIREMENTS = "pip install diffusers numpy pillow scikit-image scipy torch torc
 @dataclass
 class Evaluation:
     """
-    What a `metrics.json` of `training/evaluate.py` says.
+    The contents of a `metrics.json` of `training/evaluate.py`.
 
     Attributes:
         systems: measurements by system and metric, those of real photos and noise among them.
@@ -108,7 +108,7 @@ def _cell(measurement: dict[str, Any] | None) -> str:
 
 
 def loading_section(repo_id: str | None) -> str:
-    """How to load the checkpoint, with this package and without it."""
+    """Explain how to load the checkpoint, with this package and without it."""
     name = repo_id or "path-or-hub-id"
     return f"""## Load
 
@@ -134,7 +134,7 @@ pipe = DiffusionPipeline.from_pretrained("{name}", custom_pipeline="{name}", tru
 
 
 def input_names(pipe: "DiffSketchingMixin") -> list[str]:
-    """What the UNet of a pipeline takes, in words."""
+    """Name the inputs of a pipeline's UNet, in words."""
     names = {"photo" if pipe.vae is None else "latents": True, "sketch": pipe.takes_sketch}
     names["abstraction"] = pipe.takes_abstraction
     return [name for name, is_taken in names.items() if is_taken]

@@ -43,7 +43,7 @@ def parse_palette(colors: Any) -> torch.Tensor | None:
 
 def are_color_strokes(color_hint: Any) -> bool:
     """
-    Whether a hint is a page of strokes, whose place matters, rather than a palette.
+    Return whether a hint is a page of strokes, whose place matters, rather than a palette.
 
     Raises:
         ValueError: as [`parse_palette`].

@@ -43,7 +43,7 @@ def check_contour_source(source: str = "classical", hed_weights: str | Path | No
 
 def contour_distribution(classical: Sequence[float], source: str = "classical") -> np.ndarray:
     """
-    How often each drawing of a photo is chosen.
+    Return the probability with which each drawing of a photo is chosen.
 
     Args:
         classical (`Sequence[float]`): relative frequency of each of `CONTOUR_NAMES`.
@@ -135,14 +135,14 @@ def mask_outline(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def is_plausible_mask(mask: np.ndarray, outline: np.ndarray, edges: np.ndarray) -> bool:
-    """Whether a mask has the size of an object and an outline that mostly runs along edges of the photo."""
+    """Return whether a mask has the size of an object and an outline that mostly runs along edges of the photo."""
     if not 0.05 < mask.mean() < 0.9 or not outline.any():
         return False
     return ndimage.binary_dilation(edges, disk(4))[outline].mean() > 0.6
 
 
 def keep_object_parts(edges: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Of `edges`, what belongs to the object: the floor and the wall behind it are not what a person draws."""
+    """Return the part of `edges` that belongs to the object: the floor and the wall behind it are not what a person draws."""
     size = (edges.shape[1], edges.shape[0])
     enlarged = Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.Resampling.BILINEAR)
     near_object = ndimage.binary_dilation(np.asarray(enlarged) > 127, disk(4))

@@ -8,8 +8,8 @@ from skimage.morphology import convex_hull_image
 
 def enclosed_area(sketch: torch.Tensor) -> torch.Tensor:
     """
-    What drawings `[K, 1, height, width]` of one result enclose together, `[1, height, width]` of 0 and 1: what a line
-    shuts off from the border or, where outlines have gaps, the convex hull of the lines.
+    Return the area that drawings `[K, 1, height, width]` of one result enclose together, `[1, height, width]` of 0 and 1: what
+    a line shuts off from the border or, where outlines have gaps, the convex hull of the lines.
     """
     lines = (sketch.amin(dim=(0, 1)) < 0).cpu().numpy()
     filled, hull = ndimage.binary_fill_holes(lines), convex_hull_image(lines)

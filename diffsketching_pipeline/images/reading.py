@@ -185,7 +185,7 @@ def _convert(image: Image.Image, mode: str, name: str) -> Image.Image:
 
 
 def is_number(value: Any, kind: type = numbers.Real) -> bool:
-    """Whether it is a number of that kind; a bool is none."""
+    """Return whether a value is a number of that kind; a bool is none."""
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
@@ -243,7 +243,7 @@ def check_given_image(item: GivenImage) -> None:
 
 
 def _max_pixels(image: Image.Image | None = None) -> int:
-    """How many pixels a file may have. Pillow's own limit holds, too, where it is the lower one."""
+    """Return how many pixels a file may have. Pillow's own limit holds, too, where it is the lower one."""
     parts = 1
     if image is not None:
         parts = _PARTS.get(image.format or "", _PARTS_OF_SCANS if image.info.get("progressive") else 1)
@@ -304,7 +304,7 @@ def _channels_last(item: GivenImage) -> np.ndarray | torch.Tensor:
 
 
 def _is_wide(image: Image.Image) -> bool:
-    """Whether a pixel has more than 8 bits."""
+    """Return whether a pixel has more than 8 bits."""
     return image.mode.startswith("I") or image.mode == "F"
 
 
@@ -475,7 +475,7 @@ def _scale_to_uint8(values: np.ndarray, name: str) -> np.ndarray:
 
 
 def _are_strokes(alpha: np.ndarray) -> bool:
-    """Whether what is opaque is thin lines on a page that is transparent elsewhere, and no filled shape."""
+    """Return whether what is opaque is thin lines on a page that is transparent elsewhere, and no filled shape."""
     opaque = thumbnail(alpha, 512) >= 128
     rows, columns = (np.flatnonzero(opaque.any(axis)) for axis in (1, 0))
     if not len(rows) or opaque.mean() > 0.5:

@@ -49,7 +49,7 @@ MIN_LINE_WIDTH = 0.75
 
 @dataclass(frozen=True)
 class SketchOptions:
-    """What to do with every sketch of one call; see [`SketchProcessor`]."""
+    """The options for every sketch of one call; see [`SketchProcessor`]."""
 
     size: tuple[int, int]
     threshold: float | str
@@ -82,8 +82,8 @@ def check_options(options: SketchOptions) -> None:
 
 def _dark_part(gray: np.ndarray) -> tuple[np.ndarray, float, float] | None:
     """
-    Of a page that falls into two brightnesses, the thumbnail of its dark part, and that part's share of the border and
-    of the interior. `None` where it does not: shading swamps the strokes.
+    Return the dark part of a page that falls into two brightnesses, as a mask of its thumbnail, and the part's share of the
+    border and of the interior. `None` if it does not: shading swamps the strokes.
     """
     thumb = thumbnail(gray, 256).astype(np.float32)
     if thumb.min() == thumb.max():
@@ -200,7 +200,7 @@ def _ink(
 
 
 def _noise_floor(darkness: np.ndarray, background: np.ndarray, own: np.ndarray | None = None) -> np.ndarray:
-    """What noise of a constant size in gray levels explains, which in a shadow is a larger share of the paper."""
+    """Return the darkness that noise of a constant size in gray levels explains: in a shadow, a larger share of the paper."""
     level = np.median(darkness if own is None else darkness[own])
     deviation = np.abs(darkness - level) * background
     # A quartile of the deviations, 0.3186 sigma of a normal distribution, is that of the paper even on a crowded page.
@@ -226,7 +226,7 @@ def _without_pattern(mask: np.ndarray, darkness: np.ndarray) -> np.ndarray:
 
 
 def _is_regular(pattern: np.ndarray) -> bool:
-    """Whether marks cover the page from side to side, and repeat along one of its axes."""
+    """Return whether marks cover the page from side to side, and repeat along one of its axes."""
     if any(
         np.ptp(index) < _PATTERN_EXTENT * side for index, side in zip(_occupied(pattern), pattern.shape, strict=True)
     ):
@@ -245,7 +245,7 @@ def _is_regular(pattern: np.ndarray) -> bool:
 
 
 def _is_photo(gray: np.ndarray) -> bool:
-    """Whether no three neighboring gray levels hold much of the page, as the paper of a digital drawing does."""
+    """Return whether no three neighboring gray levels hold much of the page, as the paper of a digital drawing does."""
     share = np.array(Image.fromarray(gray).histogram()) / gray.size
     return bool(np.convolve(share, np.ones(3)).max() < _MIN_EVEN_PAPER)
 

@@ -132,7 +132,7 @@ def parse_svg(text: str | bytes) -> SvgDocument:
 
 
 def _decode_xml(text: str | bytes) -> str:
-    """As text, so that the parser asks no decoder of Python that a file names: some of those are slow, or no text at all."""
+    """Decode, so that the parser asks no decoder of Python that a file names: some of those are slow, or no text at all."""
     if isinstance(text, str):
         return text
     if text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -279,7 +279,7 @@ def svg_lines(document: SvgDocument) -> SvgLines:
 
 
 def may_be_plain(document: SvgDocument) -> bool:
-    """Whether [`svg_lines`] may find plain strokes, told from elements and paint without reading a path."""
+    """Return whether [`svg_lines`] may find plain strokes, told from elements and paint without reading a path."""
     judge = _PlainJudge()
     for element, style, _ in _shown_elements(document.root):
         judge.meet(element, tag_of(element), style)
@@ -395,7 +395,7 @@ def _lie_inside(points: np.ndarray, page: SvgPage) -> bool:
 
 
 def _make_a_frame(strokes: list[np.ndarray], page: SvgPage) -> bool:
-    """Whether lines run along half of the page's border, as those of a frame, which a picture's border is cleared of."""
+    """Return whether lines run along half of the page's border like a frame's, which a picture's border is cleared of."""
     band, length = _FRAME_BAND * max(page.width, page.height), 0.0
     for stroke in strokes:
         start, end = stroke[:-1], stroke[1:]
@@ -433,7 +433,7 @@ class _Transforms:
         self._known: dict[tuple[str, ...], np.ndarray] = {(): np.eye(3)}
 
     def of(self, chain: tuple[str, ...]) -> np.ndarray:
-        """What applies all of a chain, the last first."""
+        """Return the matrix that applies all of a chain, the last first."""
         if chain not in self._known:
             self._known[chain] = self.of(chain[:-1]) @ self._parse(chain[-1])
         return self._known[chain]

@@ -206,7 +206,7 @@ def _sanitize(document: SvgDocument) -> tuple[ElementTree.Element, list[str]]:
 
 
 def _stays(element: ElementTree.Element, name: str, left_out: list[str]) -> bool:
-    """Whether an element shows something of this file."""
+    """Return whether an element shows something of this file."""
     if name == "style":
         medium = element.get("media", "all").strip().lower()
         return element.get("type", "text/css").strip().lower() == "text/css" and medium in ("", "all", "screen")

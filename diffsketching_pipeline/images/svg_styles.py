@@ -85,7 +85,7 @@ def _rules(nodes: list[ast.Node], left_out: list[str]) -> Iterator[ast.Qualified
 
 
 def _is_light_screen(queries: str) -> bool:
-    """Whether a media query is one of a wide, light screen."""
+    """Return whether a media query is one of a wide, light screen."""
 
     def holds(query: str) -> bool:
         is_not = query.startswith("not ")
@@ -98,7 +98,7 @@ def _is_light_screen(queries: str) -> bool:
 
 
 def _matcher(rules: list[ast.QualifiedRule]) -> tuple[cssselect2.Matcher, int]:
-    """What finds the declarations for an element, and the number of selectors."""
+    """Return the matcher that finds the declarations for an element, and the number of selectors."""
     matcher, count = cssselect2.Matcher(), 0
     for rule in rules:
         try:

@@ -170,12 +170,12 @@ def check_arguments(args: TrainingArguments) -> None:
 
 
 def _is_first_process() -> bool:
-    """Whether this is the first of the processes that a launcher started, asked before accelerate is set up."""
+    """Return whether this is the first of the processes that a launcher started, asked before accelerate is set up."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def num_readers(args: TrainingArguments) -> int:
-    """How many processes read photos, of each of the processes that train on this machine."""
+    """Return how many processes read photos, of each of the processes that train on this machine."""
     beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return args.preprocessing_num_workers or max(1, (os.cpu_count() or 1) // beside)
 

@@ -56,7 +56,7 @@ def unpack_contours(packed: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def pack_photo(photo: CachedPhoto) -> dict[str, Any]:
-    """What is kept of a photo in memory or in a file: contours with eight pixels per byte."""
+    """Return what is kept of a photo in memory or in a file: contours with eight pixels per byte."""
     return {
         "image": photo.image,
         **pack_contours(photo.contours),

@@ -33,7 +33,7 @@ from diffsketching_pipeline.training.arguments import TrainingArguments
 
 @dataclass
 class FinetuneArguments(TrainingArguments):
-    """What this script adds to [`TrainingArguments`]."""
+    """The arguments that this script adds to [`TrainingArguments`]."""
 
     output_dir: str = argument(
         "diffsketching-finetuned", "where checkpoints, samples, logs and `pipeline` are written"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the chain starts from: inverted photos and the drawings that it is to follow."""
+"""The data that the chain starts from: inverted photos and the drawings that it is to follow."""
 
 import hashlib
 import itertools
@@ -75,7 +75,7 @@ class NoiseCache:
         self.shape = (channels, size, size) if isinstance(size, int) else (channels, *size)
 
     def path(self, pixel_values: Tensor, class_label: int) -> Path:
-        """Where x_T of a photo [3, R, R] lies, whether it is there or not."""
+        """Return the file of x_T of a photo [3, R, R], whether it is there or not."""
         content = self.prefix + f"{class_label} {tuple(pixel_values.shape)}".encode() + pixel_values.numpy().tobytes()
         name = hashlib.sha256(content).hexdigest()[:40]
         return self.folder / name[:2] / f"{name}.safetensors"

@@ -205,7 +205,7 @@ class PhotoSketchDataset(Dataset):
             raise ValueError(f"`split` {split!r} has no readable photo left of {len(files)} files.")
 
     def _entries(self, files: list[Any]) -> Iterator[Path | dict[str, np.ndarray] | Exception]:
-        """What [`_cache_entry`] makes of each file, or its error; in several processes where that is worth their start."""
+        """Yield what [`_cache_entry`] makes of each file, or its error; in several processes if that is worth their start."""
         start = time.monotonic()
         for done, file in enumerate(files):
             seconds = time.monotonic() - start

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who tells real pictures from made ones, for the losses of generators."""
+"""Networks that tell real pictures from made ones, for the losses of generators."""
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config

@@ -61,7 +61,7 @@ def minimum_l1(prediction: Tensor, targets: Tensor, stroke_weight: float = 0.0) 
 
 
 def source_and_targets(batch: dict[str, Any], direction: str) -> tuple[Tensor, Tensor, Tensor]:
-    """What the generator sees [B, C, H, W], all valid results [B, N, C', H, W], the one that the discriminator sees."""
+    """Return what the generator sees [B, C, H, W], all valid results [B, N, C', H, W], the one that the discriminator sees."""
     if direction == "photo_to_sketch":
         return batch["pixel_values"], batch["sketches"], batch["sketch"]
     return batch["sketch"], batch["pixel_values"][:, None], batch["pixel_values"]
@@ -152,7 +152,7 @@ def generate(model: nn.Module, source: Tensor, batch_size: int = 32) -> Tensor:
 
 def sketch_metrics(result: Tensor, targets: Tensor) -> dict[str, float]:
     """
-    How near drawings [N, 1, H, W] are to the valid ones [N, K, 1, H, W]. A generator that draws nothing has a low L1
+    Measure how near drawings [N, 1, H, W] are to the valid ones [N, K, 1, H, W]. A generator that draws nothing has a low L1
     distance too; the share of ink tells it from one that draws.
     """
     ink, target_ink = (((1 - drawings) / 2).mean().item() for drawings in (result, targets))

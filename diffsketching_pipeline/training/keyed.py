@@ -36,7 +36,7 @@ def class_balanced_weights(labels: Sequence[int], power: float) -> np.ndarray:
 
 
 def clean_images(sample: Mapping[str, Any]) -> Tensor:
-    """What is noised and denoised: the `latents` of a sample or batch where it has them, else its `pixel_values`."""
+    """Return what is noised and denoised: the `latents` of a sample or batch where it has them, else its `pixel_values`."""
     return sample["latents"] if "latents" in sample else sample["pixel_values"]
 
 

@@ -105,7 +105,7 @@ class TrainedModules:
         self.further_ema = dict(zip(ema_max_decays[1:], averages[1:], strict=True))
 
     def _averaged_parameters(self, name: str) -> list[nn.Parameter]:
-        """Of an adapted network the adapter alone: the rest does not change."""
+        """Return the parameters that change: those of the adapter alone if the network has one."""
         module = self.unwrap(name)
         adapted = has_lora(module)
         return [p for p in module.parameters() if p.requires_grad or not adapted]

@@ -56,7 +56,7 @@ class PhotoSketchPair:
 
     @property
     def name(self) -> str:
-        """What a message calls it."""
+        """The name by which a message calls it."""
         return self.stem
 
 
@@ -372,7 +372,7 @@ class PairedPhotoDataset(PhotoSketchDataset):
 
 class PairReader(PairedPhotoDataset):
     """
-    What a [`PairedPhotoDataset`] does with its pairs, for pairs that come one by one and are not kept.
+    A reader that does what a [`PairedPhotoDataset`] does, for pairs that come one by one and are not kept.
 
     Args:
         class_names, resolution, null_class: see [`PairedPhotoDataset`].

@@ -100,7 +100,7 @@ def to_bytes(photos: Tensor) -> Tensor:
 
 def reconstruction_metrics(reconstructions: Tensor, photos: Tensor) -> dict[str, float]:
     """
-    How near reconstructions `[N, 3, H, W]` in [-1, 1] are to photos: `psnr` in dB, the mean over photos, of 8-bit images, and
+    Compare reconstructions `[N, 3, H, W]` in [-1, 1] with photos: `psnr` in dB, the mean over photos, of 8-bit images, and
     `patch_distance` (see `images/patches.py`, on as many levels as photos of this side have: 5 at 256 pixels) of the two sets.
     """
     ours, theirs, levels = to_bytes(reconstructions), to_bytes(photos), pyramid_levels(photos.shape[-1])

@@ -27,7 +27,7 @@ def write_folder(path: Path) -> AbstractContextManager[Path]:
 
 class RunFolder:
     """
-    Where one run writes: its checkpoints `checkpoint-<step>`, its arguments and the pictures of its validations.
+    The folder of one run: its checkpoints `checkpoint-<step>`, its arguments and the pictures of its validations.
 
     Args:
         path: the folder, which need not exist yet.

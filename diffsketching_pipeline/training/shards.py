@@ -38,7 +38,7 @@ UNREADABLE = "shards break off or cannot be opened"
 
 
 class Position(NamedTuple):
-    """Where a reader is: its epoch, how many of its shards of that epoch are behind it, and how many pairs of the next."""
+    """A reader's position: its epoch, how many of its shards of that epoch are behind it, and how many pairs of the next."""
 
     epoch: int = 0
     shard: int = 0
@@ -127,7 +127,7 @@ def read_shard(shard: str, class_names: Sequence[str], problems: dict[str, list[
 
 
 def summary(problems: dict[str, list[str]], shown: int = 10) -> str:
-    """What was left out and why, in one line."""
+    """Summarize in one line what was left out and why."""
     most_first = sorted(problems.items(), key=lambda item: -len(item[1]))
     return "; ".join(f"{len(names)} {reason}: {', '.join(names[:shown])}" for reason, names in most_first)
 
@@ -224,7 +224,7 @@ class ShardStream(IterableDataset):
             self.turn = state["turn"]
 
     def next_state(self, batch: StreamedBatch) -> dict[str, Any]:
-        """What is to be saved after `batch` was trained on; plain lists and numbers."""
+        """Return what is to be saved after `batch` was trained on; plain lists and numbers."""
         self.positions[batch.worker] = batch.position
         self.turn = (batch.worker + 1) % self.num_workers
         return {

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What training starts from, and how it comes to the classes of the data.
+"""Starts of a training, and how they come to the classes of the data.
 
 A start is a bundled model by its name, a pipeline folder, a folder of a single model, or a Hub id; of pipelines those of
 this package, also converted ones, and plain ones of diffusers: an unconditional `UNet2DModel` of 3 channels. What it lacks
@@ -32,7 +32,7 @@ SCHEDULERS_OF_STARTS = ("DDIMScheduler", "DDPMScheduler")
 @dataclass(frozen=True)
 class ClassMatch:
     """
-    Which classes of a start those of the data continue.
+    The match of the classes of the data to those of a start, which they continue.
 
     Args:
         known: the start's classes by index; none, or empty names, where it does not say.
@@ -52,7 +52,7 @@ class ClassMatch:
 
     @property
     def is_same(self) -> bool:
-        """Whether nothing changes."""
+        """Return whether the classes stay as they are."""
         return dict(self.known) == dict(self.wanted)
 
     def rows(self, weight: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ class Start:
         return cls(name_or_path, path, config)
 
     def has(self, component: str) -> bool:
-        """Whether the pipeline has a component."""
+        """Return whether the pipeline has a component."""
         return (self.index.get(component) or [None, None])[1] is not None
 
     @property
@@ -130,7 +130,7 @@ class Start:
             ) from error
 
     def folder_of(self, component: str) -> str:
-        """Where a component lies: old pipelines of diffusers have it beside `model_index.json`."""
+        """Return the folder of a component: old pipelines of diffusers have it beside `model_index.json`."""
         folder = os.path.join(self.path, component)
         return folder if os.path.isdir(folder) else self.path
 
@@ -188,8 +188,7 @@ class Start:
         self, id2label: Mapping[int, str], num_known: int | None, known: Mapping[int, str] | None = None
     ) -> ClassMatch:
         """
-        How these classes continue those of a network with `num_known`, which are `known` or else the pipeline's; logged where
-        they differ.
+        Match these classes to those of a network with `num_known`, which are `known` or else the pipeline's; log a difference.
         """
         known = self.id2label if known is None else known
         if not known and num_known in (len(id2label), len(id2label) + 1):
@@ -274,7 +273,7 @@ def _with_rows(module: nn.Module, head: str, match: ClassMatch) -> dict[str, Ten
 
 
 def class_names_of(pipeline: DiffSketchingPipeline) -> list[str]:
-    """What the data may call the pipeline's classes: their names or, where it has none, their indices as text."""
+    """Return what the data may call the pipeline's classes: their names or, if it has none, their indices as text."""
     return [pipeline.id2label.get(index, str(index)) for index in range(pipeline.num_classes)]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How accelerate shares a training among processes, as far as it works here."""
+"""The ways accelerate shares a training among processes, as far as they work here."""
 
 from collections.abc import Mapping
 

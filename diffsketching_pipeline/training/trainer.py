@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the training scripts share: arguments, keyed randomness, and a loop that can be killed at any step.
+"""The parts that the training scripts share: arguments, keyed randomness, and a loop that can be killed at any step.
 
 A script builds its modules, says how one sample is prepared and what the loss of one batch is, and hands both to
 [`Trainer`]:
@@ -268,7 +268,7 @@ class Trainer:
             )
 
     def _load_stream_state(self, input_dir: str) -> Any:
-        """Where this process was in its shards; raises `ValueError` where it was not part of the run."""
+        """Read where this process was in its shards; raises `ValueError` if it was not part of the run."""
         index, count = self.accelerator.process_index, self.accelerator.num_processes
         path = Path(input_dir, f"stream_{index}.json")
         if not path.is_file():
@@ -479,12 +479,12 @@ class Trainer:
         return finished
 
     def time_is_up(self) -> bool:
-        """Whether `max_train_minutes` have passed since the trainer was made, by the clock of this process."""
+        """Return whether `max_train_minutes` have passed since the trainer was made, by the clock of this process."""
         limit = self.args.max_train_minutes
         return limit is not None and time.monotonic() - self.started >= 60 * limit
 
     def _any(self, is_so: bool) -> bool:
-        """Whether it is so in any process: the first decides for all, or some would wait for gradients that never come."""
+        """Return whether it is so in any process: the first decides for all, or some would wait for gradients forever."""
         if self.accelerator.num_processes == 1:
             return is_so
         return bool(self.accelerator.gather(torch.tensor(is_so, device=self.accelerator.device)).any())

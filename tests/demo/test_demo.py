@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the drawing page does, without a browser."""
+"""Tests of the drawing page without a browser."""
 
 import base64
 import io
@@ -45,7 +45,7 @@ def pixels(images):
 
 
 def alone(studio, drawing, seed, **arguments):
-    """What the pipeline makes of one seed, by nobody's help."""
+    """Return what the pipeline makes of one seed, without the service."""
     settings = {**studio.call_settings(0.5), **STEPS, **arguments}
     generator = [torch.Generator().manual_seed(seed)]
     return studio.pipe(drawing, class_labels="b", num_images_per_sketch=1, generator=generator, **settings).images

@@ -65,7 +65,7 @@ def address(studio):
 
 @pytest.fixture
 def timesteps(studio):
-    """Of each step that the network begins, the timestep; they may be told apart."""
+    """The timestep of each step that the network begins; they may be told apart."""
     begun = []
     with studio.pipe.unet.register_forward_pre_hook(lambda unet, args: begun.append(int(args[1].max()))):
         yield begun
@@ -207,7 +207,7 @@ def pixels(image):
 
 
 def message_with(browser, text):
-    """What a message that pops up says, if it says `text`."""
+    """Return the message that pops up and contains `text`, else `None`."""
     told = [element.get_attribute("textContent") for element in find(browser, ".toast-body")]
     return next((message for message in told if text in message), None)
 
@@ -434,7 +434,7 @@ def test_phone_width_keyboard_and_labels(browser, address):
 
 
 def test_a_drawn_shape_is_followed(start_browser, browser, monkeypatch):
-    """Of the examples, the photo's contours are nearest to the one that was drawn; with the bundled model."""
+    """The photo's contours are nearest to the one of the examples that was drawn; with the bundled model."""
     from diffsketching_pipeline.evaluation import metrics
 
     pipe = DiffSketchingPipeline.from_pretrained(bundled_checkpoint())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests of the evaluation share: photos, an evaluation network and a model, all tiny and untrained."""
+"""The fixtures that the tests of the evaluation share: photos, an evaluation network and a model, all tiny and untrained."""
 
 import numpy as np
 import pytest

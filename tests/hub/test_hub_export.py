@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an exported folder holds, and what cannot be exported."""
+"""Tests of what an exported folder holds, and of what cannot be exported."""
 
 import ast
 import builtins
@@ -148,7 +148,7 @@ def import_flat(module, tmp_path):
 
 
 def global_names(code):
-    """What a compiled piece of code, and all that is compiled inside of it, looks up in its module."""
+    """Yield the names that compiled code, and all that is compiled inside of it, looks up in its module."""
     yield from (step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):

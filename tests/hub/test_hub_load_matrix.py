@@ -27,7 +27,7 @@ COMPONENTS = ["classifier", "image_encoder", "scheduler", "sketch_encoder", "ske
 
 
 def run_client(hub, tasks, folder, home, *options, **env):
-    """What came of each task in a fresh process."""
+    """Return what came of each task in a fresh process."""
     folder.mkdir(parents=True, exist_ok=True)
     tasks_path, results_path = folder / "tasks.json", folder / "results.json"
     tasks_path.write_text(json.dumps(tasks))

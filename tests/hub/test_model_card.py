@@ -18,7 +18,7 @@ CELL = re.compile(r"(-?[\d.]+)(?: \[(-?[\d.]+), (-?[\d.]+)\])?")
 
 
 def agrees(shown: str, value: float) -> bool:
-    """Whether a number with so many decimals is that value, rounded."""
+    """Return whether a number as shown is that value, rounded to as many decimals."""
     decimals = len(shown.partition(".")[2])
     return abs(float(shown) - value) <= 0.5001 * 10**-decimals
 

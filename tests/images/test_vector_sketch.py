@@ -203,7 +203,7 @@ def test_the_same_shirt_is_read_from_every_way_to_save_it(processor, shirt, name
 
 
 def chromium_pictures(paths, folder, side=400):
-    """What a browser shows of each file, from one page that shows them all."""
+    """Return what a browser shows of each file, from one page that shows them all."""
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("no Chromium to hold it against")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is different where a `vae` makes x_t latents: spaces, sizes, sampling, guidance, editing, files, commands."""
+"""Tests of what differs where a `vae` makes x_t latents: spaces, sizes, sampling, guidance, editing, files, commands."""
 
 import copy
 import json
@@ -306,7 +306,7 @@ TIMESTEP = 300
 
 
 def make_kwargs(pipe, sketch, attached=False):
-    """What the pipeline hands to a callback for two images; without a gradient where nothing needs one."""
+    """Make what the pipeline hands to a callback for two images; without a gradient where nothing needs one."""
     latents, owner, labels = 0.5 * randn(2, *SHAPE, seed=7), torch.tensor([0, 1]), torch.tensor([0, 2])
     with torch.set_grad_enabled(attached):
         latents = latents.requires_grad_(attached)

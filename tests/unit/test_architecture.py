@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which part of the house may import which: the arrows that are never drawn."""
+"""Tests of which part of the package may import which."""
 
 import ast
 import re

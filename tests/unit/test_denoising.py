@@ -42,7 +42,7 @@ def count_calls(module):
 
 
 def to_epsilon(output, latents, timestep, prediction_type):
-    """Of the network's own parametrisation, by the definitions of v and x_t."""
+    """Convert a network's output in its own parametrization to ε, by the definitions of v and x_t."""
     alpha = cosine_alphas_cumprod()[timestep].float()
     if prediction_type == "epsilon":
         return output
@@ -360,7 +360,7 @@ def test_the_given_scheduler_is_not_changed(name):
 @torch.no_grad()
 def test_every_sampler_solves_the_exact_flow_of_gaussian_data(name, strength, tiny_pipeline):
     """
-    Of photos drawn from N(0, σ²) the exact ε is sqrt(1-ᾱ) x_t / v_t with v_t = ᾱ σ² + 1 - ᾱ, and the probability flow
+    The exact ε of photos drawn from N(0, σ²) is sqrt(1-ᾱ) x_t / v_t with v_t = ᾱ σ² + 1 - ᾱ, and the probability flow
     keeps x_t / sqrt(v_t): whatever the start, x_0 is known.
     """
     variance = 0.25

@@ -16,7 +16,7 @@ TIMESTEP = 300
 
 
 def make_kwargs(pipe, sketch, owner=(0, 1), attached=False, clip_sample=False, labels=(0, 2), latents=None):
-    """What the pipeline hands to a callback: the base prediction at `TIMESTEP` for two images."""
+    """Make what the pipeline hands to a callback: the base prediction at `TIMESTEP` for two images."""
     latents = 0.2 * randn(2, 3, SIZE, SIZE, seed=7) if latents is None else latents
     owner = torch.tensor(owner)
     conditioning = Conditioning(torch.tensor(labels)[owner], sketch, owner)
@@ -53,7 +53,7 @@ def norms(x):
 
 
 class AddConstant(PipelineCallback):
-    """As a user would write it, without anything of ours."""
+    """A callback as a user would write it, without anything of ours."""
 
     tensor_inputs = ["latents", "noise_pred_delta"]
 

@@ -25,7 +25,7 @@ def output(unet):
 
 
 def trained(unet):
-    """As after training: no part of the adapter is zero."""
+    """Make the adapter as after training: no part of it is zero."""
     torch.manual_seed(1)
     with torch.no_grad():
         for name, parameter in unet.named_parameters():

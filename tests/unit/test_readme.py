@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the README tells people to paste is run as it stands."""
+"""Tests that run what the README tells people to paste, as it stands."""
 
 import json
 import os

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The project's settings of mypy let it see through the names that matter."""
+"""Tests of the project's settings for its tools, and of the form of its docstrings."""
 
+import ast
 import re
 import shutil
 import subprocess
@@ -53,3 +54,20 @@ def test_git_for_windows_keeps_the_bytes_of_checkpoints_and_the_line_ends_of_scr
         command = ["git", "check-attr", attribute, "--", *map(str, paths)]
         shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
         assert len(shown) == len(paths) > 1 and all(line.endswith(f"{attribute}: {wanted}") for line in shown)
+
+
+def test_docstrings_begin_with_a_verb_or_a_noun():
+    files = [
+        path
+        for folder in ("diffsketching_pipeline", "training", "benchmarks", "examples", "tests")
+        for path in (ROOT / folder).rglob("*.py")
+    ]
+    begun = {}
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+                words = re.findall(r"\w+", ast.get_docstring(node) or "")
+                begun[f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 1)}"] = words[0] if words else ""
+    questions = "What Where How Of Who Whoever Whether Which Whose That If When As".split()
+    assert len(set(begun.values())) > 100
+    assert {place: word for place, word in begun.items() if word in questions} == {}
