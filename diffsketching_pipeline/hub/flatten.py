@@ -47,7 +47,8 @@ def flatten_modules(names: Iterable[str], description: str) -> str:
     """
     Return the source code of modules of this package, and of what they use of the modules that they import, as one file.
 
-    Docstrings are kept where users read them: in the classes that are public names of the package, and in their bases.
+    Docstrings and comments are kept where users read them: in the classes that are public names of the package, and in their
+    bases.
 
     Args:
         names: module names without the package's, e.g. `"pipeline_diffsketching"` or `"images.reading"`.
@@ -212,8 +213,11 @@ def _find_documented(flattened: _Flattened) -> set[str]:
 
 
 def _write_statement(statement: _Statement, documented: set[str]) -> list[str]:
-    """Its lines, without docstrings that no user reads, and with what to say where the package is needed."""
+    """Its lines, without docstrings and comments that no user reads, and with what to say where the package is needed."""
     lines: list[str | None] = list(statement.lines)
+    if not documented.intersection(_defined_names(statement.node)):
+        # Whoever wants to know why a part is as it is reads the package, which has the same functions by the same names.
+        lines = [None if line and line.lstrip().startswith("#") else line for line in statement.lines]
     for child in ast.walk(statement.node):
         if isinstance(child, (ast.FunctionDef, ast.ClassDef)) and len(child.body) > 1 and _is_docstring(child.body[0]):
             is_private = child.name.startswith("_") and child.name != "__call__"

@@ -219,6 +219,8 @@ def test_a_script_that_is_told_to_stop_says_so_by_its_exit_code(how, shapes_dir,
     words = ["--train_data_dir", shapes_dir, "--cache_dir", cache_dir, "--output_dir", tmp_path / "run"]
     words += ["--max_train_steps", "100000", "--dataloader_num_workers", "2", "--checkpoints_total_limit", "2"]
     options = {"stderr": subprocess.PIPE, "text": True, "env": script_env, "start_new_session": True}
+    # A shell that runs the tests in the background has told them to ignore Ctrl-C.
+    options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen([*launcher, SCRIPT, *TINY, *map(str, words)], **options)
 
     def steps():
