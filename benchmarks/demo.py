@@ -29,7 +29,7 @@ from PIL import Image
 
 from diffsketching_pipeline import DiffSketchingPipeline
 from diffsketching_pipeline.demo.page import launch
-from diffsketching_pipeline.demo.service import Studio
+from diffsketching_pipeline.demo.service import DemoService
 from diffsketching_pipeline.registry import find_checkpoint
 
 
@@ -80,21 +80,21 @@ def run_clients(address: str, clients: int, seconds: float, expected: dict[int, 
     return outcomes
 
 
-def photos_alone(studio: Studio, count: int) -> dict[int, np.ndarray]:
+def photos_alone(service: DemoService, count: int) -> dict[int, np.ndarray]:
     """By seed, what the page is to answer."""
-    settings = studio.call_settings(0.5)
+    settings = service.call_settings(0.5)
     photos = {}
     for seed in range(count):
         generator = [torch.Generator().manual_seed(seed)]
-        photo = studio.pipe(str(DRAWING), num_images_per_sketch=1, generator=generator, **settings).images[0]
+        photo = service.pipe(str(DRAWING), num_images_per_sketch=1, generator=generator, **settings).images[0]
         photos[seed] = np.asarray(photo, dtype=int)
     return photos
 
 
-def load(studio: Studio, clients: int, seconds: float) -> None:
+def load(service: DemoService, clients: int, seconds: float) -> None:
     """Prints the outcomes of requests, the memory every tenth of the time, and by how much it grew."""
-    expected = photos_alone(studio, 2 * clients)
-    page = launch(studio)
+    expected = photos_alone(service, 2 * clients)
+    page = launch(service)
     mebibytes: list[float] = []
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
         executor.submit(int).result()  # it has started, and imported all this
@@ -113,10 +113,10 @@ def load(studio: Studio, clients: int, seconds: float) -> None:
         print(f"{count:6d}  {outcome}")
 
 
-def wait(studio: Studio, runs: int, num_images: int) -> None:
+def wait(service: DemoService, runs: int, num_images: int) -> None:
     """Prints medians of what somebody waits for."""
-    clock = NetworkClock(studio.pipe)
-    page = launch(studio)
+    clock = NetworkClock(service.pipe)
+    page = launch(service)
     client = gradio_client.Client(page.local_url, verbose=False)
     rows = []
     for run in range(runs + 1):
@@ -145,11 +145,11 @@ def main() -> None:
     parser.add_argument("--num_images", type=int, default=4)
     args = parser.parse_args()
     pipe = DiffSketchingPipeline.from_pretrained(find_checkpoint(args.model)).to(getattr(torch, args.dtype))
-    studio = Studio(pipe, args.model)
+    service = DemoService(pipe, args.model)
     if args.what == "load":
-        load(studio, args.clients, args.seconds)
+        load(service, args.clients, args.seconds)
     else:
-        wait(studio, args.runs, args.num_images)
+        wait(service, args.runs, args.num_images)
 
 
 if __name__ == "__main__":

@@ -27,10 +27,10 @@ def demo(
     print(f"Loading {model or 'garments-64'} ...", flush=True)
     pipe = load_pipeline(model, device, dtype=dtype)
     from diffsketching_pipeline.demo.page import launch
-    from diffsketching_pipeline.demo.service import Studio
+    from diffsketching_pipeline.demo.service import DemoService
 
     with user_errors((OSError,)):
-        page = launch(Studio(pipe, model), host, port, share, allow_host or ())
+        page = launch(DemoService(pipe, model), host, port, share, allow_host or ())
     print(f"Draw at {page.share_url or page.local_url}; Ctrl+C ends it.", flush=True)
     try:
         page.block_thread()

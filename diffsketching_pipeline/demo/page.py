@@ -29,15 +29,16 @@ from diffsketching_pipeline.demo.service import (
     MAX_IMAGES,
     MAX_SEED,
     MAX_STEPS,
+    DemoService,
     PhotoRequest,
     Photos,
     Progress,
-    Studio,
     example_drawings,
     more_like_this,
     recall,
     remember,
 )
+from diffsketching_pipeline.deprecation import renamed_arguments
 from diffsketching_pipeline.files import write_file
 from diffsketching_pipeline.results import png
 
@@ -51,7 +52,7 @@ MAX_PICTURE_PIXELS = 25_000_000
 _DELETE_CACHE = (600, 3600)
 # Whatever samples takes turns; looking at a drawing does not wait for it.
 _SAMPLING: dict[str, Any] = {"concurrency_id": "sampling", "concurrency_limit": 1}
-# These take their turns in the studio, where those that wait can be stopped, too.
+# These take their turns in the service, where those that wait can be stopped, too.
 _LIVE: dict[str, Any] = {"concurrency_id": "live", "concurrency_limit": 4}
 _PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 _GUESS = "let it guess"
@@ -86,22 +87,22 @@ def _told_to_user() -> Iterator[None]:
 class _Handlers:
     """Handlers of the page's events, each from the values of its inputs to those of its outputs."""
 
-    def __init__(self, studio: Studio):
-        self.studio = studio
+    def __init__(self, service: DemoService):
+        self.service = service
 
     def read_upload(self, path: str | None, threshold: float) -> Any:
         if path is None:
             return gr.skip()
         with _told_to_user():
-            return _on_canvas(self.studio.read_drawing(path, threshold or None))
+            return _on_canvas(self.service.read_drawing(path, threshold or None))
 
     def read_example(self, index: int) -> dict[str, Any]:
-        return _on_canvas(self.studio.read_drawing(example_drawings()[index]))
+        return _on_canvas(self.service.read_drawing(example_drawings()[index]))
 
-    def look_at(self, drawing) -> tuple[Any, Any]:
+    def preview_drawing(self, drawing) -> tuple[Any, Any]:
         """The drawing as the model sees it, and its guess."""
         try:
-            seen, probabilities = self.studio.look_at(_drawing(drawing))
+            seen, probabilities = self.service.preview_drawing(_drawing(drawing))
         except ValueError:
             # Mostly blank: no reason to alarm somebody who has not asked for photos yet.
             return None, None
@@ -141,12 +142,12 @@ class _Handlers:
             settings: dict[str, Any] = {name: _number(name, text) for name, text in written.items()}
             settings["clip_sample"] = _CLIP.get(clip_sample)
             wish = PhotoRequest(_drawing(drawing), label, int(num_images), int(seed), realism, settings)
-            yield from _show(self.studio.make_photos(wish, str(request.session_hash)))
+            yield from _show(self.service.make_photos(wish, str(request.session_hash)))
 
     def stop_live(self, request: gr.Request, live: bool) -> None:
         """Gives up the photos of the strokes before."""
         if live:
-            self.studio.stop(str(request.session_hash))
+            self.service.stop(str(request.session_hash))
 
     def make_photos_live(self, request: gr.Request, live: bool, *values):
         if live:
@@ -159,7 +160,7 @@ class _Handlers:
             if photos is None:
                 raise ValueError("There is no photo yet: make some, and choose one.")
             wish = more_like_this(photos, selected, secrets.randbelow(MAX_SEED))
-            yield from _show(self.studio.make_photos(wish, str(request.session_hash)))
+            yield from _show(self.service.make_photos(wish, str(request.session_hash)))
 
     def start_edit(self, photos: Photos | None, selected: int) -> tuple[Any, Any, Any]:
         """The chosen photo on the canvas of the other tab, large enough to draw on, its class, and that tab."""
@@ -181,7 +182,7 @@ class _Handlers:
             background, strokes = photo["background"].convert("RGB"), _stacked(None, photo["layers"]).convert("RGB")
             label, owner = _label(class_label), str(request.session_hash)
             yield from _show(
-                self.studio.edit_photo(background, strokes, label, int(num_images), int(seed), strength, owner)
+                self.service.edit_photo(background, strokes, label, int(num_images), int(seed), strength, owner)
             )
 
     def interpolate(self, request: gr.Request, first, last, class_label=_GUESS, num_frames=8, seed=0):
@@ -189,10 +190,12 @@ class _Handlers:
         with _told_to_user():
             drawings = [_drawing(first), _drawing(last)]
             owner = str(request.session_hash)
-            yield from _show(self.studio.interpolate(drawings, _label(class_label), int(num_frames), int(seed), owner))
+            yield from _show(
+                self.service.interpolate(drawings, _label(class_label), int(num_frames), int(seed), owner)
+            )
 
     def stop(self, request: gr.Request) -> str:
-        self.studio.stop(str(request.session_hash))
+        self.service.stop(str(request.session_hash))
         return "Stopped."
 
     def keep(self, photos: Photos | None, history: Any) -> Any:
@@ -203,7 +206,7 @@ class _Handlers:
         if photos is None:
             return gr.skip()
         name = f"photos_{photos.records[0]['seed']}.zip"
-        path = _cached(self.studio.archive(photos), name)
+        path = _cached(self.service.archive(photos), name)
         return gr.DownloadButton(value=path, interactive=True)
 
     def reopen(self, history: Any, event: gr.SelectData):
@@ -396,7 +399,7 @@ def _seed(name: str) -> tuple[gr.Number, gr.Checkbox]:
 
 
 def _class(handlers: _Handlers) -> gr.Dropdown:
-    return gr.Dropdown([_GUESS, *handlers.studio.class_names], value=_GUESS, label="What it is")
+    return gr.Dropdown([_GUESS, *handlers.service.class_names], value=_GUESS, label="What it is")
 
 
 @dataclass
@@ -445,12 +448,12 @@ class _Results:
         self.photos.change(handlers.pack, self.photos, self.download, show_progress="hidden", **_PRIVATE)
 
 
-def build_page(studio: Studio) -> gr.Blocks:
-    """The page over `studio`, to be launched with [`launch`]."""
+def build_page(service: DemoService) -> gr.Blocks:
+    """The page over `service`, to be launched with [`launch`]."""
     # Gradio keeps ten thousand events and draws up statistics of them with each new one, also where nobody may see them.
     os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "1")
     os.environ.setdefault("GRADIO_ANALYTICS_CACHE_FREQUENCY", "1000")
-    handlers = _Handlers(studio)
+    handlers = _Handlers(service)
     with gr.Blocks(title="DiffSketching", analytics_enabled=False, delete_cache=_DELETE_CACHE) as page:
         gr.Markdown("# DiffSketching\nDraw a shape, and watch photos of it appear.")
         with gr.Tabs() as tabs:
@@ -547,10 +550,10 @@ def _draw_tab(handlers: _Handlers, page: gr.Blocks) -> tuple[gr.ImageEditor, _Re
     )
     varied = more.click(handlers.more_like_this, [results.photos, selected], **results.shown, **_PRIVATE)
     looked = canvas.change(None, canvas, drawing, js=_COPY).then(
-        handlers.look_at,
+        handlers.preview_drawing,
         drawing,
         [seen, guess],
-        api_name="look_at",
+        api_name="preview_drawing",
         show_progress="hidden",
         concurrency_limit=4,
         trigger_mode="always_last",
@@ -627,8 +630,9 @@ def _interpolation_tab(handlers: _Handlers, first: gr.ImageEditor) -> None:
     results.end(handlers, [made])
 
 
+@renamed_arguments(studio="service")
 def launch(
-    studio: Studio,
+    service: DemoService,
     host: str | None = None,
     port: int | None = None,
     share: bool = False,
@@ -639,7 +643,7 @@ def launch(
     Serves the page in the background. Pillow's limit on the pixels of a picture is lowered for the whole process.
 
     Args:
-        studio ([`Studio`]): the model.
+        service ([`DemoService`]): the model.
         host (`str`, *optional*): address to listen on; `None` is `GRADIO_SERVER_NAME`, or else 127.0.0.1.
         port (`int`, *optional*): `None` is `GRADIO_SERVER_PORT`, or else the first free one from 7860.
         share (`bool`, defaults to `False`): whether to open a public address, too, through Gradio's servers.
@@ -655,7 +659,7 @@ def launch(
     # Gradio decodes pictures before we see them: it, too, is to refuse what unpacks to more than this. Pillow warns at
     # its limit and raises at twice that.
     Image.MAX_IMAGE_PIXELS = MAX_PICTURE_PIXELS // 2
-    page = build_page(studio)
+    page = build_page(service)
     server_name = host or os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1")
     hosts = served_hosts(server_name, allowed_hosts)
     guard = Middleware(Guard, hosts=hosts, max_upload_bytes=MAX_UPLOAD_BYTES)  # type: ignore[arg-type]

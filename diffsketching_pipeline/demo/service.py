@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
+from diffsketching_pipeline.deprecation import renamed_attributes
 from diffsketching_pipeline.images.sketch_processor import SketchProcessor
 from diffsketching_pipeline.pipeline_diffsketching import DiffSketchingPipeline
 from diffsketching_pipeline.pipeline_diffsketching_edit import DiffSketchingEditPipeline
@@ -122,7 +123,7 @@ class _StoppedError(Exception):
     """Ends a call whose owner has stopped it."""
 
 
-class Studio:
+class DemoService:
     """
     One model for everybody: calls run one after another, each with its own seeds, and can be stopped by their owner alone.
 
@@ -174,7 +175,7 @@ class Studio:
         layer.putalpha(lines.resize(layer.size, Image.Resampling.BICUBIC))
         return layer
 
-    def look_at(self, drawing: Image.Image) -> tuple[Image.Image, dict[str, float]]:
+    def preview_drawing(self, drawing: Image.Image) -> tuple[Image.Image, dict[str, float]]:
         """
         The drawing as the model sees it, and the probability of each class where the model can guess.
 
@@ -507,3 +508,8 @@ def _read_png(picture: str) -> Image.Image:
         raise ValueError(f"a picture has {image.width} x {image.height} pixels")
     image.load()
     return image
+
+
+# A type checker would take it for a module that has any name.
+if not TYPE_CHECKING:
+    __getattr__ = renamed_attributes(__name__, Studio="DemoService")

@@ -318,7 +318,7 @@ class Evaluator:
             features.append(described.cpu())
         return torch.cat(probabilities), torch.cat(features)
 
-    def look_at(self, images: ImageSet, batch_size: int, mirror: bool = True) -> ImageSet:
+    def extract_features(self, images: ImageSet, batch_size: int, mirror: bool = True) -> ImageSet:
         """Fills in probabilities and features, with `mirror` also those of the mirrored images."""
         images.probabilities, images.features = self(images.pixels, batch_size, f"Features of {images.name}")
         if mirror:
@@ -331,7 +331,9 @@ def read_training_photos(
 ) -> ImageSet:
     """The training photos with their features, from `cache_dir` where they lie there already."""
     if cache_dir is None:
-        return evaluator.look_at(read_photos(files, "training photos", evaluator.resolution), batch_size, mirror=False)
+        return evaluator.extract_features(
+            read_photos(files, "training photos", evaluator.resolution), batch_size, mirror=False
+        )
     described = [*evaluator.fingerprints.values(), *evaluator.feature_conditions.values()]
     if evaluator.classifier is not None:
         described.append(evaluator.classifier.preprocessor.settings)

@@ -93,7 +93,7 @@ def generation_settings(
     config = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
     plain, system = System(), plan.system
     # What is as in a plain call is left out, so that images made before a setting existed are still known.
-    more = ("withhold", "strength", "guidance_start", "guidance_end")
+    more = ("strength", "guidance_start", "guidance_end")
     return {
         "weights": weights,
         "scheduler": {"class": type(scheduler).__name__, **config},
@@ -105,4 +105,5 @@ def generation_settings(
         **{name: getattr(args, name) for name in ("class_labels", "seed")},
         **{name: getattr(system, name) for name in SAMPLING_NAMES},
         **{n: None if getattr(system, n) == getattr(plain, n) else getattr(system, n) for n in more},
+        "withhold": system.drop or None,  # by the name that the setting had when the first images were made
     }

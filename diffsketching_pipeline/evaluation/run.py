@@ -268,7 +268,7 @@ def score_all(args: EvaluationArguments, inputs: Inputs, train: ImageSet) -> dic
 def score_by(evaluator: Evaluator, args: EvaluationArguments, inputs: Inputs, train: ImageSet) -> dict[str, Scores]:
     """The columns by one judge, with photos at its side; what depends on no judge is measured with the first."""
     is_first, batch_size = evaluator is inputs.evaluator, args.eval_batch_size
-    reference = evaluator.look_at(inputs.reference.at(evaluator.resolution), batch_size)
+    reference = evaluator.extract_features(inputs.reference.at(evaluator.resolution), batch_size)
     strokes = (inputs.sketches[:, 0] < 0).numpy()
     settings = {name: getattr(args, name) for name in ("split", "num_bootstrap_samples", "lpips_net")}
     settings["resolution"] = args.resolution if is_first else None
@@ -280,7 +280,7 @@ def score_by(evaluator: Evaluator, args: EvaluationArguments, inputs: Inputs, tr
     scores = {}
     for images in [*systems, noise]:
         images.conditions = {**scorer.drawn, **images.conditions}
-        evaluator.look_at(images, batch_size)
+        evaluator.extract_features(images, batch_size)
         scores[images.name] = scorer.score_system(images) if is_first else scorer.judge_system(images)
         if is_first and args.perceptual_sketch_distance and inputs.pipeline is not None:
             reader = sketch_reader(args, max(inputs.pipeline.height, inputs.pipeline.width))

@@ -4,8 +4,8 @@
 A file for `--systems` maps names to what differs from a plain call of the pipeline:
 
     full: {}
-    unconditional: {withhold: [sketch, class], classifier_guidance_scale: 0}
-    sdedit: {withhold: [sketch], strength: 0.7, classifier_guidance_scale: 0}
+    unconditional: {drop: [sketch, class], classifier_guidance_scale: 0}
+    sdedit: {drop: [sketch], strength: 0.7, classifier_guidance_scale: 0}
     unipc-10: {scheduler: UniPCMultistepScheduler, num_inference_steps: 10}
 
 What is withheld is not told to the UNet. The drawing still serves as start (`strength`), for the perceptual guidance and to
@@ -24,6 +24,7 @@ import torch
 import yaml
 
 from diffsketching_pipeline import DiffSketchingPipeline
+from diffsketching_pipeline.deprecation import warn_renamed
 from diffsketching_pipeline.evaluation.image_sets import Drawing
 from diffsketching_pipeline.pipeline_options import SamplingOptions
 from diffsketching_pipeline.schedulers import (
@@ -56,7 +57,7 @@ class System:
 
     Attributes:
         name: the column of the table, and the folder of the images.
-        withhold: what the UNet is not told: `"sketch"`, `"class"`, both or nothing.
+        drop: what the UNet is not told: `"sketch"`, `"class"`, both or nothing.
         scheduler: name of a scheduler of diffusers, with the noise schedule of the checkpoint's own.
         timestep_spacing: the scheduler's spacing, if not the checkpoint's.
         strength, guidance_start, guidance_end, num_inference_steps, eta, sketch_abstraction, sketch_guidance_scale,
@@ -64,7 +65,7 @@ class System:
     """
 
     name: str = "generated"
-    withhold: tuple[str, ...] = ()
+    drop: tuple[str, ...] = ()
     scheduler: str | None = None
     timestep_spacing: str | None = None
     strength: float = 1.0
@@ -80,11 +81,11 @@ class System:
     def build(self, pipeline: DiffSketchingPipeline) -> DiffSketchingPipeline:
         """The pipeline that generates for this system; shares what it does not change with the given one."""
         unet, scheduler = pipeline.unet, pipeline.scheduler
-        if "sketch" in self.withhold and pipeline.takes_sketch:
+        if "sketch" in self.drop and pipeline.takes_sketch:
             unet = without_sketch(unet, pipeline.sample_channels)
-        if "class" in self.withhold and unet.config.num_class_embeds is not None:
+        if "class" in self.drop and unet.config.num_class_embeds is not None:
             if pipeline.null_class is None:
-                raise ValueError(f"{self._place} has `withhold` class, but the UNet has no 'no class'.")
+                raise ValueError(f"{self._place} has `drop` class, but the UNet has no 'no class'.")
             unet = without_class(unet, pipeline.null_class)
         if self.scheduler is not None or self.timestep_spacing is not None:
             kind = type(scheduler) if self.scheduler is None else getattr(diffusers, self.scheduler)
@@ -126,12 +127,13 @@ class System:
             "strength": self.strength,
             "guidance_start": self.guidance_start,
             "guidance_end": self.guidance_end,
-            "withhold": list(self.withhold),
+            # The key of `metrics.json` since before the setting was renamed.
+            "withhold": list(self.drop),
         }
 
     def uses_class(self, pipeline: DiffSketchingPipeline) -> bool:
         """Return whether a class has any influence on the images."""
-        told = pipeline.unet.config.num_class_embeds is not None and "class" not in self.withhold
+        told = pipeline.unet.config.num_class_embeds is not None and "class" not in self.drop
         return told or self.resolve(pipeline)["classifier_guidance_scale"] != 0
 
     def uses_drawing(self, pipeline: DiffSketchingPipeline) -> bool:
@@ -196,6 +198,11 @@ def _read_system(name: str, settings: Any, path: str) -> System:
         raise ValueError(f"{place} must be a name of letters, digits and `_.+-`: it becomes a folder.")
     if not isinstance(settings, dict):
         raise ValueError(f"{place} must hold `setting: value`, but holds {settings!r}.")
+    if "withhold" in settings:
+        warn_renamed("withhold", "drop")
+        if "drop" in settings:
+            raise ValueError(f"{place} has `withhold`, the old name of `drop`, too: give one of them.")
+        settings = {"drop" if key == "withhold" else key: value for key, value in settings.items()}
     known = [f.name for f in fields(System) if f.name != "name"]
     for key in settings:
         if key not in known:
@@ -203,10 +210,10 @@ def _read_system(name: str, settings: Any, path: str) -> System:
             hint = f"did you mean `{close[0]}`?" if close else f"there are {', '.join(known)}."
             raise ValueError(f"{place} has the unknown setting {key!r}: {hint}")
     settings = dict(settings)
-    withhold = settings.pop("withhold", [])
-    withhold = [withhold] if isinstance(withhold, str) else withhold
-    if not isinstance(withhold, list) or not set(withhold) <= {"sketch", "class"}:
-        raise ValueError(f"{place} must have `withhold` sketch, class or [sketch, class], but has {withhold!r}.")
+    drop = settings.pop("drop", [])
+    drop = [drop] if isinstance(drop, str) else drop
+    if not isinstance(drop, list) or not set(drop) <= {"sketch", "class"}:
+        raise ValueError(f"{place} must have `drop` sketch, class or [sketch, class], but has {drop!r}.")
     scheduler, names = settings.get("scheduler"), [kind.__name__ for kind in SUPPORTED_SCHEDULERS]
     if scheduler is not None and scheduler not in names:
         raise ValueError(f"{place} has the `scheduler` {scheduler!r}: there are {', '.join(names)}.")
@@ -215,11 +222,11 @@ def _read_system(name: str, settings: Any, path: str) -> System:
             continue
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ValueError(f"{place} must have a number for `{key}`, but has {value!r}.")
-    return System(name=name, withhold=tuple(sorted(set(withhold))), **settings)
+    return System(name=name, drop=tuple(sorted(set(drop))), **settings)
 
 
 def with_defaults(system: System, defaults: dict[str, Any]) -> System:
     """A system with `defaults` in the place of what it leaves to the checkpoint, and of what it can be told at all."""
-    if "sketch" in system.withhold:
+    if "sketch" in system.drop:
         defaults = {**defaults, "sketch_abstraction": None}
     return replace(system, **{name: value for name, value in defaults.items() if getattr(system, name) is None})

@@ -16,10 +16,10 @@ except ModuleNotFoundError as error:
 
 from diffsketching_pipeline import DiffSketchingPipeline
 from diffsketching_pipeline.demo.page import launch
-from diffsketching_pipeline.demo.service import Studio
+from diffsketching_pipeline.demo.service import DemoService
 from diffsketching_pipeline.registry import find_checkpoint
 
 
 model = os.environ.get("DIFFSKETCHING_MODEL") or None
 pipe = DiffSketchingPipeline.from_pretrained(find_checkpoint(model))
-launch(Studio(pipe, model)).block_thread()
+launch(DemoService(pipe, model)).block_thread()

@@ -33,7 +33,7 @@ gradio_client = pytest.importorskip("gradio_client", reason="Gradio is not insta
 from diffsketching_pipeline import DiffSketchingPipeline, SketchProcessor, bundled_checkpoint  # noqa: E402
 from diffsketching_pipeline.demo import guard  # noqa: E402
 from diffsketching_pipeline.demo import page as demo_page  # noqa: E402
-from diffsketching_pipeline.demo.service import CANVAS_SIZE, PhotoRequest, Studio, example_drawings  # noqa: E402
+from diffsketching_pipeline.demo.service import CANVAS_SIZE, DemoService, PhotoRequest, example_drawings  # noqa: E402
 
 
 # The outline of the pants among the examples, in pixels of the canvas.
@@ -51,23 +51,23 @@ def pixel_limit():
 
 
 @pytest.fixture(scope="module")
-def studio(tiny_pipeline_factory):
+def service(tiny_pipeline_factory):
     recommended = {"num_inference_steps": 12, "sketch_guidance_scale": 2.0, "classifier_guidance_scale": 1.0}
-    return Studio(tiny_pipeline_factory(recommended=recommended))
+    return DemoService(tiny_pipeline_factory(recommended=recommended))
 
 
 @pytest.fixture(scope="module")
-def address(studio):
-    page = demo_page.launch(studio)
+def address(service):
+    page = demo_page.launch(service)
     yield page.local_url
     page.close()
 
 
 @pytest.fixture
-def timesteps(studio):
+def timesteps(service):
     """The timestep of each step that the network begins; they may be told apart."""
     begun = []
-    with studio.pipe.unet.register_forward_pre_hook(lambda unet, args: begun.append(int(args[1].max()))):
+    with service.pipe.unet.register_forward_pre_hook(lambda unet, args: begun.append(int(args[1].max()))):
         yield begun
 
 
@@ -242,25 +242,25 @@ def test_strokes_become_photos_that_are_there_after_a_reload(browser, address, d
     assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
 
 
-def test_stop_ends_it_within_a_step_and_says_so(browser, address, studio, timesteps, monkeypatch):
+def test_stop_ends_it_within_a_step_and_says_so(browser, address, service, timesteps, monkeypatch):
     # Steps that take as long as those of a model, or a browser that is short of processor time comes too late.
-    monkeypatch.setitem(studio.pipe.recommended, "num_inference_steps", 500)
-    forward = studio.pipe.unet.forward
-    monkeypatch.setattr(studio.pipe.unet, "forward", lambda *args, **kw: (time.sleep(0.1), forward(*args, **kw))[1])
+    monkeypatch.setitem(service.pipe.recommended, "num_inference_steps", 500)
+    forward = service.pipe.unet.forward
+    monkeypatch.setattr(service.pipe.unet, "forward", lambda *args, **kw: (time.sleep(0.1), forward(*args, **kw))[1])
     begun_at_stop = []
-    stop = studio.stop
-    monkeypatch.setattr(studio, "stop", lambda owner: (stop(owner), begun_at_stop.append(len(timesteps))))
+    stop = service.stop
+    monkeypatch.setattr(service, "stop", lambda owner: (stop(owner), begun_at_stop.append(len(timesteps))))
     open_page(browser, address)
     draw(browser, SQUARE)
     click(browser, "#draw-make")
     wait_for(lambda: find(browser, "#draw-status progress[max='500']"))
     click(browser, "#draw-stop")
     wait_for(lambda: find(browser, "#draw-status")[0].text == "Stopped.")
-    wait_for(lambda: studio._running == [], 10)
+    wait_for(lambda: service._running == [], 10)
     assert begun_at_stop[0] <= len(timesteps) <= begun_at_stop[0] + 1 < 500
 
 
-def test_live_photos_are_those_of_all_strokes(browser, address, downloads, studio, timesteps):
+def test_live_photos_are_those_of_all_strokes(browser, address, downloads, service, timesteps):
     """Each stroke makes photos, and gives up those of the strokes before it."""
     open_page(browser, address)
     keep_seed(browser, 3)
@@ -272,13 +272,13 @@ def test_live_photos_are_those_of_all_strokes(browser, address, downloads, studi
         if len(timesteps) == 3:
             drawn_on.wait(400)
 
-    with studio.pipe.unet.register_forward_pre_hook(wait_for_strokes):
+    with service.pipe.unet.register_forward_pre_hook(wait_for_strokes):
         before = draw(browser, SQUARE).get_attribute("src")
         wait_for(lambda: len(timesteps) >= 3)
         stroke(browser, CIRCLE)
         wait_for(lambda: find(browser, ".seen img")[0].get_attribute("src") != before)
         # The second stroke has asked for the first one's end, which waits for the step that is held.
-        wait_for(lambda: any(stopped.is_set() for _, stopped in [*studio._running]))
+        wait_for(lambda: any(stopped.is_set() for _, stopped in [*service._running]))
         drawn_on.set()
         # There is nothing to download before photos are finished.
         drawing = download(browser, downloads)[0]["drawing.png"]
@@ -286,7 +286,7 @@ def test_live_photos_are_those_of_all_strokes(browser, address, downloads, studi
     first, last = max(timesteps), min(timesteps)
     assert timesteps.count(first) >= 2 and timesteps.count(last) == 1
     assert all(pixels(drawing)[y - 4 : y + 4, x - 4 : x + 4].min() < 128 for x, y in ((120, 256), (256, 346)))
-    *_, alone = studio.make_photos(PhotoRequest(drawing, num_images=1, seed=3), "alone")
+    *_, alone = service.make_photos(PhotoRequest(drawing, num_images=1, seed=3), "alone")
     assert np.abs(pixels(photo) - pixels(alone.images[0])).max() <= 2
 
 
@@ -309,8 +309,8 @@ def test_what_is_left_empty_in_the_drawer_is_the_models(browser, address, downlo
     assert "strength" not in record and "clip_sample" not in record
 
 
-def test_the_chosen_photo_is_edited_where_it_was_drawn_on(browser, address, downloads, studio, monkeypatch):
-    monkeypatch.setitem(studio._edit_pipe.recommended, "num_inference_steps", 4)
+def test_the_chosen_photo_is_edited_where_it_was_drawn_on(browser, address, downloads, service, monkeypatch):
+    monkeypatch.setitem(service._edit_pipe.recommended, "num_inference_steps", 4)
     open_page(browser, address)
     draw(browser, SQUARE)
     set_number(browser, "#num-images", 1)
@@ -336,7 +336,7 @@ def test_the_chosen_photo_is_edited_where_it_was_drawn_on(browser, address, down
     assert (pixels(edits[0]) != pixels(edits[1])).any()
 
 
-def test_frames_lead_from_one_canvas_to_the_other(browser, address, downloads, studio):
+def test_frames_lead_from_one_canvas_to_the_other(browser, address, downloads, service):
     open_page(browser, address)
     draw(browser, SQUARE)
     open_tab(browser, "In between")
@@ -350,7 +350,7 @@ def test_frames_lead_from_one_canvas_to_the_other(browser, address, downloads, s
     drawn = [pixels(files[f"drawing_{k}.png"])[..., 0] < 128 for k in (0, 1)]
     assert [lines[120, 256] for lines in drawn] == [True, False]
     for frame, lines in ((frames[0], "drawing_0.png"), (frames[2], "drawing_1.png")):
-        *_, alone = studio.make_photos(PhotoRequest(files[lines], num_images=1, seed=8), "alone")
+        *_, alone = service.make_photos(PhotoRequest(files[lines], num_images=1, seed=8), "alone")
         assert np.abs(pixels(frame) - pixels(alone.images[0])).max() <= 2
     assert (
         np.abs(pixels(frames[1]) - pixels(frames[0])).max() > 2 < np.abs(pixels(frames[1]) - pixels(frames[2])).max()
@@ -390,9 +390,9 @@ def test_bad_uploads_are_told_and_good_ones_drawn(browser, address, tmp_path):
     wait_for(lambda: (pixels(fetch(find(browser, ".seen img")[0].get_attribute("src"))) != pixels(seen)).any())
 
 
-def test_two_browsers_at_once_get_their_own(browser, start_browser, address, studio, monkeypatch):
+def test_two_browsers_at_once_get_their_own(browser, start_browser, address, service, monkeypatch):
     """Each ends up with what it gets alone for its drawing and seed."""
-    monkeypatch.setitem(studio.pipe.recommended, "num_inference_steps", 40)
+    monkeypatch.setitem(service.pipe.recommended, "num_inference_steps", 40)
     browsers = [browser, start_browser()]
     for one, points, seed in zip(browsers, (SQUARE, CIRCLE), (5, 6), strict=True):
         open_page(one, address)
@@ -438,7 +438,7 @@ def test_a_drawn_shape_is_followed(start_browser, browser, monkeypatch):
     from diffsketching_pipeline.evaluation import metrics
 
     pipe = DiffSketchingPipeline.from_pretrained(bundled_checkpoint())
-    page = demo_page.launch(Studio(pipe))
+    page = demo_page.launch(DemoService(pipe))
     try:
         open_page(browser, page.local_url)
         draw(browser, PANTS)
@@ -455,7 +455,7 @@ def test_a_drawn_shape_is_followed(start_browser, browser, monkeypatch):
 # -- by its API --
 
 
-def test_the_api_makes_photos_and_tells_what_is_wrong(address, studio, tmp_path):
+def test_the_api_makes_photos_and_tells_what_is_wrong(address, service, tmp_path):
     page = Image.new("RGB", (120, 120), "white")
     ImageDraw.Draw(page).rectangle((30, 20, 90, 100), outline="black", width=4)
     page.save(tmp_path / "box.png")
@@ -463,9 +463,9 @@ def test_the_api_makes_photos_and_tells_what_is_wrong(address, studio, tmp_path)
     canvas = {"background": gradio_client.handle_file(tmp_path / "box.png"), "layers": [], "composite": None}
     arguments = {"drawing": canvas, "class_label": "b", "num_images": 2, "seed": 9}
     gallery, status = client.predict(**arguments, api_name="/make_photos")[:2]
-    settings = studio.call_settings(0.5)
+    settings = service.call_settings(0.5)
     generator = [torch.Generator().manual_seed(10)]
-    alone = studio.pipe(page, "b", num_images_per_sketch=1, generator=generator, **settings).images[0]
+    alone = service.pipe(page, "b", num_images_per_sketch=1, generator=generator, **settings).images[0]
     assert np.abs(pixels(Image.open(gallery[1]["image"]).convert("RGB")) - pixels(alone)).max() <= 2 and status == ""
     with pytest.raises(gradio_client.exceptions.AppError, match="There is no drawing yet"):
         client.predict(drawing=None, api_name="/make_photos")
@@ -490,12 +490,12 @@ def test_a_program_may_leave_the_composite_out():
 
 
 @pytest.mark.slow
-def test_a_full_queue_says_so(monkeypatch, studio, tmp_path):
+def test_a_full_queue_says_so(monkeypatch, service, tmp_path):
     monkeypatch.setattr(demo_page, "MAX_WAITING", 1)
     Image.linear_gradient("L").point(lambda level: 255 * (level > 100)).save(tmp_path / "half.png")
-    page = demo_page.launch(studio)
+    page = demo_page.launch(service)
     busy = threading.Event()
-    studio._executor.submit(busy.wait, 60)
+    service._executor.submit(busy.wait, 60)
     try:
         client = gradio_client.Client(page.local_url, verbose=False)
         canvas = {"background": gradio_client.handle_file(tmp_path / "half.png"), "layers": [], "composite": None}
@@ -577,14 +577,14 @@ MULTIPART = {"Content_Type": "multipart/form-data; boundary=x"}
 JSON = {"Content_Type": "application/json"}
 
 
-def test_attacks_are_answered_at_once_while_another_request_goes_on(address, studio, monkeypatch, tmp_path):
+def test_attacks_are_answered_at_once_while_another_request_goes_on(address, service, monkeypatch, tmp_path):
     Image.linear_gradient("L").point(lambda level: 255 * (level > 100)).save(tmp_path / "half.png")
     client = gradio_client.Client(address, verbose=False)
     canvas = {"background": gradio_client.handle_file(tmp_path / "half.png"), "layers": [], "composite": None}
     arguments = {"drawing": canvas, "class_label": "b", "num_images": 1, "api_name": "/make_photos"}
     expected = [photo["image"] for photo in client.predict(**arguments)[0]]
     go_on = threading.Event()
-    with studio.pipe.unet.register_forward_pre_hook(lambda unet, inputs: go_on.wait(60) and None):
+    with service.pipe.unet.register_forward_pre_hook(lambda unet, inputs: go_on.wait(60) and None):
         others = client.submit(**arguments)
         megabyte = 2**20 * b"x"
         api = "/gradio_api"
@@ -612,10 +612,10 @@ def test_attacks_are_answered_at_once_while_another_request_goes_on(address, stu
 
 
 @pytest.mark.slow
-def test_an_address_uploads_no_more_than_its_share(studio, monkeypatch):
+def test_an_address_uploads_no_more_than_its_share(service, monkeypatch):
     monkeypatch.setattr(guard, "MAX_UPLOADED_BYTES", 10_000)
     monkeypatch.setattr(guard, "_UPLOAD_SECONDS", 5.0)
-    page = demo_page.launch(studio)
+    page = demo_page.launch(service)
     try:
         path, began = "/gradio_api/upload", time.monotonic()
         statuses = [send(page.local_url, path, as_upload(3000 * b"x"), **MULTIPART)[0] for _ in range(5)]
@@ -688,9 +688,9 @@ def test_of_the_cache_only_old_empty_folders_are_removed(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "used"]
 
 
-def test_a_request_whose_sender_has_gone_is_not_computed(address, studio, timesteps):
+def test_a_request_whose_sender_has_gone_is_not_computed(address, service, timesteps):
     busy = threading.Event()
-    studio._executor.submit(busy.wait, 60)
+    service._executor.submit(busy.wait, 60)
     port = int(address.rstrip("/").rpartition(":")[2])
     meta = {"_type": "gradio.FileData"}
     try:

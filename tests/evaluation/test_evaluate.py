@@ -264,7 +264,11 @@ def test_generates_resumes_and_scores(arguments, model_dir, drawings_dir, photos
     expected = float(torch.cdist(unit, unit)[same].mean())
     assert system["pairwise_distance_same_class"]["value"] == pytest.approx(expected, rel=1e-4)
     photos = image_sets.list_class_folders(photos_dir / "validation", "reference")
-    real = Evaluator(str(evaluator_dir), SIZE).look_at(image_sets.read_photos(photos, "photos", SIZE), 32).features
+    real = (
+        Evaluator(str(evaluator_dir), SIZE)
+        .extract_features(image_sets.read_photos(photos, "photos", SIZE), 32)
+        .features
+    )
     assert system["precision"]["value"] == pytest.approx(metrics.precision(features, real), abs=1 / 36 + 1e-9)
     assert system["recall"]["value"] == pytest.approx(metrics.recall(features, real), abs=1 / 72 + 1e-9)
     assert scores["training_photos"]["precision"]["value"] > 0.5 and scores["reference_photos"]["recall"]["n"] == 36
@@ -504,7 +508,7 @@ def test_agreement_is_relative_to_photos_with_the_drawings_classes(photos_dir, e
     # Three times as many squares as discs among the drawings, as many among the photos.
     drawings = image_sets.read_drawings(drawings_dir)
     selected = drawings[:2] + drawings[6:12]
-    reference = evaluator.look_at(image_sets.read_photos(files, "photos", SIZE), 32)
+    reference = evaluator.extract_features(image_sets.read_photos(files, "photos", SIZE), 32)
     scorer = scoring.Scorer(
         evaluator,
         drawings,

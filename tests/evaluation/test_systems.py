@@ -113,7 +113,7 @@ def test_a_withheld_drawing_still_starts_guides_and_names_the_class(pipeline, jo
         {"strength": 0.5},
         {"perceptual_guidance_scale": 0.5},
         {"classifier_guidance_scale": 20.0},
-        {"withhold": ("sketch",)},
+        {"drop": ("sketch",)},
     ):
         system = systems.replace(plain, **change)
         images = sample(system, pipeline, jobs)
@@ -127,9 +127,9 @@ def test_a_withheld_drawing_still_starts_guides_and_names_the_class(pipeline, jo
     torch.testing.assert_close(images, expected)
 
 
-def test_withholding_a_class_needs_no_class(pipeline):
+def test_dropping_a_class_needs_no_class(pipeline):
     unet = UNet2DModel.from_config(pipeline.unet.config, num_class_embeds=2)
-    with pytest.raises(ValueError, match="'blind' has `withhold` class, but the UNet has no 'no class'"):
+    with pytest.raises(ValueError, match="'blind' has `drop` class, but the UNet has no 'no class'"):
         System("blind", ("class",)).build(DiffSketchingPipeline.from_pipe(pipeline, unet=unet))
 
 
@@ -168,9 +168,7 @@ def test_what_cannot_be_generated_is_known_before(system, message, pipeline):
 
 def test_systems_are_read_in_order(tmp_path):
     path = tmp_path / "systems.yaml"
-    path.write_text(
-        "full:\nfloor: {withhold: [sketch, class], eta: 0}\nsdedit-0.5: {withhold: sketch, strength: 0.5}\n"
-    )
+    path.write_text("full:\nfloor: {drop: [sketch, class], eta: 0}\nsdedit-0.5: {drop: sketch, strength: 0.5}\n")
     full, floor, sdedit = systems.read_systems(str(path))
     assert full == System("full")
     assert floor == System("floor", ("class", "sketch"), eta=0)
@@ -200,6 +198,16 @@ def test_the_abstraction_of_a_system_is_that_of_its_images(latent_pipeline, larg
     assert (images[None] - images[0.75]).abs().max() > 1e-3
 
 
+def test_the_old_name_of_a_setting_is_read_with_a_warning(tmp_path):
+    path = tmp_path / "systems.yaml"
+    path.write_text("floor: {withhold: [sketch, class], eta: 0}\n")
+    with pytest.warns(FutureWarning, match="`withhold` is now `drop`"):
+        assert systems.read_systems(str(path)) == [System("floor", drop=("class", "sketch"), eta=0)]
+    path.write_text("floor: {withhold: sketch, drop: class}\n")
+    with pytest.warns(FutureWarning), pytest.raises(ValueError, match="'floor'.*`withhold`.*`drop`"):
+        systems.read_systems(str(path))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -208,7 +216,7 @@ def test_the_abstraction_of_a_system_is_that_of_its_images(latent_pipeline, larg
         ("a/b: {}", "'a/b' must be a name"),
         ("a: 3", "'a'.*`setting: value`.* 3"),
         ("a: {strenght: 0.5}", "'a'.*'strenght'.*`strength`"),
-        ("a: {withhold: photo}", r"'a'.*`withhold`.*'photo'"),
+        ("a: {drop: photo}", r"'a'.*`drop`.*'photo'"),
         ("a: {scheduler: Euler}", "'a'.*`scheduler` 'Euler'.*DDIMScheduler"),
         ("a: {strength: half}", "'a'.*`strength`.*'half'"),
     ],
@@ -253,10 +261,10 @@ def test_evaluations_are_counted_for_every_network(pipeline, jobs):
     # The drawing goes through F_s for its class and for its features, and what P draws at each step.
     perceptual = {"unet": 4, "sketcher": 4, "sketch_encoder": 6}
     assert evaluations(**off | {"perceptual_guidance_scale": 0.1}) == perceptual
-    assert evaluations(**off, withhold=("class", "sketch")) == {"unet": 4}
+    assert evaluations(**off, drop=("class", "sketch")) == {"unet": 4}
     assert evaluations(**off, strength=0.5) == {"unet": 2, "sketch_encoder": 1}
     # Where no class is used, none is guessed.
-    assert evaluations(**off, strength=0.5, withhold=("class", "sketch")) == {"unet": 2}
+    assert evaluations(**off, strength=0.5, drop=("class", "sketch")) == {"unet": 2}
 
 
 @pytest.mark.slow
@@ -281,7 +289,7 @@ def test_systems_become_columns_with_costs_and_losses(pipeline, arguments, drawi
     pipeline.save_pretrained(tmp_path / "model")
     content = {
         "full": {"classifier_guidance_scale": 1.0},
-        "floor": {"withhold": ["sketch", "class"], "classifier_guidance_scale": 0},
+        "floor": {"drop": ["sketch", "class"], "classifier_guidance_scale": 0},
         "unipc": {"scheduler": "UniPCMultistepScheduler", "classifier_guidance_scale": 0},
     }
     (tmp_path / "systems.yaml").write_text(yaml.safe_dump(content, sort_keys=False))

@@ -652,21 +652,21 @@ def test_the_command_line_refuses_an_abstraction_that_is_none(checkpoint, drawin
 
 def test_the_page_previews_photos_of_latents(latent_pipeline_factory, drawing, photo):
     pytest.importorskip("gradio", reason="Gradio is not installed: pip install .[demo]")
-    from diffsketching_pipeline.demo.service import PhotoRequest, Studio, more_like_this
+    from diffsketching_pipeline.demo.service import DemoService, PhotoRequest, more_like_this
 
-    studio = Studio(latent_pipeline_factory(recommended={"num_inference_steps": 5, "sketch_abstraction": 0.25}))
-    assert studio.call_settings(0.5)["sketch_guidance_scale"] == 2.0
+    service = DemoService(latent_pipeline_factory(recommended={"num_inference_steps": 5, "sketch_abstraction": 0.25}))
+    assert service.call_settings(0.5)["sketch_guidance_scale"] == 2.0
     page = Image.open(drawing).resize((120, 100))
-    *progress, photos = studio.make_photos(PhotoRequest(page, "b", 2, seed=7), "me")
+    *progress, photos = service.make_photos(PhotoRequest(page, "b", 2, seed=7), "me")
     previews = [image for update in progress for image in update.images or []]
     assert len(previews) == 4 and {image.size for image in [*previews, *photos.images]} == {(PIXEL_SIZE, PIXEL_SIZE)}
     assert photos.records[0]["sketch_abstraction"] == 0.25
-    *_, like = studio.make_photos(more_like_this(photos, 1, seed=3, num_images=1), "me")
+    *_, like = service.make_photos(more_like_this(photos, 1, seed=3, num_images=1), "me")
     assert like.records[0]["variations"] and like.images[0].size == (PIXEL_SIZE, PIXEL_SIZE)
     strokes = Image.open(drawing)
-    *_, edited = studio.edit_photo(photo, strokes, "a", 1, 0, 0.5, "me")
+    *_, edited = service.edit_photo(photo, strokes, "a", 1, 0, 0.5, "me")
     assert edited.images[0].size == photo.size
-    *_, frames = studio.interpolate([page, page.rotate(90, fillcolor="white")], "a", 2, 0, "me")
+    *_, frames = service.interpolate([page, page.rotate(90, fillcolor="white")], "a", 2, 0, "me")
     assert len(frames.images) == 2
 
 
