@@ -28,8 +28,8 @@ from guidance import NetworkClock
 from PIL import Image
 
 from diffsketching_pipeline import DiffSketchingPipeline
-from diffsketching_pipeline.demo.page import launch
 from diffsketching_pipeline.demo.service import DemoService
+from diffsketching_pipeline.demo.serving import launch
 from diffsketching_pipeline.registry import find_checkpoint
 
 

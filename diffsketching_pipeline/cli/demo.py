@@ -26,8 +26,8 @@ def demo(
         raise UserError("this needs Gradio: `pip install 'diffsketching_pipeline[demo]'`.")
     print(f"Loading {model or 'garments-64'} ...", flush=True)
     pipe = load_pipeline(model, device, dtype=dtype)
-    from diffsketching_pipeline.demo.page import launch
     from diffsketching_pipeline.demo.service import DemoService
+    from diffsketching_pipeline.demo.serving import launch
 
     with user_errors((OSError,)):
         page = launch(DemoService(pipe, model), host, port, share, allow_host or ())

@@ -1,27 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """The drawing page: what is on it, and which part of it calls what in `service.py`."""
 
-import asyncio
 import functools
+import html
 import json
 import os
 import secrets
-import time
-from collections.abc import AsyncIterator, Collection, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import gradio as gr
 from gradio.processing_utils import hash_bytes
 from gradio.utils import LRUCache, get_upload_folder
 from gradio_client.utils import is_http_url_like
 from PIL import Image, ImageOps
-from starlette.middleware import Middleware
 
-from diffsketching_pipeline.demo.guard import Guard, served_hosts
 from diffsketching_pipeline.demo.service import (
     CANVAS_SIZE,
     MAX_FRAMES,
@@ -38,28 +34,26 @@ from diffsketching_pipeline.demo.service import (
     recall,
     remember,
 )
-from diffsketching_pipeline.deprecation import renamed_arguments
 from diffsketching_pipeline.files import write_file
+from diffsketching_pipeline.messages import brief
 from diffsketching_pipeline.results import png
 
 
 # Requests that may wait; whoever comes then is told that the queue is full.
 MAX_WAITING = 16
-MAX_UPLOAD_BYTES = 16 * 2**20
-# Of an uploaded picture: a phone's photos have no more. Others wait while it is decoded.
-MAX_PICTURE_PIXELS = 25_000_000
 # Pictures that were shown are deleted after an hour; every ten minutes it is looked for them.
-_DELETE_CACHE = (600, 3600)
+DELETE_CACHE = (600, 3600)
 # Whatever samples takes turns; looking at a drawing does not wait for it.
 _SAMPLING: dict[str, Any] = {"concurrency_id": "sampling", "concurrency_limit": 1}
 # These take their turns in the service, where those that wait can be stopped, too.
 _LIVE: dict[str, Any] = {"concurrency_id": "live", "concurrency_limit": 4}
 _PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 _GUESS = "let it guess"
+_DOUBT = "This may be none of the things that it knows. If it is one, choose which below."
 _UPLOADS = ("image", ".svg", ".ndjson")
 _COPY = "canvas => canvas"
 _HAND_OVER = f"(canvas, seed, keep) => [canvas, keep ? seed : Math.floor(Math.random() * {MAX_SEED})]"
-_CSS = """
+CSS = """
 /* Scroll bars and fields that are the browser's own. */
 .dark { color-scheme: dark; }
 /* Each pixel that the model sees is to be told apart. */
@@ -99,14 +93,14 @@ class _Handlers:
     def read_example(self, index: int) -> dict[str, Any]:
         return _on_canvas(self.service.read_drawing(example_drawings()[index]))
 
-    def preview_drawing(self, drawing) -> tuple[Any, Any]:
-        """The drawing as the model sees it, and its guess."""
+    def preview_drawing(self, drawing) -> tuple[Any, Any, str]:
+        """The drawing as the model sees it, its guess, and a sentence if it may be of none of the classes."""
         try:
             seen, probabilities = self.service.preview_drawing(_drawing(drawing))
         except ValueError:
             # Mostly blank: no reason to alarm somebody who has not asked for photos yet.
-            return None, None
-        return seen, probabilities or None
+            return None, None, ""
+        return seen, probabilities or None, _DOUBT if self.service.is_unfamiliar(probabilities) else ""
 
     def make_photos(
         self,
@@ -454,8 +448,12 @@ def build_page(service: DemoService) -> gr.Blocks:
     os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "1")
     os.environ.setdefault("GRADIO_ANALYTICS_CACHE_FREQUENCY", "1000")
     handlers = _Handlers(service)
-    with gr.Blocks(title="DiffSketching", analytics_enabled=False, delete_cache=_DELETE_CACHE) as page:
+    with gr.Blocks(title="DiffSketching", analytics_enabled=False, delete_cache=DELETE_CACHE) as page:
         gr.Markdown("# DiffSketching\nDraw a shape, and watch photos of it appear.")
+        if service.class_names:
+            # Names come from a file, and Markdown would do what they say.
+            names = ", ".join(brief(name) for name in service.class_names)
+            gr.HTML(f"<p>It knows {len(service.class_names)} things: {html.escape(names)}.</p>", elem_id="classes")
         with gr.Tabs() as tabs:
             with gr.Tab("Draw", id="draw"):
                 canvas, results, selected, start_edit = _draw_tab(handlers, page)
@@ -511,6 +509,7 @@ def _draw_tab(handlers: _Handlers, page: gr.Blocks) -> tuple[gr.ImageEditor, _Re
                     min_width=140,
                 )
                 guess = gr.Label(label="It takes it for", num_top_classes=3, min_width=140)
+            doubt = gr.Markdown(elem_id="doubt")
         with gr.Column():
             results = _Results.place("draw", "Photos")
             with gr.Row():
@@ -552,7 +551,7 @@ def _draw_tab(handlers: _Handlers, page: gr.Blocks) -> tuple[gr.ImageEditor, _Re
     looked = canvas.change(None, canvas, drawing, js=_COPY).then(
         handlers.preview_drawing,
         drawing,
-        [seen, guess],
+        [seen, guess, doubt],
         api_name="preview_drawing",
         show_progress="hidden",
         concurrency_limit=4,
@@ -628,83 +627,3 @@ def _interpolation_tab(handlers: _Handlers, first: gr.ImageEditor) -> None:
         .then(handlers.interpolate, [*relays, class_label, num_frames, seed], api_name="interpolate", **results.shown)
     )
     results.end(handlers, [made])
-
-
-@renamed_arguments(studio="service")
-def launch(
-    service: DemoService,
-    host: str | None = None,
-    port: int | None = None,
-    share: bool = False,
-    allowed_hosts: Collection[str] = (),
-    **kwargs: Any,
-) -> gr.Blocks:
-    """
-    Serves the page in the background. Pillow's limit on the pixels of a picture is lowered for the whole process.
-
-    Args:
-        service ([`DemoService`]): the model.
-        host (`str`, *optional*): address to listen on; `None` is `GRADIO_SERVER_NAME`, or else 127.0.0.1.
-        port (`int`, *optional*): `None` is `GRADIO_SERVER_PORT`, or else the first free one from 7860.
-        share (`bool`, defaults to `False`): whether to open a public address, too, through Gradio's servers.
-        allowed_hosts (`Collection[str]`): further names under which browsers ask for the page, such as that of a proxy.
-        kwargs: further arguments of `gradio.Blocks.launch`.
-
-    Returns:
-        [`gradio.Blocks`]: running; it has a `local_url`, and is ended by `close()`.
-
-    Raises:
-        OSError: if the port is taken.
-    """
-    # Gradio decodes pictures before we see them: it, too, is to refuse what unpacks to more than this. Pillow warns at
-    # its limit and raises at twice that.
-    Image.MAX_IMAGE_PIXELS = MAX_PICTURE_PIXELS // 2
-    page = build_page(service)
-    server_name = host or os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1")
-    hosts = served_hosts(server_name, allowed_hosts)
-    guard = Middleware(Guard, hosts=hosts, max_upload_bytes=MAX_UPLOAD_BYTES)  # type: ignore[arg-type]
-    page.launch(
-        app_kwargs={"middleware": [guard], "lifespan": _sweep},
-        server_name=host,
-        server_port=port,
-        share=share,
-        prevent_thread_lock=True,
-        quiet=True,
-        show_error=True,
-        max_file_size=MAX_UPLOAD_BYTES,
-        run_history=False,
-        footer_links=["api"],
-        enable_monitoring=False,
-        ssr_mode=False,
-        # The fonts of Gradio's themes may be Google's.
-        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
-        css=_CSS,
-        **kwargs,
-    )
-    if share and page.share_url:
-        hosts.add(str(urlsplit(page.share_url).hostname))
-    return page
-
-
-@asynccontextmanager
-async def _sweep(app: Any) -> AsyncIterator[None]:
-    """Remove the folders whose files Gradio has deleted, as often as it does that."""
-
-    async def sweep() -> None:
-        while True:
-            remove_empty_folders(Path(get_upload_folder()), _DELETE_CACHE[1])
-            await asyncio.sleep(_DELETE_CACHE[0])
-
-    task = asyncio.create_task(sweep())
-    try:
-        yield
-    finally:
-        task.cancel()
-
-
-def remove_empty_folders(root: Path, seconds: float) -> None:
-    """Remove the empty folders in `root` to which nothing was added, and from which nothing was taken, for so long."""
-    for folder in root.iterdir() if root.is_dir() else ():
-        with suppress(OSError):
-            if folder.is_dir() and time.time() - folder.stat().st_mtime >= seconds:
-                folder.rmdir()

@@ -20,6 +20,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
+from diffsketching_pipeline.conditioning import class_entropy
 from diffsketching_pipeline.deprecation import renamed_attributes
 from diffsketching_pipeline.images.sketch_processor import SketchProcessor
 from diffsketching_pipeline.pipeline_diffsketching import DiffSketchingPipeline
@@ -189,6 +190,15 @@ class DemoService:
             return seen, {}
         probabilities = self.pipe.predict_class_probabilities(groups[0])
         return seen, dict(zip(self.class_names, probabilities.tolist(), strict=True))
+
+    def is_unfamiliar(self, probabilities: dict[str, float]) -> bool:
+        """Return whether a guess is as uncertain as of a drawing of none of the classes, by the checkpoint's own limit."""
+        limit = self.pipe.recommended.get("max_class_entropy")
+        return (
+            bool(probabilities)
+            and limit is not None
+            and bool(class_entropy(torch.tensor(list(probabilities.values()))) > limit)
+        )
 
     def call_settings(self, realism: float) -> dict[str, float]:
         """

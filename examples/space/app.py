@@ -15,8 +15,8 @@ except ModuleNotFoundError as error:
     ) from None
 
 from diffsketching_pipeline import DiffSketchingPipeline
-from diffsketching_pipeline.demo.page import launch
 from diffsketching_pipeline.demo.service import DemoService
+from diffsketching_pipeline.demo.serving import launch
 from diffsketching_pipeline.registry import find_checkpoint
 
 

@@ -261,6 +261,13 @@ def test_the_model_is_shown_what_the_page_shows(service, drawing):
     )
 
 
+def test_a_guess_without_a_favorite_is_told(service):
+    even, sure = {"a": 0.4, "b": 0.3, "c": 0.3}, {"a": 0.9, "b": 0.05, "c": 0.05}
+    assert not service.is_unfamiliar(even)
+    service.pipe.recommended["max_class_entropy"] = 0.9
+    assert service.is_unfamiliar(even) and not service.is_unfamiliar(sure) and not service.is_unfamiliar({})
+
+
 def test_a_photo_is_edited_where_it_was_drawn_on(service):
     photo = Image.effect_noise((64, 64), 60).convert("RGB")
     strokes = Image.new("RGB", photo.size, "white")

@@ -31,7 +31,7 @@ from testing_utils import ROOT
 gradio_client = pytest.importorskip("gradio_client", reason="Gradio is not installed: pip install .[demo]")
 
 from diffsketching_pipeline import DiffSketchingPipeline, SketchProcessor, bundled_checkpoint  # noqa: E402
-from diffsketching_pipeline.demo import guard  # noqa: E402
+from diffsketching_pipeline.demo import guard, serving  # noqa: E402
 from diffsketching_pipeline.demo import page as demo_page  # noqa: E402
 from diffsketching_pipeline.demo.service import CANVAS_SIZE, DemoService, PhotoRequest, example_drawings  # noqa: E402
 
@@ -58,7 +58,7 @@ def service(tiny_pipeline_factory):
 
 @pytest.fixture(scope="module")
 def address(service):
-    page = demo_page.launch(service)
+    page = serving.launch(service)
     yield page.local_url
     page.close()
 
@@ -366,7 +366,7 @@ def test_bad_uploads_are_told_and_good_ones_drawn(browser, address, tmp_path):
     (tmp_path / "text.png").write_text("not an image")
     (tmp_path / "document.jpg").write_bytes(b"%PDF-1.7\n" + bytes(200))
     Image.new("1", (5001, 5000)).save(tmp_path / "poster.png")
-    (tmp_path / "heavy.png").write_bytes(bytes(demo_page.MAX_UPLOAD_BYTES + 1))
+    (tmp_path / "heavy.png").write_bytes(bytes(serving.MAX_UPLOAD_BYTES + 1))
     open_page(browser, address)
     seen = fetch(draw(browser, SQUARE).get_attribute("src"))
     drawn = canvas_of(browser).screenshot_as_png
@@ -438,7 +438,7 @@ def test_a_drawn_shape_is_followed(start_browser, browser, monkeypatch):
     from diffsketching_pipeline.evaluation import metrics
 
     pipe = DiffSketchingPipeline.from_pretrained(bundled_checkpoint())
-    page = demo_page.launch(DemoService(pipe))
+    page = serving.launch(DemoService(pipe))
     try:
         open_page(browser, page.local_url)
         draw(browser, PANTS)
@@ -493,7 +493,7 @@ def test_a_program_may_leave_the_composite_out():
 def test_a_full_queue_says_so(monkeypatch, service, tmp_path):
     monkeypatch.setattr(demo_page, "MAX_WAITING", 1)
     Image.linear_gradient("L").point(lambda level: 255 * (level > 100)).save(tmp_path / "half.png")
-    page = demo_page.launch(service)
+    page = serving.launch(service)
     busy = threading.Event()
     service._executor.submit(busy.wait, 60)
     try:
@@ -615,7 +615,7 @@ def test_attacks_are_answered_at_once_while_another_request_goes_on(address, ser
 def test_an_address_uploads_no_more_than_its_share(service, monkeypatch):
     monkeypatch.setattr(guard, "MAX_UPLOADED_BYTES", 10_000)
     monkeypatch.setattr(guard, "_UPLOAD_SECONDS", 5.0)
-    page = demo_page.launch(service)
+    page = serving.launch(service)
     try:
         path, began = "/gradio_api/upload", time.monotonic()
         statuses = [send(page.local_url, path, as_upload(3000 * b"x"), **MULTIPART)[0] for _ in range(5)]
@@ -684,7 +684,7 @@ def test_of_the_cache_only_old_empty_folders_are_removed(tmp_path):
     (tmp_path / "used" / "photo.png").touch()
     for name in ("old", "used"):
         os.utime(tmp_path / name, (0, 0))
-    demo_page.remove_empty_folders(tmp_path, 3600)
+    serving.remove_empty_folders(tmp_path, 3600)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "used"]
 
 
