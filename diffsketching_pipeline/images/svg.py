@@ -29,6 +29,8 @@ _XLINK = "{http://www.w3.org/1999/xlink}"
 _ENCODINGS = ("utf-8", "utf-16", "utf-16-le", "utf-16-be", "us-ascii", "iso-8859-1", "iso-8859-15", "windows-1252")
 # What a path in absolute coordinates of pixels measures them in; CSS has 96 pixels in an inch.
 _PIXELS_PER_UNIT = {"": 1.0, "px": 1.0, "in": 96.0, "cm": 96 / 2.54, "mm": 96 / 25.4, "pt": 96 / 72, "pc": 16.0}
+# The font's size of a page is 16 pixels where nothing says another.
+_PIXELS_PER_UNIT |= {"q": 96 / 101.6, "rem": 16.0}
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 
 _SEGMENTS_PER_CURVE = 16

@@ -37,6 +37,23 @@ _MAX_WALL_SECONDS = 5 if os.name == "nt" else 60
 _MAX_MEMORY = 300_000_000
 # The page of a file that states none, as in browsers.
 _DEFAULT_PAGE = (300.0, 150.0)
+_LENGTHS = {
+    "x",
+    "y",
+    "width",
+    "height",
+    "r",
+    "rx",
+    "ry",
+    "cx",
+    "cy",
+    "x1",
+    "y1",
+    "x2",
+    "y2",
+    "stroke-width",
+    "font-size",
+}
 _XLINK_HREF = "http://www.w3.org/1999/xlink}href"
 _XML_SPACE = "http://www.w3.org/XML/1998/namespace}space"
 _DROPPED_TAGS = {"script", "metadata", "title", "desc"}
@@ -202,7 +219,25 @@ def _sanitize(document: SvgDocument) -> tuple[ElementTree.Element, list[str]]:
                 copy[-1].tail = (copy[-1].tail or "") + child.tail
             elif child.tail:
                 copy.text = (copy.text or "") + child.tail
-    return root, [*left_out, *apply_styles(root)]
+    left_out += apply_styles(root)
+    _resolve_lengths(root)
+    return root, left_out
+
+
+def _resolve_lengths(root: ElementTree.Element) -> None:
+    """Write lengths in pixels that the renderer would pass over: in units that it lacks, and a `<use>`'s shares of the page."""
+    # Those within an `<svg>` of their own are shares of that.
+    page = svg_page(root) if root.find(".//svg") is None else None
+    for element in root.iter():
+        for name in _LENGTHS.intersection(element.keys()):
+            value = element.get(name, "").strip()
+            pixels = parse_length(value) if value.lower().endswith(("q", "rem")) else None
+            if value.endswith("%") and element.tag == "use" and page is not None:
+                share = parse_length(value[:-1])
+                side = page.width if name in ("x", "width") else page.height
+                pixels = None if share is None else share / 100 * side
+            if pixels is not None:
+                element.set(name, str(pixels))
 
 
 def _stays(element: ElementTree.Element, name: str, left_out: list[str]) -> bool:

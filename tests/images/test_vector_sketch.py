@@ -385,6 +385,9 @@ def test_style_sheets_are_what_a_browser_makes_of_them(tmp_path, name):
         ("<path d='M0 0' style=\"d:path('M10 10H90V50Z')\"/>", '<path d="M10 10H90V50Z"/>'),
         ('<path style="translate:20px 10px;scale:.5" d="M10 10H90V50Z"/>', '<path transform="translate(20 10) scale(.5)" d="M10 10H90V50Z"/>'),
         ('<path style="transform:skew(10deg,5deg)" d="M10 10H90V50Z"/>', '<path transform="matrix(1 .0874887 .176327 1 0 0)" d="M10 10H90V50Z"/>'),
+        ('<rect x="40q" y="1REM" width="80Q" height="2rem"/>', '<rect x="37.795" y="16" width="75.591" height="32"/>'),
+        ('<symbol id="s" viewBox="0 0 10 10"><path d="M1 1H9V5Z"/></symbol><use href="#s" x="50%" width="50%" height="50%"/>',
+         '<symbol id="s" viewBox="0 0 10 10"><path d="M1 1H9V5Z"/></symbol><use href="#s" x="50" width="50" height="50"/>'),
         ('<path style="--a:M;stroke:var(--none)" d="M10 10H90V50Z"/>', '<path d="M10 10H90V50Z"/>'),
     ],
 )  # fmt: skip
