@@ -28,6 +28,8 @@ from diffsketching_pipeline.cli.options import (
     check_counts,
     check_labels,
     check_output,
+    count_drawings,
+    find_drawings,
     labels_for_each,
     numbered_names,
     parse_negative_label,
@@ -62,7 +64,9 @@ from diffsketching_pipeline.results import (
 def generate(
     drawings: Annotated[
         list[Path],
-        typer.Argument(help="Drawings: PNG, JPEG, ... dark strokes on light paper; SVG; ndjson of Quick, Draw!"),
+        typer.Argument(
+            help="Drawings: PNG, JPEG, ... dark strokes on light paper; SVG; ndjson of Quick, Draw! Of a folder, all in it."
+        ),
     ],
     class_label: Annotated[
         Optional[list[str]],
@@ -90,6 +94,12 @@ def generate(
     device: Device = "auto",
     dtype: Dtype = DtypeName.float32,
     overwrite: Overwrite = False,
+    skip_existing: Annotated[
+        bool, typer.Option("--skip-existing", help="Go on after a stop: leave drawings whose pictures are all there.")
+    ] = False,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Name drawings that cannot be read, and go on with the others.")
+    ] = False,
 ) -> None:
     """Photos of each drawing: PNGs, a contact sheet per drawing, and metadata.json to reproduce each of them."""
     check_counts(num_images, batch_size, seed)
@@ -97,20 +107,22 @@ def generate(
 
     from diffsketching_pipeline.images.sketch_processor import SketchProcessor
 
-    with user_errors():
-        # Every drawing is read before the model is loaded: a bad one is an error at once.
-        counts = [
-            len(SketchProcessor(BUNDLED_SIZE).preprocess(path, invert=invert, threshold=threshold))
-            for path in drawings
-        ]
+    reader = SketchProcessor(BUNDLED_SIZE)
+    # Every drawing is read before the model is loaded: bad ones are an error at once.
+    counted = count_drawings(
+        find_drawings(drawings), lambda path: reader.preprocess(path, invert=invert, threshold=threshold), skip_bad
+    )
+    drawings, counts = list(counted), list(counted.values())
     names = numbered_names(unique_names(drawings), counts)
     labels = labels_for_each(class_label, len(names), "drawings")
     seeds = range(seed, seed + num_images)
     files = {name: {k: output_dir / f"{name}_{k}.png" for k in seeds} for name in names}
     sheets = {name: output_dir / f"{name}_sheet.png" for name in names}
-    check_output(
-        output_dir, [*(path for paths in files.values() for path in paths.values()), *sheets.values()], overwrite
-    )
+    made = {name for name in names if all(path.exists() for path in (*files[name].values(), sheets[name]))}
+    if not skip_existing:
+        made = set()
+    pictures = [path for name in names if name not in made for path in (*files[name].values(), sheets[name])]
+    check_output(output_dir, pictures, overwrite or skip_existing)
     metadata_path = output_dir / "metadata.json"
 
     hint = read_color_hint(color_hint)
@@ -140,8 +152,10 @@ def generate(
     weights = model_record(pipe, model)
     records: list[dict[str, Any]] = []
     captions = []
-    with progress(len(names) * num_images) as advance:
+    with progress((len(names) - len(made)) * num_images) as advance:
         for (drawing, index, sketch), name, label in zip(sketches, names, labels, strict=True):
+            if name in made:
+                continue
             tiles = [(sketch_image(sketch), "drawing")]
             arguments = {"sketch": sketch, "class_labels": label, **settings}
             for batch, out in generate_images(pipe, seeds, batch_size, advance, **arguments):
@@ -158,6 +172,8 @@ def generate(
                 tiles += seed_tiles(out.images, batch)
             captions.append(caption(drawing.name, record))
             write_atomically(sheets[name], png(contact_sheet(tiles, captions[-1])))
+    if made:
+        typer.echo(f"{len(made)} of {len(names)} drawings have their pictures already.", err=True)
     for line in captions:
         typer.echo(brief(line), err=True)
     for sheet_path in sheets.values():

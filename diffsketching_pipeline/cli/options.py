@@ -2,7 +2,7 @@
 """The options that commands share, and checks of what they were given before any work is done."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from diffsketching_pipeline.files import check_writable
+from diffsketching_pipeline.messages import brief
 
 
 if TYPE_CHECKING:
     from diffsketching_pipeline.pipeline_base import DiffSketchingMixin
 
 BUNDLED_SIZE = 64
+DRAWING_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".svg", ".ndjson")
 
 
 class DtypeName(str, Enum):
@@ -174,6 +176,49 @@ def check_labels(pipe: "DiffSketchingMixin", labels: Sequence[Any], negative: An
                 pipe.get_class_shares(label)
         if negative is not None:
             pipe.get_label_id(negative, "negative_class_labels")
+
+
+def find_drawings(paths: Sequence[Path]) -> list[Path]:
+    """
+    Return the drawings given, with those in a folder, however deep, in its place and in the order of their names. Hidden files
+    and other kinds are passed over.
+
+    Raises:
+        UserError: for a folder without drawings.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if not path.is_dir():
+            found.append(path)
+            continue
+        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in DRAWING_SUFFIXES and p.is_file())
+        inside = [p for p in inside if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+        if not inside:
+            raise UserError(f"the folder '{path}' holds no drawings ({', '.join(DRAWING_SUFFIXES)}).")
+        found += inside
+    return found
+
+
+def count_drawings(files: Sequence[Path], read: Callable[[Path], Any], skip_bad: bool) -> dict[Path, int]:
+    """
+    Return how many drawings each file holds, by reading it.
+
+    Raises:
+        UserError: naming all files that cannot be read; with `skip_bad`, they are named on stderr and left out, and it is
+            an error if no file is left.
+    """
+    counts: dict[Path, int] = {}
+    bad: list[str] = []
+    for path in files:
+        try:
+            counts[path] = len(read(path))
+        except ValueError as error:
+            bad.append(str(error))
+    if bad and not (skip_bad and counts):
+        raise UserError(bad[0] if len(bad) == 1 else f"{len(bad)} of {len(files)} drawings: " + " ".join(bad))
+    for message in bad:
+        typer.echo(brief(f"Skipped: {message}"), err=True)
+    return counts
 
 
 def unique_names(files: list[Path], what: str = "drawings") -> list[str]:

@@ -188,6 +188,38 @@ def test_bad_drawings_name_the_file_and_leave_nothing(monkeypatch, capsys, check
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_of_drawings_goes_on_where_it_was_stopped(monkeypatch, capsys, checkpoint, drawing, tmp_path):
+    folder, out = tmp_path / "drawings", tmp_path / "out"
+    for name in ("b/one.png", "b/two.png", "a/one.png", ".trash/no.png", "._two.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(drawing.read_bytes())
+    (folder / "notes.txt").write_text("mine")
+    for name in ("bad.png", "worse.png"):
+        _truncated(folder / name)
+    options = ("--num-images", 1, "--class-label", "a")
+    assert generate(monkeypatch, checkpoint, folder, out, *options) == 2
+    message = capsys.readouterr().err
+    assert "2 of 5 drawings" in message and "bad.png" in message and "worse.png" in message and not out.exists()
+
+    assert generate(monkeypatch, checkpoint, folder, out, *options, "--skip-bad") == 0
+    skipped = capsys.readouterr().err
+    assert skipped.count("Skipped: ") == 2 and "worse.png" in skipped
+    photos = {"a-one_0.png", "b-one_0.png", "two_0.png"}
+    assert {name for name in os.listdir(out) if name.endswith("_0.png")} == photos
+    before = {name: (out / name).read_bytes() for name in os.listdir(out)}
+
+    (out / "two_0.png").unlink()
+    (out / "b-one_0.png").write_bytes(b"kept as it is")
+    assert generate(monkeypatch, checkpoint, folder, out, *options, "--skip-bad", "--skip-existing") == 0
+    assert "2 of 3 drawings have their pictures already" in capsys.readouterr().err
+    assert (out / "b-one_0.png").read_bytes() == b"kept as it is"
+    assert (out / "two_0.png").read_bytes() == before["two_0.png"]
+    assert {record["file"] for record in json.loads((out / "metadata.json").read_text())["images"]} == photos
+    (tmp_path / "empty").mkdir()
+    assert generate(monkeypatch, checkpoint, tmp_path / "empty", out, *options) == 2
+    assert "holds no drawings" in capsys.readouterr().err
+
+
 def test_a_folder_that_holds_something_else_is_refused(monkeypatch, capsys, checkpoint, drawing, tmp_path):
     (tmp_path / "file").write_text("mine")
     assert generate(monkeypatch, checkpoint, drawing, tmp_path / "file") == 2
