@@ -79,9 +79,8 @@ class DiffSketchingMixin(_Base):
         recommended (`dict[str, float]`, *optional*):
             This checkpoint's values of `num_inference_steps`, `eta`, `sketch_guidance_scale`, `classifier_guidance_scale`,
             `perceptual_guidance_scale` and `sketch_abstraction` for calls that leave them at `None`; and `class_mixture`:
-            where a class is guessed and the second best has at least this share of the best one's probability, both are
-            mixed in proportion; and `max_class_entropy`: above this entropy of the guess, as a share of the largest possible
-            one, a warning says that the drawing may be of none of the classes.
+            where a guessed class has a second best of at least this share of its probability, both are mixed in proportion; and
+            `max_class_entropy`: a warning of drawings of none of the classes above it; see [`~conditioning.class_entropy`].
         vae ([`AutoencoderKL`] or [`AutoencoderTiny`], *optional*):
             Photos to the latents that `unet` denoises, and back. Without it x_t is in pixels.
     """
