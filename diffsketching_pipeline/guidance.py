@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The guided noise prediction, and guidance as callbacks: each adds its own term before the scheduler steps.
 
+Classifier-free guidance of the drawing and the class is a part of the network's own output, in `denoising.py`. A guidance with an
+argument of its own is made of it by [`~pipeline_options.ResolvedOptions`].
+
 [`GuidedPredictor`] is what generating, editing, interpolating, inverting and fine-tuning have in common. A callback follows
 diffusers' `PipelineCallback` and composes with `MultiPipelineCallbacks`. It is called as
 `callback(pipeline, step_index, timestep, callback_kwargs)` with, among `callback_kwargs`,

@@ -22,7 +22,7 @@ from diffsketching_pipeline.cli import (
     push,
 )
 from diffsketching_pipeline.cli.options import UserError
-from diffsketching_pipeline.cli.running import RESCUED
+from diffsketching_pipeline.cli.writing import RESCUED
 from diffsketching_pipeline.deprecation import normalize_option
 from diffsketching_pipeline.messages import brief
 from diffsketching_pipeline.stopping import stoppable

@@ -32,16 +32,8 @@ from diffsketching_pipeline.cli.options import (
     read_color_hint,
     user_errors,
 )
-from diffsketching_pipeline.cli.running import (
-    generate_images,
-    load_pipeline,
-    progress,
-    seed_tiles,
-    where_written,
-    write_atomically,
-    write_metadata,
-    write_photos,
-)
+from diffsketching_pipeline.cli.running import generate_images, load_pipeline, progress, seed_tiles
+from diffsketching_pipeline.cli.writing import where_written, write_atomically, write_metadata, write_photos
 from diffsketching_pipeline.results import (
     caption,
     class_record,

@@ -18,7 +18,8 @@ from diffsketching_pipeline.cli.options import (
     unique_names,
     user_errors,
 )
-from diffsketching_pipeline.cli.running import load_pipeline, progress, where_written, write_atomically, write_metadata
+from diffsketching_pipeline.cli.running import load_pipeline, progress
+from diffsketching_pipeline.cli.writing import where_written, write_atomically, write_metadata
 from diffsketching_pipeline.results import class_record, contact_sheet, file_record, model_record, png
 
 

@@ -34,16 +34,8 @@ from diffsketching_pipeline.cli.options import (
     sketch_fit,
     user_errors,
 )
-from diffsketching_pipeline.cli.running import (
-    generate_images,
-    load_pipeline,
-    progress,
-    seed_tiles,
-    where_written,
-    write_atomically,
-    write_metadata,
-    write_photos,
-)
+from diffsketching_pipeline.cli.running import generate_images, load_pipeline, progress, seed_tiles
+from diffsketching_pipeline.cli.writing import where_written, write_atomically, write_metadata, write_photos
 from diffsketching_pipeline.results import (
     class_record,
     contact_sheet,

@@ -6,8 +6,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from diffsketching_pipeline.cli.options import DtypeName, user_errors
-from diffsketching_pipeline.cli.saving import (
+from diffsketching_pipeline.cli.model_options import (
     CARD_OPTION,
     DTYPE_OPTION,
     FP16_OPTION,
@@ -17,6 +16,7 @@ from diffsketching_pipeline.cli.saving import (
     SHARD_OPTION,
     load_to_save,
 )
+from diffsketching_pipeline.cli.options import DtypeName, user_errors
 
 
 def push(

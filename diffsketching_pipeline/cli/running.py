@@ -1,26 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts that commands share at work: models, batches, progress, and files that are written whole or not."""
+"""The parts that commands share at work: models, batches and progress."""
 
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffsketching_pipeline.cli.options import DtypeName, UserError, read_metadata, user_errors
-from diffsketching_pipeline.files import write_file
+from diffsketching_pipeline.cli.options import DtypeName, user_errors
 from diffsketching_pipeline.registry import find_checkpoint
-from diffsketching_pipeline.results import metadata, png
 
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from diffsketching_pipeline import DiffSketchingEditPipeline, DiffSketchingPipeline
-
-
-RESCUED: dict[Path, Path] = {}
-"""Folders that could not be written to in the course of this command, and where their files are instead."""
 
 
 def load_pipeline(
@@ -95,48 +87,9 @@ def step_reporter(advance: Callable[[float], None], amount: float) -> Callable[.
     return on_step_end
 
 
-def write_photos(
-    images: Sequence["Image.Image"], paths: Mapping[int, Path], seeds: range, record: dict[str, Any]
-) -> list[dict[str, Any]]:
-    """Write photo k, made from `seeds[k]`, to the path of that seed; returns the record of each, with what they share."""
-    for image, seed in zip(images, seeds, strict=True):
-        write_atomically(paths[seed], png(image))
-    return [{"file": paths[seed].name, "seed": seed, **record} for seed in seeds]
-
-
 def seed_tiles(images: Sequence["Image.Image"], seeds: range) -> list[tuple["Image.Image", str]]:
     """The photos as tiles of a contact sheet, each with its seed below."""
     return [(image, f"seed {seed}") for image, seed in zip(images, seeds, strict=True)]
-
-
-def write_metadata(path: Path, records: list[dict[str, Any]], model: dict[str, Any]) -> None:
-    """The records of this run beside those of other ones into the same folder; `model` is the [`model_record`]."""
-    # Read now: another command may have written there since this one began.
-    merged = {**read_metadata(path), **{record["file"]: record for record in records}}
-    write_atomically(path, metadata(model, list(merged.values())))
-
-
-def where_written(path: Path) -> Path:
-    """The path of what [`write_atomically`] was given to write to `path`."""
-    return RESCUED.get(path.parent, path.parent) / path.name
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """
-    Write beside `path` and rename, so that no reader ever sees half a file. What was made is not lost
-    where a folder cannot be written to any more: from then on its files go to a temporary one.
-    """
-    target = where_written(path)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_file(target, content)
-    except OSError as error:
-        if error.errno is None:
-            raise  # not by the operating system
-        if target != path:
-            raise UserError(f"cannot write to '{path.parent}' or '{target.parent}': {error.strerror}.") from error
-        RESCUED[path.parent] = Path(tempfile.mkdtemp(prefix="diffsketching-"))
-        write_atomically(path, content)
 
 
 @contextmanager
