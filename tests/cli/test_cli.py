@@ -12,7 +12,8 @@ import torch
 from PIL import Image, ImageDraw
 
 from diffsketching_pipeline import cli
-from diffsketching_pipeline.cli.running import load_pipeline, write_atomically
+from diffsketching_pipeline.cli.running import load_pipeline
+from diffsketching_pipeline.cli.writing import write_atomically
 from diffsketching_pipeline.files import check_writable
 
 
@@ -275,7 +276,7 @@ def test_photos_that_were_made_are_kept_where_their_folder_is_lost(monkeypatch, 
     monkeypatch.setattr(
         importlib.import_module("diffsketching_pipeline.cli.generate"), "load_pipeline", load_and_lose_the_folder
     )
-    monkeypatch.setattr("diffsketching_pipeline.cli.running.RESCUED", rescued := {})
+    monkeypatch.setattr("diffsketching_pipeline.cli.writing.RESCUED", rescued := {})
     monkeypatch.setattr("diffsketching_pipeline.cli.RESCUED", rescued)
     assert generate(monkeypatch, checkpoint, drawing, out, "--num-images", 2) == 2
     [kept] = rescue.iterdir()

@@ -15,6 +15,10 @@ from diffsketching_pipeline import DiffSketchingEditPipeline, DiffSketchingPipel
 from diffsketching_pipeline.results import contact_sheet
 
 
+# Each runs a command.
+pytestmark = pytest.mark.slow
+
+
 SIZE = (48, 40)
 
 

@@ -28,6 +28,10 @@ from diffsketching_pipeline.evaluation.run import main
 from diffsketching_pipeline.images import patches
 
 
+# Each reads and scores sets of photos.
+pytestmark = pytest.mark.slow
+
+
 LABELS = ["disc", "square"]
 SIZE = 32
 

@@ -15,6 +15,10 @@ from diffsketching_pipeline.images.contours import CONTOUR_NAMES, photo_to_conto
 from diffsketching_pipeline.splits import in_first_half
 
 
+# Each draws contours and scores.
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def contours_dir(photos_dir, drawings_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("contours")

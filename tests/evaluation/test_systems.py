@@ -26,6 +26,10 @@ from diffsketching_pipeline.evaluation.systems import Job, System
 from diffsketching_pipeline.losses import SketchPerceptualLoss
 
 
+# Each generates and scores.
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def pipeline():
     """Every component that guides, tiny and untrained."""

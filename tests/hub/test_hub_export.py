@@ -39,6 +39,10 @@ from diffsketching_pipeline.hub.push import push_component, push_folder
 from diffsketching_pipeline.manifest import read_manifest, write_manifest
 
 
+# Each writes or loads an export.
+pytestmark = pytest.mark.slow
+
+
 def measurement(title, value, interval=None, reason=None):
     conditions = {"model": "tiny-1", "drawings": "all 3 of 3", "sampling": "default", "seeds": "0-2"}
     conditions["extractor"] = "regnet-1"
