@@ -285,6 +285,8 @@ def make_model(args: EncoderArguments, id2label: dict[int, str]) -> nn.Module:
     if args.pretrained_model_name_or_path is not None:
         start = Start.read(args.pretrained_model_name_or_path)
         model = start.load(model_class(args), COMPONENT_NAMES[args.task])
+        # The side that it learns from now on, which the start may not name.
+        model.config.image_size = args.resolution
         return with_encoder_classes(model, start.match(id2label, model.config.num_labels, model.config.id2label))
     if args.task == "evaluation" and args.evaluation_model == "mobilenet_v2":
         config = MobileNetV2Config(**labels, image_size=args.resolution, depth_multiplier=args.depth_multiplier)

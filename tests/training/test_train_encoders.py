@@ -98,6 +98,7 @@ def test_photo_tasks(shapes_dir, cache_dir, tmp_path, monkeypatch, task, folder,
     args = EncoderArguments(task=task, pretrained_model_name_or_path=str(tmp_path / folder))
     continued = make_model(args, {0: "disc", 1: "square"})
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), continued.parameters(), strict=True))
+    assert continued.config.image_size == args.resolution == 64  # and not 32
     other = make_model(args, {0: "hat", 1: "disc"})
     assert other.config.id2label == {0: "hat", 1: "disc"} and other.config.label2id["hat"] == 0
     assert torch.equal(other.classifier[-1].weight[1], model.classifier[-1].weight[0])
