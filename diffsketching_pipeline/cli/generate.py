@@ -110,11 +110,9 @@ def generate(
     seeds = range(seed, seed + num_images)
     files = {name: {k: output_dir / f"{name}_{k}.png" for k in seeds} for name in names}
     sheets = {name: output_dir / f"{name}_sheet.png" for name in names}
-    made = {name for name in names if all(path.exists() for path in (*files[name].values(), sheets[name]))}
-    if not skip_existing:
-        made = set()
-    pictures = [path for name in names if name not in made for path in (*files[name].values(), sheets[name])]
-    check_output(output_dir, pictures, overwrite or skip_existing)
+    pictures = {name: [*files[name].values(), sheets[name]] for name in names}
+    made = {name for name in names if skip_existing and all(path.exists() for path in pictures[name])}
+    check_output(output_dir, [path for name in names for path in pictures[name]], overwrite or skip_existing)
     metadata_path = output_dir / "metadata.json"
 
     hint = read_color_hint(color_hint)
